@@ -1,0 +1,111 @@
+"""What every backend is given and what it must answer.
+
+`jsparse.ops` turns the user's arguments into `Operands` and a `Problem`, asks each
+backend ``why_not(problem)``, and calls the first that answers None. Backends import
+nothing above this file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from jsparse.bias import Bias
+from jsparse.patterns import BlockMask
+
+Array = Any
+
+
+class Operands(NamedTuple):
+    """The arrays of one call, in canonical form.
+
+    With ``B = q.shape[:-3]``, every leaf starts with one axis for each axis of B, of that
+    size or of size 1 where it is shared. ``vmap`` only adds such an axis, so a shared
+    bias stays shared. After it:
+
+    ``q [T, H, D]``, ``k [S, K, D]``, ``v [S, K, Dv]``; the mask's and the bias's leaves
+    without their ``[B or 1]`` axis; a dense bias ``[H or 1, T or 1, S]``.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    mask: BlockMask
+    bias: Bias | None
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The broadcast batch axes of all operands."""
+        return batch_axes(self, self.q.ndim - 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The static description of a call: all that a backend may base a refusal on."""
+
+    batch: int
+    q_len: int
+    kv_len: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: str
+    block_q: int
+    block_kv: int
+    mask_heads: int
+    rules: tuple[str, ...]
+    bits: bool
+    bias: str | None
+    platform: str
+
+
+class Backend(Protocol):
+    """One way of computing block-sparse attention."""
+
+    name: str
+    differentiable: bool
+    """Whether JAX differentiates ``forward`` itself; otherwise ``backward`` is used."""
+
+    def why_not(self, problem: Problem) -> str | None:
+        """Why this backend cannot take the problem, or None if it can."""
+        ...
+
+    def forward(self, operands: Operands, scale: float) -> tuple[Array, Array]:
+        """``out [*B, T, H, Dv]`` and natural-log ``lse [*B, H, T]``, at least float32."""
+        ...
+
+    def backward(
+        self,
+        operands: Operands,
+        scale: float,
+        out: Array,
+        lse: Array,
+        dout: Array,
+        dlse: Array,
+    ) -> tuple[Array, Array, Array, Bias | None]:
+        """Gradients of q, k, v and bias, summed over the axes each of them shares."""
+        ...
+
+
+def batch_axes(tree: Any, rank: int) -> tuple[int, ...]:
+    """The broadcast of the first ``rank`` axes of all leaves."""
+    leaves = jax.tree_util.tree_leaves(tree)
+    return tuple(max(x.shape[axis] for x in leaves) for axis in range(rank))
+
+
+def accumulator_dtype(x: Array) -> Any:
+    """float32, or float64 where the inputs are."""
+    return jax.numpy.float64 if x.dtype == jax.numpy.float64 else jax.numpy.float32
+
+
+def matmul_precision(x: Array) -> jax.lax.Precision | None:
+    """Full precision for float32 inputs, unless the user's JAX configuration says other.
+
+    XLA would otherwise compute float32 products in tf32 on a GPU.
+    """
+    if jax.config.jax_default_matmul_precision is not None or x.dtype.itemsize < 4:
+        return None
+    return jax.lax.Precision.HIGHEST

@@ -1,0 +1,326 @@
+"""Biases added to the scaled logits before softmax, beside a plain dense array.
+
+`BlockBias` stores values on the mask's blocks only; `DistanceBias` stores none and is
+computed from coordinates where it is needed. Both are pytrees, so ``jax.grad`` gives a
+gradient of the same type. `jsparse.ops` accepts them; `jsparse.backends` evaluates them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsparse.patterns import BlockMask
+from jsparse.patterns._rules import squared_distance
+
+Array = Any
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockBias:
+    """A bias whose values exist only on the mask's blocks.
+
+    Block ``n`` of ``values`` counts the partial blocks in list order (heads outermost),
+    then the full blocks in list order.
+
+    Args:
+        values: ``[B or 1, H or 1, n, block_q, block_kv]``; ``H`` must be 1 for a mask
+            with head patterns, whose blocks belong to heads already.
+
+    Example:
+        >>> import jsparse.patterns as patterns
+        >>> mask = patterns.window(512, left=32, right=32, block_q=64, block_kv=64)
+        >>> bias = BlockBias.from_function(mask, lambda t, s: -0.1 * abs(t - s))
+        >>> bias.values.shape
+        (1, 1, 22, 64, 64)
+    """
+
+    values: Array
+
+    @classmethod
+    def from_function(
+        cls,
+        mask: BlockMask,
+        function: Callable[..., Array],
+        *arrays: Array,
+        num_blocks: int | None = None,
+    ) -> BlockBias:
+        """Evaluates ``function`` on each block, never on ``[T, S]``.
+
+        Args:
+            mask: the mask the bias belongs to; its ``[B or 1, H or 1]`` patterns must be
+                one pattern (``[1, 1]``).
+            function: ``function(t, s, *arrays)`` with query indices ``t [block_q, 1]``
+                and key indices ``s [1, block_kv]`` int32, returns ``[block_q, block_kv]``
+                or ``[H, block_q, block_kv]``. Indices of a tail block may reach beyond
+                T or S; those elements are never used.
+            *arrays: passed on, so that the values are differentiable with respect to
+                them.
+            num_blocks: static number of blocks to make; needed only under ``jit`` with a
+                traced mask.
+
+        Returns:
+            The bias, differentiable with respect to ``arrays``.
+
+        Raises:
+            ValueError: for a mask with batch or head patterns.
+        """
+        if (mask.batch_size, mask.num_heads) != (1, 1):
+            raise ValueError(
+                f"BlockBias.from_function: the mask has {mask.batch_size} batch and "
+                f"{mask.num_heads} head patterns; expected one of each."
+            )
+        count = mask.num_blocks if num_blocks is None else num_blocks
+        rows, cols = _block_coordinates(mask, count)
+
+        def one(pair):
+            t = pair[0] * mask.block_q + jnp.arange(mask.block_q, dtype=jnp.int32)
+            s = pair[1] * mask.block_kv + jnp.arange(mask.block_kv, dtype=jnp.int32)
+            value = jnp.asarray(function(t[:, None], s[None, :], *arrays))
+            shape = (mask.block_q, mask.block_kv)
+            return jnp.broadcast_to(value, (*value.shape[:-2], *shape))
+
+        values = jax.lax.map(one, (rows, cols))
+        values = values[:, None] if values.ndim == 3 else values
+        return cls(jnp.moveaxis(values, 0, 1)[None])
+
+    @classmethod
+    def from_dense(cls, mask: BlockMask, dense: Array) -> BlockBias:
+        """Takes the mask's blocks out of a dense ``[H or 1, T, S]`` or ``[T, S]`` bias.
+
+        Raises:
+            ValueError: if the shape does not fit the mask.
+        """
+        dense = jnp.asarray(dense)
+        if dense.ndim not in (2, 3) or dense.shape[-2:] != (mask.q_len, mask.kv_len):
+            raise ValueError(
+                f"BlockBias.from_dense: dense has shape {dense.shape}; expected "
+                f"[{mask.q_len}, {mask.kv_len}] or [H, {mask.q_len}, {mask.kv_len}]."
+            )
+        return cls.from_function(
+            mask,
+            lambda t, s, x: x.at[..., t, s].get(mode="fill", fill_value=0),
+            dense,
+        )
+
+
+def _block_coordinates(mask: BlockMask, count: int) -> tuple[Array, Array]:
+    """Row and column ``[count]`` of each block in `BlockBias` order."""
+    lists = (
+        (mask.kv_num_blocks, mask.kv_indices),
+        (mask.full_kv_num_blocks, mask.full_kv_indices),
+    )
+    n = jnp.arange(count, dtype=jnp.int32)
+    ends = jnp.concatenate([jnp.cumsum(jnp.asarray(c)[0, 0]) for c, _ in lists])
+    num_rows = lists[0][0].shape[-1]
+    split = ends[num_rows - 1]
+    found = []
+    for offset, (counts, indices) in zip((0, split), lists, strict=True):
+        counts, indices = jnp.asarray(counts)[0, 0], jnp.asarray(indices)[0, 0]
+        total = jnp.cumsum(counts)
+        local = n - offset
+        row = jnp.searchsorted(total, local, side="right").astype(jnp.int32)
+        row = jnp.clip(row, 0, num_rows - 1)
+        slot = local - (total - counts)[row]
+        width = indices.shape[-1]
+        if width == 0:
+            found.append((row, jnp.zeros_like(row)))
+        else:
+            found.append((row, indices[row, jnp.clip(slot, 0, width - 1)]))
+    (row_p, col_p), (row_f, col_f) = found
+    partial = n < split
+    return jnp.where(partial, row_p, row_f), jnp.where(partial, col_p, col_f)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class DistanceBias:
+    """A bias computed from distances: ``sum_n weights[h, n] * basis_n(|x_t - y_s|)``.
+
+    Make one with `linear`, `quadratic`, `table` or `gaussian`. Distances are computed
+    from coordinate differences in float32, so they are exact for coordinates of
+    thousands of ångström; the gradient of a distance of zero is taken as zero.
+
+    Attributes:
+        weights: ``[H or 1, n]`` float32.
+        q_coords: ``[T, 3]`` or ``[B or 1, T, 3]`` float32, ångström.
+        kv_coords: ``[S, 3]`` or ``[B or 1, S, 3]`` float32, ångström.
+        knots: ``[n + 1]`` float32, ångström: the positions of the basis functions, then
+            their width.
+        form: which basis.
+
+    References:
+        The linear form is ALiBi's over distance (Press et al. 2022); the Gaussian basis
+        is SchNet's (Schütt et al. 2017).
+    """
+
+    weights: Array
+    q_coords: Array
+    kv_coords: Array
+    knots: Array
+    form: str = dataclasses.field(metadata=_STATIC)
+
+    @classmethod
+    def linear(
+        cls, slope: Array, coords: Array, kv_coords: Array | None = None
+    ) -> DistanceBias:
+        """``-slope[h] * d``.
+
+        Args:
+            slope: ``[H or 1]``, per ångström.
+            coords: ``[T, 3]`` or ``[B or 1, T, 3]``, ångström.
+            kv_coords: the keys' coordinates; ``coords`` if not given.
+
+        Example:
+            >>> import numpy as np
+            >>> x = np.array([[0.0, 0, 0], [3, 4, 0]], np.float32)
+            >>> bias = DistanceBias.linear(np.array([0.5], np.float32), x)
+            >>> bias.dense()[0].tolist()
+            [[0.0, -2.5], [-2.5, 0.0]]
+        """
+        return cls._make("linear", _column(slope), np.zeros(2), coords, kv_coords)
+
+    @classmethod
+    def quadratic(
+        cls, slope: Array, coords: Array, kv_coords: Array | None = None
+    ) -> DistanceBias:
+        """``-slope[h] * d**2``; arguments as in `linear`, slope per square ångström."""
+        return cls._make("quadratic", _column(slope), np.zeros(2), coords, kv_coords)
+
+    @classmethod
+    def table(
+        cls,
+        values: Array,
+        max_distance: float,
+        coords: Array,
+        kv_coords: Array | None = None,
+    ) -> DistanceBias:
+        """A table over ``n`` evenly spaced distances with linear interpolation.
+
+        Args:
+            values: ``[H or 1, n]``, the bias at ``0, ..., max_distance``; n >= 2.
+            max_distance: ångström; larger distances take the last entry.
+            coords: ``[T, 3]`` or ``[B or 1, T, 3]``, ångström.
+            kv_coords: the keys' coordinates; ``coords`` if not given.
+
+        Raises:
+            ValueError: for fewer than two entries or a distance that is not positive.
+
+        Example:
+            >>> import numpy as np
+            >>> x = np.array([[0.0, 0, 0], [0, 0, 3]], np.float32)
+            >>> bias = DistanceBias.table(np.array([[0.0, 2.0, 8.0]]), 4.0, x)
+            >>> bias.dense()[0].tolist()
+            [[0.0, 5.0], [5.0, 0.0]]
+        """
+        shape = np.shape(values)
+        if len(shape) != 2 or shape[1] < 2:
+            raise ValueError(
+                f"DistanceBias.table: values has shape {shape}; expected [H, n] with at "
+                "least two entries, the first at distance 0."
+            )
+        if not np.isfinite(max_distance) or max_distance <= 0:
+            raise ValueError(
+                f"DistanceBias.table: max_distance={max_distance!r}; expected a positive "
+                "number of ångström."
+            )
+        step = max_distance / (shape[1] - 1)
+        knots = np.append(np.arange(shape[1]) * step, step)
+        return cls._make("table", values, knots, coords, kv_coords)
+
+    @classmethod
+    def gaussian(
+        cls,
+        weights: Array,
+        centers: Array,
+        width: float,
+        coords: Array,
+        kv_coords: Array | None = None,
+    ) -> DistanceBias:
+        """``sum_n weights[h, n] * exp(-(d - centers[n])**2 / (2 * width**2))``.
+
+        Args:
+            weights: ``[H or 1, n]``.
+            centers: ``[n]``, ångström.
+            width: ångström.
+            coords: ``[T, 3]`` or ``[B or 1, T, 3]``, ångström.
+            kv_coords: the keys' coordinates; ``coords`` if not given.
+
+        Raises:
+            ValueError: if weights and centers disagree or the width is not positive.
+
+        Example:
+            >>> import numpy as np
+            >>> x = np.array([[0.0, 0, 0], [0, 0, 2]], np.float32)
+            >>> bias = DistanceBias.gaussian(np.ones((1, 1)), np.array([2.0]), 1.0, x)
+            >>> [round(float(v), 3) for v in bias.dense()[0].ravel()]
+            [0.135, 1.0, 1.0, 0.135]
+        """
+        if np.ndim(weights) != 2 or np.shape(weights)[1:] != np.shape(centers):
+            raise ValueError(
+                f"DistanceBias.gaussian: weights has shape {np.shape(weights)} and "
+                f"centers {np.shape(centers)}; expected [H, n] and [n]."
+            )
+        if not np.isfinite(width) or width <= 0:
+            raise ValueError(
+                f"DistanceBias.gaussian: width={width!r}; expected a positive number of "
+                "ångström."
+            )
+        knots = jnp.append(jnp.asarray(centers, jnp.float32), jnp.float32(width))
+        return cls._make("gaussian", weights, knots, coords, kv_coords)
+
+    @classmethod
+    def _make(cls, form, weights, knots, coords, kv_coords) -> DistanceBias:
+        kv_coords = coords if kv_coords is None else kv_coords
+        for name, x in (("coords", coords), ("kv_coords", kv_coords)):
+            if np.ndim(x) not in (2, 3) or np.shape(x)[-1] != 3:
+                raise ValueError(
+                    f"DistanceBias.{form}: {name} has shape {np.shape(x)}; expected "
+                    "[N, 3] or [B, N, 3] in ångström."
+                )
+        as_float = [jnp.asarray(x, jnp.float32) for x in (weights, coords, kv_coords, knots)]
+        return cls(*as_float, form=form)
+
+    def dense(self) -> Array:
+        """The whole bias, ``[*B, H or 1, T, S]`` float32; for tests and small problems."""
+        return self.values(self.weights, self.knots, self.q_coords, self.kv_coords)
+
+    def values(self, weights: Array, knots: Array, x: Array, y: Array) -> Array:
+        """The bias ``[..., H, n, m]`` between points ``x [..., n, 3]`` and ``y [..., m, 3]``."""
+        d2 = squared_distance(x, y)
+        slope = weights[..., :1, None]
+        if self.form == "quadratic":
+            return -slope * d2[..., None, :, :]
+        # sqrt has no derivative at 0: step aside there, and put the 0 back.
+        positive = d2 > 0
+        d = jnp.where(positive, jnp.sqrt(jnp.where(positive, d2, 1)), 0)
+        if self.form == "linear":
+            return -slope * d[..., None, :, :]
+        knots = knots[..., None, None, :]
+        centers, width = knots[..., :-1], knots[..., -1:]
+        if self.form == "table":
+            d = jnp.minimum(d, centers[..., -1])
+            basis = jnp.maximum(0, 1 - jnp.abs(d[..., None] - centers) / width)
+        else:
+            basis = jnp.exp(-0.5 * jnp.square((d[..., None] - centers) / width))
+        # A product with the basis, not a table look-up: its gradient is a product too,
+        # and so deterministic, where a look-up would scatter with atomics.
+        return jnp.einsum("...hn,...tsn->...hts", weights, basis, precision="highest")
+
+
+def _column(slope: Array) -> Array:
+    if np.ndim(slope) != 1:
+        raise ValueError(
+            f"DistanceBias: slope has shape {np.shape(slope)}; expected [H] or [1]."
+        )
+    return jnp.asarray(slope)[:, None]
+
+
+Bias = Array | BlockBias | DistanceBias

@@ -1,0 +1,4 @@
+"""The public attention operation."""
+
+from jsparse.ops._attention import block_sparse_attention as block_sparse_attention
+from jsparse.ops._dispatch import support as support

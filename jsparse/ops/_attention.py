@@ -1,0 +1,127 @@
+"""The public operation: signature, meaning, and ten lines."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import jax.numpy as jnp
+
+from jsparse.bias import Bias
+from jsparse.ops._checks import canonical, check_scale, describe
+from jsparse.ops._dispatch import choose
+from jsparse.ops._vjp import attend
+from jsparse.patterns import BlockMask
+
+Array = Any
+Implementation = Literal["auto", "mosaic_gpu", "cutlass", "xla", "reference"]
+
+
+@overload
+def block_sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: BlockMask,
+    *,
+    bias: Bias | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    implementation: Implementation = "auto",
+) -> Array: ...
+
+
+@overload
+def block_sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: BlockMask,
+    *,
+    bias: Bias | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    implementation: Implementation = "auto",
+) -> tuple[Array, Array]: ...
+
+
+def block_sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: BlockMask,
+    *,
+    bias: Bias | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: Implementation = "auto",
+) -> Array | tuple[Array, Array]:
+    """Attention over the blocks and elements that a mask allows.
+
+    ``out[t] = sum_s p[t, s] v[s]`` with ``p[t] = softmax_s(scale * q[t] . k[s] +
+    bias[t, s])`` over the keys s that query t sees. Softmax and sums are computed in
+    float32 (float64 for float64 inputs). A query that sees nothing gives 0, with
+    ``lse = -inf`` and zero gradients. A NaN or infinity in k or v reaches exactly the
+    rows that attend to it. Results are the same bits on every run.
+
+    Differentiable with respect to q, k, v and every array of the bias, also through
+    ``lse``; works under ``jit``, ``vmap``, ``grad``, ``jax.checkpoint``,
+    ``jax.shard_map`` and ``jax.export``. A bias shared over batch axes or under ``vmap``
+    is not copied, and its gradient is summed in place.
+
+    Args:
+        q: ``[*B, T, H, D]`` float queries.
+        k: ``[*B, S, K, D]`` keys of the same dtype; K divides H.
+        v: ``[*B, S, K, Dv]`` values of the same dtype.
+        mask: which blocks and elements are computed. Closed over, the pattern is static;
+            passed into a jitted function it is traced. If a traced mask ran out of
+            capacity, the outputs of that batch entry are NaN (see `BlockMask.check`).
+        bias: added to the scaled logits: an array ``[*B or 1, H or 1, T or 1, S]``, a
+            `BlockBias` or a `DistanceBias`. An element with bias -inf is masked.
+        scale: multiplies ``q . k``; ``1 / sqrt(D)`` if not given.
+        return_lse: also return the log-sum-exp.
+        implementation: ``"auto"`` takes the first backend that can; ``"reference"`` is
+            dense jnp, differentiable to any order.
+
+    Returns:
+        ``out [*B, T, H, Dv]`` in the dtype of q; with ``return_lse`` also ``lse
+        [*B, H, T]``, natural log, float32.
+
+    Raises:
+        TypeError: for mixed or non-float dtypes, or a mask that is not a `BlockMask`.
+        ValueError: for shapes that do not fit, or an unknown implementation.
+        CapacityError: for a concrete mask that ran out of capacity.
+        NotImplementedError: if the named implementation cannot take this problem.
+
+    Example:
+        >>> import jax, jsparse
+        >>> mask = jsparse.patterns.window(256, left=16, right=16, block_q=64, block_kv=64)
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 256, 4, 32))
+        >>> out, lse = jsparse.block_sparse_attention(q, k, v, mask, return_lse=True)
+        >>> out.shape, lse.shape
+        ((256, 4, 32), (4, 256))
+
+    References:
+        FlashAttention (Dao et al. 2022) for the online softmax and the backward pass;
+        FlexAttention (PyTorch) for the block lists.
+    """
+    operands = canonical(q, k, v, mask, bias)
+    scale = check_scale(scale, operands.q.shape[-1])
+    backend = choose(implementation, describe(operands))
+    if backend.differentiable:
+        out, lse = backend.forward(operands, scale)
+    else:
+        out, lse = attend(backend, scale, operands)
+    if mask.needed_capacity is not None:
+        out, lse = _poison_overflow(out, lse, mask)
+    return (out, lse) if return_lse else out
+
+
+def _poison_overflow(out: Array, lse: Array, mask: BlockMask) -> tuple[Array, Array]:
+    """Turns batch entries whose block lists overflowed into NaN, gradients included."""
+    needed = jnp.asarray(mask.needed_capacity)
+    over = (needed > jnp.asarray(mask.capacity, needed.dtype)).any(-1)
+    factor = jnp.where(over, jnp.nan, 1.0)
+    batch = out.shape[:-3] if factor.size > 1 else (1,) * (out.ndim - 3)
+    out_factor = factor.reshape(*batch, 1, 1, 1).astype(out.dtype)
+    lse_factor = factor.reshape(*batch, 1, 1).astype(lse.dtype)
+    return out * out_factor, lse * lse_factor

@@ -1,0 +1,239 @@
+"""Every check of the op's arguments, and their canonical form.
+
+All refusals happen here, before anything is traced or launched. What passes comes out as
+`Operands`, where each leaf has one axis per batch axis of q (size 1 where shared).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsparse.backends._contract import Operands, Problem
+from jsparse.bias import Bias, BlockBias, DistanceBias
+from jsparse.patterns import BlockMask
+
+Array = Any
+_OP = "block_sparse_attention"
+
+
+def canonical(q: Array, k: Array, v: Array, mask: BlockMask, bias: Bias | None) -> Operands:
+    """Checks the arguments and gives every leaf its batch axes.
+
+    Raises:
+        TypeError: for a mask that is not a `BlockMask`, or mixed or non-float dtypes.
+        ValueError: for shapes that do not fit together.
+    """
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    if not isinstance(mask, BlockMask):
+        raise TypeError(
+            f"{_OP}: mask is a {type(mask).__name__}; expected a BlockMask. Build one with "
+            "jsparse.patterns, e.g. patterns.from_dense(mask)."
+        )
+    _check_arrays(q, k, v)
+    _check_mask(q, k, mask)
+    batch = q.shape[:-3]
+    return Operands(q, k, v, _batched_mask(mask, batch), _batched_bias(bias, q, k, mask))
+
+
+def describe(operands: Operands) -> Problem:
+    """The static description that backends judge."""
+    q, k, v, mask, bias = operands
+    kinds = {BlockBias: "block", DistanceBias: "distance", type(None): None}
+    return Problem(
+        batch=math.prod(q.shape[:-3]),
+        q_len=q.shape[-3],
+        kv_len=k.shape[-3],
+        num_heads=q.shape[-2],
+        num_kv_heads=k.shape[-2],
+        head_dim=q.shape[-1],
+        value_dim=v.shape[-1],
+        dtype=str(q.dtype),
+        block_q=mask.block_q,
+        block_kv=mask.block_kv,
+        mask_heads=mask.num_heads,
+        rules=tuple(type(r).__name__ for r in mask.rules),
+        bits=mask.bits is not None,
+        bias=kinds.get(type(bias), "dense"),
+        platform=jax.default_backend(),
+    )
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """The logits' scale; ``1 / sqrt(D)`` if None."""
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, jax.core.Tracer) or np.ndim(scale) != 0:
+        raise TypeError(
+            f"{_OP}: scale is {scale!r}; expected a number known before tracing. Multiply "
+            "q by a learned scale instead and pass scale=1.0."
+        )
+    scale = float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"{_OP}: scale={scale}; expected a finite number.")
+    return scale
+
+
+def _check_arrays(q: Array, k: Array, v: Array) -> None:
+    for name, x, axes in (("q", q, "T, H, D"), ("k", k, "S, K, D"), ("v", v, "S, K, Dv")):
+        if x.ndim < 3:
+            raise ValueError(
+                f"{_OP}: {name} has shape {x.shape}; expected [*B, {axes}], at least three "
+                "axes."
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(
+                f"{_OP}: {name} has dtype {x.dtype}; expected a floating-point type. Cast "
+                "it first."
+            )
+        if 0 in x.shape:
+            raise ValueError(
+                f"{_OP}: {name} has shape {x.shape}; expected no axis of size 0."
+            )
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            f"{_OP}: q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; expected one "
+            "dtype. Cast them; nothing is converted silently."
+        )
+    if not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
+        raise ValueError(
+            f"{_OP}: q, k, v have batch axes {q.shape[:-3]}, {k.shape[:-3]}, "
+            f"{v.shape[:-3]}; expected the same. Broadcast them, or use jax.vmap."
+        )
+    if k.shape[-3:-1] != v.shape[-3:-1]:
+        raise ValueError(
+            f"{_OP}: k has {k.shape[-3]} tokens and {k.shape[-2]} heads but v has "
+            f"{v.shape[-3]} and {v.shape[-2]}; expected the same."
+        )
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"{_OP}: q has head size {q.shape[-1]} but k has {k.shape[-1]}; expected the "
+            "same."
+        )
+    if q.shape[-2] % k.shape[-2]:
+        raise ValueError(
+            f"{_OP}: q has {q.shape[-2]} heads and k has {k.shape[-2]}; expected a multiple "
+            "of the key heads, so that each serves equally many query heads."
+        )
+
+
+def _check_mask(q: Array, k: Array, mask: BlockMask) -> None:
+    for name, have, want, block in (
+        ("q", q.shape[-3], mask.q_len, mask.block_q),
+        ("k", k.shape[-3], mask.kv_len, mask.block_kv),
+    ):
+        if have != want:
+            raise ValueError(
+                f"{_OP}: {name} has {have} tokens but the mask was built for {want} "
+                f"({-(-want // block)} blocks of {block}). Rebuild it for {have} tokens"
+                + (", or pad it with mask.pad_to." if have > want else ".")
+            )
+    if mask.num_heads not in (1, q.shape[-2]):
+        raise ValueError(
+            f"{_OP}: the mask has {mask.num_heads} head patterns but q has {q.shape[-2]} "
+            "heads; expected one pattern for all, or one each."
+        )
+    batch = math.prod(q.shape[:-3])
+    if mask.batch_size not in (1, batch):
+        raise ValueError(
+            f"{_OP}: the mask has {mask.batch_size} batch patterns but q has batch axes "
+            f"{q.shape[:-3]} ({batch} entries); expected one pattern for all, or one each."
+        )
+    if not isinstance(mask.needed_capacity, jax.core.Tracer):
+        mask.check()
+
+
+def _unfold(x: Array, batch: tuple[int, ...]) -> Array:
+    """A leading ``[B or 1]`` axis as the axes of ``batch``, each full or 1."""
+    lead = batch if x.shape[0] > 1 else (1,) * len(batch)
+    return jnp.asarray(x).reshape(*lead, *x.shape[1:])
+
+
+def _batched_mask(mask: BlockMask, batch: tuple[int, ...]) -> BlockMask:
+    mask = dataclasses.replace(mask, groups=None, needed_capacity=None)
+    return jax.tree_util.tree_map(lambda x: _unfold(x, batch), mask)
+
+
+def _batched_bias(bias: Bias | None, q: Array, k: Array, mask: BlockMask) -> Bias | None:
+    batch, num_heads = q.shape[:-3], q.shape[-2]
+    if bias is None:
+        return None
+    if isinstance(bias, BlockBias):
+        _check_block_bias(bias, mask, math.prod(batch), num_heads)
+        return jax.tree_util.tree_map(lambda x: _unfold(x, batch), bias)
+    if isinstance(bias, DistanceBias):
+        _check_distance_bias(bias, mask, math.prod(batch), num_heads)
+        coords = [
+            _unfold(x if x.ndim == 3 else x[None], batch)
+            for x in (bias.q_coords, bias.kv_coords)
+        ]
+        weights, knots = (_unfold(x[None], batch) for x in (bias.weights, bias.knots))
+        return DistanceBias(weights, *coords, knots, form=bias.form)
+    bias = jnp.asarray(bias)
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise TypeError(
+            f"{_OP}: bias has dtype {bias.dtype}; expected a floating-point type. A boolean "
+            "mask belongs in the BlockMask: patterns.from_dense."
+        )
+    rank = len(batch) + 3
+    full = (*batch, num_heads, q.shape[-3], k.shape[-3])
+    shape = (1,) * (rank - bias.ndim) + bias.shape
+    fits = len(shape) == rank and all(
+        n in (1, m) for n, m in zip(shape[:-1], full[:-1], strict=True)
+    )
+    if not fits or shape[-1] != full[-1]:
+        raise ValueError(
+            f"{_OP}: bias has shape {bias.shape}, which does not broadcast to "
+            f"{full} ([*B, H, T, S]); expected each axis but the last to be full or 1."
+        )
+    return bias.reshape(shape)
+
+
+def _check_block_bias(bias: BlockBias, mask: BlockMask, batch: int, num_heads: int) -> None:
+    shape = bias.values.shape
+    blocks = (mask.block_q, mask.block_kv)
+    if len(shape) != 5 or shape[-2:] != blocks:
+        raise ValueError(
+            f"{_OP}: BlockBias.values has shape {shape}; expected [B or 1, H or 1, n, "
+            f"{blocks[0]}, {blocks[1]}], the mask's block sizes."
+        )
+    heads = (1,) if mask.num_heads > 1 else (1, num_heads)
+    if shape[0] not in (1, batch) or shape[1] not in heads:
+        raise ValueError(
+            f"{_OP}: BlockBias.values has shape {shape}; expected {batch} or 1 batch "
+            f"entries and {' or '.join(map(str, heads))} heads."
+        )
+    counts = (mask.kv_num_blocks, mask.full_kv_num_blocks)
+    if any(isinstance(x, jax.core.Tracer) for x in counts):
+        return
+    needed = int(sum(np.asarray(x).sum((1, 2)) for x in counts).max())
+    if shape[2] < needed:
+        raise ValueError(
+            f"{_OP}: the BlockBias holds {shape[2]} blocks but the mask has {needed}; it "
+            "was made for another mask. Make it again, e.g. with BlockBias.from_function."
+        )
+
+
+def _check_distance_bias(
+    bias: DistanceBias, mask: BlockMask, batch: int, num_heads: int
+) -> None:
+    for name, x, n in (
+        ("q_coords", bias.q_coords, mask.q_len),
+        ("kv_coords", bias.kv_coords, mask.kv_len),
+    ):
+        lead = x.shape[:-2]
+        if x.shape[-2:] != (n, 3) or lead not in ((), (1,), (batch,)):
+            raise ValueError(
+                f"{_OP}: DistanceBias.{name} has shape {x.shape}; expected [{n}, 3] or "
+                f"[{batch} or 1, {n}, 3]."
+            )
+    if bias.weights.shape[0] not in (1, num_heads):
+        raise ValueError(
+            f"{_OP}: DistanceBias.weights has {bias.weights.shape[0]} heads; expected 1 or "
+            f"{num_heads}."
+        )

@@ -1,0 +1,81 @@
+"""The only custom derivative and the only batching rule of the library.
+
+``attend`` maps `Operands` to ``(out, lse)``. Both directions are `custom_vmap` functions
+whose rule prepends a batch axis to every leaf, of size 1 where a leaf is not mapped. A
+bias shared under ``vmap`` is therefore never copied, and its gradient comes back summed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from jsparse.backends._contract import Operands
+
+Array = Any
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def attend(backend: ModuleType, scale: float, operands: Operands) -> tuple[Array, Array]:
+    """Attention through ``backend``; residuals are the operands, ``out`` and ``lse``."""
+    return _batched_forward(backend, scale)(operands)
+
+
+def _attend_fwd(backend, scale, operands):
+    out, lse = _batched_forward(backend, scale)(operands)
+    return (out, lse), (operands, out, lse)
+
+
+def _attend_bwd(backend, scale, residuals, cotangents):
+    operands, out, lse = residuals
+    dq, dk, dv, dbias = _batched_backward(backend, scale)(operands, out, lse, *cotangents)
+    return (Operands(dq, dk, dv, None, dbias),)
+
+
+attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+@functools.lru_cache(maxsize=None)
+def _batched_forward(backend: ModuleType, scale: float) -> Callable:
+    @custom_vmap
+    def forward(operands):
+        return backend.forward(operands, scale)
+
+    @forward.def_vmap
+    def rule(axis_size, in_batched, operands):
+        del axis_size
+        return forward(_add_axis(operands, in_batched[0])), (True, True)
+
+    return forward
+
+
+@functools.lru_cache(maxsize=None)
+def _batched_backward(backend: ModuleType, scale: float) -> Callable:
+    @custom_vmap
+    def backward(operands, *rows):
+        return backend.backward(operands, scale, *rows)
+
+    @backward.def_vmap
+    def rule(axis_size, in_batched, operands, *rows):
+        rows = [
+            _add_axis(x, b) if b else jnp.broadcast_to(x, (axis_size, *x.shape))
+            for x, b in zip(rows, in_batched[1:], strict=True)
+        ]
+        grads = backward(_add_axis(operands, in_batched[0]), *rows)
+        mapped = in_batched[0]
+        batched = (mapped.q, mapped.k, mapped.v, mapped.bias)
+        # What was shared over the mapped axis has been summed over it by the backend.
+        grads = jax.tree_util.tree_map(lambda g, b: g if b else g[0], grads, batched)
+        return grads, batched
+
+    return backward
+
+
+def _add_axis(tree: Any, batched: Any) -> Any:
+    return jax.tree_util.tree_map(lambda x, b: x if b else x[None], tree, batched)
