@@ -15,6 +15,9 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("repeatable")
 
+# Two devices on a CPU, so that sharding is tested anywhere.
+jax.config.update("jax_num_cpu_devices", 2)
+
 
 @pytest.fixture(autouse=True)
 def strict_promotion() -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jsparse.patterns import device as device
 from jsparse.patterns._block_mask import BlockMask as BlockMask
 from jsparse.patterns._block_mask import BlockState as BlockState
 from jsparse.patterns._block_mask import Capacity as Capacity
@@ -13,6 +14,8 @@ from jsparse.patterns._builders import random as random
 from jsparse.patterns._builders import segments as segments
 from jsparse.patterns._builders import strided as strided
 from jsparse.patterns._builders import window as window
+from jsparse.patterns._groups import join_groups as join_groups
+from jsparse.patterns._groups import split_groups as split_groups
 from jsparse.patterns._ordering import Ordering as Ordering
 from jsparse.patterns._ordering import order as order
 from jsparse.patterns._rules import Distance as Distance

@@ -441,7 +441,8 @@ class BlockMask:
         if short:
             raise CapacityError(
                 f"BlockMask: block lists are too narrow: {'; '.join(short)}. Build the "
-                "mask again with at least that capacity."
+                "mask again with at least that capacity; device builders call it "
+                "capacity (kv), q_capacity (q) and num_bits (bits)."
             )
         return self
 
@@ -570,6 +571,7 @@ class BlockMask:
             >>> mask.pad_to(512, capacity=4).kv_indices.shape
             (1, 1, 4, 4)
         """
+        self.check()
         sizes = check_sizes("pad_to", q_len, kv_len, self.block_q, self.block_kv)
         if sizes.q_len < self.q_len or sizes.kv_len < self.kv_len:
             raise ValueError(
@@ -654,7 +656,6 @@ class BlockMask:
             part = unique(both, self.num_kv_blocks)
             every = pack(np.ones(self.block_kv, bool))
             allowed = (part.words & every == every).all((1, 2))
-            allowed &= whole_blocks(part.rows, part.cols, self._sizes)
             parts.append(part._replace(full=part.full | allowed))
         lengths = np.maximum(_lengths(self, shape[0]), _lengths(other, shape[0]))
         mask = from_parts(fold(parts, shape), self._sizes, lengths=lengths)
@@ -672,6 +673,7 @@ class BlockMask:
         return np.asarray(value)
 
     def _patterns(self) -> Iterator[tuple[int, ...]]:
+        self.check()
         return np.ndindex(self._host("kv_num_blocks").shape[:2])
 
     def _part(self, b: int, h: int, with_bits: bool = False) -> Part:
@@ -710,7 +712,9 @@ class BlockMask:
             )
             q = tuple(x[at[0]] for x in one.q_data())
             kv = tuple(x[at[1]] for x in one.kv_data())
-            ok &= one.allowed(q, kv, t, s)
+            # Coordinates of what does not exist may be anything.
+            with np.errstate(over="ignore", invalid="ignore"):
+                ok &= one.allowed(q, kv, t, s)
         if part.words is not None:
             ok &= unpack(part.words[n], self.block_kv)
         return ok | full[:, None, None]
@@ -829,7 +833,8 @@ def _check_compatible(
 def _lengths(mask: BlockMask, batch: int) -> np.ndarray:
     """``q_lengths`` and ``kv_lengths`` as ``[2, batch]``."""
     both = (mask._host("q_lengths"), mask._host("kv_lengths"))
-    return np.stack([np.broadcast_to(x, (batch,)) if len(x) == 1 else x for x in both])
+    batch = max(batch, *map(len, both))
+    return np.stack([np.broadcast_to(x, (batch,)) for x in both])
 
 
 def _pattern_shape(a: BlockMask, b: BlockMask) -> tuple[int, ...]:

@@ -29,8 +29,8 @@ def join_groups(
     """Joins one array for each group into the axis that ``mask`` describes.
 
     Args:
-        arrays: for each group, in order, an array with T_g (or S_g) entries on ``axis``;
-            other sizes and the dtype are common to all.
+        arrays: for each group, in order, an array with T_g (or S_g) entries on
+            ``axis``; other sizes and the dtype are common to all.
         mask: a mask made by `BlockMask.concatenate`.
         side: ``"q"`` for arrays of queries, ``"kv"`` for arrays of keys.
         axis: the axis of the queries or keys, e.g. -3 for ``[*B, T_g, H, D]``.
@@ -67,14 +67,14 @@ def join_groups(
     for n, (x, at, (_, length)) in enumerate(zip(arrays, axes, spans, strict=True)):
         if x.shape[at] != length:
             raise ValueError(
-                f"join_groups: array {n} has shape {x.shape}; expected {length} entries "
-                f"on axis {axis}, the {side} length of group {n}."
+                f"join_groups: array {n} has shape {x.shape}; expected {length} "
+                f"entries on axis {axis}, the {side} length of group {n}."
             )
         if x.dtype != first.dtype or _others(x, at) != _others(first, axes[0]):
             raise ValueError(
                 f"join_groups: array {n} is {x.dtype} {x.shape} and array 0 is "
-                f"{first.dtype} {first.shape}; expected one dtype and one shape but for "
-                f"axis {axis}."
+                f"{first.dtype} {first.shape}; expected one dtype and one shape but "
+                f"for axis {axis}."
             )
     at = axes[0]
     ends = [start for start, _ in spans[1:]] + [total]
@@ -119,16 +119,14 @@ def split_groups(
     at = _axis("split_groups", array, axis)
     if array.shape[at] != total:
         raise ValueError(
-            f"split_groups: the array has shape {array.shape}; expected {total} entries "
-            f"on axis {axis}, the {side} length of the mask."
+            f"split_groups: the array has shape {array.shape}; expected {total} "
+            f"entries on axis {axis}, the {side} length of the mask."
         )
     before = (slice(None),) * at
     return [array[(*before, slice(start, start + n))] for start, n in spans]
 
 
-def _spans(
-    who: str, mask: BlockMask, side: Side
-) -> tuple[list[tuple[int, int]], int]:
+def _spans(who: str, mask: BlockMask, side: Side) -> tuple[list[tuple[int, int]], int]:
     """Start and length of every group on one side, and the length of all."""
     if side not in ("q", "kv"):
         raise ValueError(f"{who}: side={side!r}; expected 'q' or 'kv'.")
@@ -139,8 +137,8 @@ def _spans(
         )
     if isinstance(mask.groups, Tracer):
         raise TypeError(
-            f"{who}: the groups of the mask are traced, and array shapes depend on them. "
-            "Call it outside jit, or close over the mask instead of passing it."
+            f"{who}: the groups of the mask are traced, and array shapes depend on "
+            "them. Call it outside jit, or close over the mask instead of passing it."
         )
     first = 0 if side == "q" else 2
     spans = [(int(n), int(m)) for n, m in np.asarray(mask.groups)[:, first : first + 2]]
@@ -151,8 +149,8 @@ def _axis(who: str, x: Array, axis: int) -> int:
     axis = operator.index(axis)
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(
-            f"{who}: axis={axis}, but an array has shape {x.shape}; expected one of its "
-            "axes."
+            f"{who}: axis={axis}, but an array has shape {x.shape}; expected one of "
+            "its axes."
         )
     return axis % x.ndim
 

@@ -350,7 +350,10 @@ def expand(
     sees = scipy.sparse.csr_array(
         (np.ones(len(row), bool), (row, col)), shape=(len(q_names), len(kv_names))
     )
-    rows_of = lambda residues: sees[residues].toarray()  # noqa: E731
+
+    def rows_of(residues: np.ndarray) -> np.ndarray:
+        return sees[residues].toarray()
+
     return bit_mask([_residue_strips(rows_of, q, kv, sizes)], 1, sizes)
 
 

@@ -202,7 +202,7 @@ def neighbors(
     num_bits = _positive("neighbors", "num_bits", num_bits)
     q_lengths = _lengths("neighbors", "q_length", q_length, sizes.q_len)
     kv_lengths = _lengths("neighbors", "kv_length", kv_length, sizes.kv_len)
-    index = _int32(index, -1, sizes.kv_len).reshape(-1, *index.shape[-2:])
+    index = _batched(_int32(index, -1, sizes.kv_len))
     batch = _batch(
         "neighbors",
         index=index.shape[0],
@@ -264,27 +264,28 @@ def from_dense_blocks(
         >>> import jax.numpy as jnp
         >>> from jsparse.patterns import device
         >>> scores = jnp.array([[0.9, 0.1, 0.8], [0.2, 0.7, 0.6], [0.1, 0.3, 0.5]])
-        >>> mask = device.from_dense_blocks(scores > 0.4, q_len=300, capacity=2)
-        >>> mask.kv_indices[0, 0].tolist(), mask.kv_num_blocks[0, 0].tolist()
-        ([[0, 2], [1, 2], [2, 0]], [2, 2, 1])
+        >>> mask = device.from_dense_blocks(scores > 0.4, q_len=300, capacity=3)
+        >>> mask.kv_num_blocks[0, 0].tolist(), mask.kv_indices[0, 0].tolist()
+        ([2, 2, 1], [[0, 2, 0], [1, 2, 0], [2, 0, 0]])
     """
     sizes = _sizes("from_dense_blocks", q_len, kv_len, block_q, block_kv)
     widths = _widths("from_dense_blocks", capacity, q_capacity)
-    active = jnp.asarray(active)
+    active = _array(active)
     if active.dtype != jnp.bool_:
         raise TypeError(
             f"from_dense_blocks: active has dtype {active.dtype}; expected bool. "
             "Compare scores with a threshold first."
         )
-    if active.ndim not in (2, 4) or active.shape[-2:] != sizes.grid:
+    nq, nk = sizes.grid
+    if active.ndim not in (2, 4) or active.shape[-2:] != (nq, nk):
         raise ValueError(
             f"from_dense_blocks: active has shape {active.shape}; expected "
-            f"{sizes.grid} or [B, H, {sizes.grid[0]}, {sizes.grid[1]}], one flag for each block of "
+            f"[{nq}, {nk}] or [B, H, {nq}, {nk}], one flag for each block of "
             f"{sizes.q_len} x {sizes.kv_len} elements."
         )
-    active = active.reshape(
-        -1, active.shape[-3] if active.ndim == 4 else 1, *sizes.grid
-    )
+    if active.ndim == 2:
+        active = active[None, None]
+    _check_rules(rules, sizes)
     q_lengths = _lengths("from_dense_blocks", "q_length", q_length, sizes.q_len)
     kv_lengths = _lengths("from_dense_blocks", "kv_length", kv_length, sizes.kv_len)
     leaves = jax.tree_util.tree_leaves(tuple(rules))
@@ -352,7 +353,7 @@ def _neighbors(
     num_bits: int,
 ) -> BlockMask:
     def blocks_and_bits(index, q_length, kv_length):
-        row_exists = jnp.arange(sizes.q_len)[:, None] < q_length
+        row_exists = jnp.arange(sizes.q_len, dtype=jnp.int32)[:, None] < q_length
         known = row_exists & (index >= 0) & (index < kv_length)
         index = jnp.where(known, index, sizes.kv_len)
         return _set_bits(jnp.sort(index, axis=1), sizes, num_bits)
@@ -481,7 +482,9 @@ def _decide(
 
 def _tile(x: Array, length: Array, block: int) -> Array:
     """Atoms ``[T, 3]`` as ``[n, block, 3]``, NaN for those that do not exist."""
-    x = jnp.where((jnp.arange(x.shape[0]) < length)[:, None], x, jnp.nan)
+    x = jnp.where(
+        (jnp.arange(x.shape[0], dtype=jnp.int32) < length)[:, None], x, jnp.nan
+    )
     x = jnp.pad(x, ((0, -x.shape[0] % block), (0, 0)), constant_values=jnp.nan)
     return x.reshape(-1, block, 3)
 
@@ -598,7 +601,7 @@ def _points(name: str, coords: Array) -> Array:
         raise TypeError(
             f"radius: {name} has dtype {x.dtype}; expected real numbers, e.g. float32."
         )
-    return jnp.asarray(x, jnp.float32).reshape(-1, *x.shape[-2:])
+    return _batched(jnp.asarray(x, jnp.float32))
 
 
 def _cutoff(cutoff: Array) -> Array:
@@ -653,6 +656,20 @@ def _batch(who: str, **sizes: int) -> int:
     return found.pop() if found else 1
 
 
+def _check_rules(rules: Sequence[ElementRule], sizes: Sizes) -> None:
+    for rule in rules:
+        for data, length in (
+            (rule.q_data(), sizes.q_len),
+            (rule.kv_data(), sizes.kv_len),
+        ):
+            for shape in map(np.shape, data):
+                if len(shape) < 2 or shape[1] != length:
+                    raise ValueError(
+                        f"from_dense_blocks: a {type(rule).__name__} rule holds an "
+                        f"array of shape {shape}; expected [B or 1, {length}, ...]."
+                    )
+
+
 def _check_entries(index: Array, kv_len: int) -> None:
     if isinstance(index, Tracer):
         return
@@ -669,6 +686,10 @@ def _check_entries(index: Array, kv_len: int) -> None:
 def _array(x: Array) -> Array:
     """A JAX array as it is, anything else as NumPy, which keeps its values exact."""
     return x if isinstance(x, jax.Array) else np.asarray(x)
+
+
+def _batched(x: Array) -> Array:
+    return x if x.ndim == 3 else x[None]
 
 
 def _is_real(x: Array) -> bool:

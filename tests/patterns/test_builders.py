@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jsparse import patterns
 from jsparse.patterns import BlockState, _bits
-from tests.patterns.oracle import SIZES, check_exact
+from tests.patterns.oracle import SIZES, check_exact, untyped
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -98,6 +98,12 @@ def test_window(sizes, left, right):
     assert mask.bits is None
 
 
+def test_window_past_the_last_key_lists_no_block():
+    mask = patterns.window(20, left=1, right=1, kv_len=6, block_q=4, block_kv=4)
+    check_exact(mask, np.abs(np.arange(20)[:, None] - np.arange(6)) <= 1)
+    assert mask.block_states()[0, 0, 2:].tolist() == [[0, 0]] * 3
+
+
 def test_causal_window():
     mask = patterns.window(9, left=None, right=0, block_q=2, block_kv=3)
     check_exact(mask, np.tri(9, dtype=bool))
@@ -139,12 +145,13 @@ def test_segments_with_labels_that_int32_cannot_hold():
     ids = np.array([0, 2**32, 2**40, 2**40, -(2**32), 0])
     mask = patterns.segments(ids, block_q=2, block_kv=2)
     check_exact(mask, ids[:, None] == ids)
-    assert mask.rules[0].q_ids.dtype == mask.rules[0].kv_ids.dtype == np.int32
+    (rule,) = untyped(mask.rules)
+    assert rule.q_ids.dtype == rule.kv_ids.dtype == np.int32
 
 
 def test_segments_keep_narrow_labels():
     mask = patterns.segments(np.array([7, -3, 7], np.int8))
-    assert mask.rules[0].q_ids.tolist() == [[7, -3, 7]]
+    assert untyped(mask.rules[0]).q_ids.tolist() == [[7, -3, 7]]
 
 
 # --------------------------------------------------------------------- strided
@@ -158,6 +165,12 @@ def test_strided(sizes, stride, offset):
     )
     t, s = np.arange(q_len)[:, None], np.arange(kv_len)
     check_exact(mask, (s - t - offset) % stride == 0)
+
+
+def test_strided_takes_any_offset():
+    far = patterns.strided(9, stride=7, offset=-(7**50) + 2, block_q=4, block_kv=4)
+    near = patterns.strided(9, stride=7, offset=2, block_q=4, block_kv=4)
+    np.testing.assert_array_equal(far.to_dense(), near.to_dense())
 
 
 def test_strided_skips_blocks():
@@ -228,14 +241,17 @@ def test_random_draws_every_block_equally_often():
         (lambda: patterns.from_dense(np.ones((4, 4), bool), block_q=0), "block_q=0"),
         (lambda: patterns.window(0, left=1, right=1), r"window: q_len=0"),
         (lambda: patterns.window(4, left=-1, right=1), r"window: left is -1; expected"),
-        (lambda: patterns.window(4, left=1, right=1.5), r"window: right is 1.5"),
+        (
+            lambda: patterns.window(4, left=1, right=untyped(1.5)),
+            r"window: right is 1.5",
+        ),
         (lambda: patterns.window(4, left=1, right=1, kv_len=0), r"window: kv_len=0"),
         (lambda: patterns.segments([]), r"segments: q_ids has shape \(0,\)"),
         (lambda: patterns.segments([0.5]), r"q_ids has .*dtype float64; expected"),
         (lambda: patterns.segments([0], [[[0]]]), r"kv_ids has shape \(1, 1, 1\)"),
         (lambda: patterns.segments([[0]] * 2, [[0]] * 3), r"q_ids has 2 batch .* 3"),
         (lambda: patterns.strided(4, stride=0), r"strided: stride is 0; expected"),
-        (lambda: patterns.strided(4, stride=2, offset=0.5), r"offset is 0.5"),
+        (lambda: patterns.strided(4, stride=2, offset=untyped(0.5)), r"offset is 0.5"),
         (lambda: patterns.strided(-4, stride=2), r"strided: q_len=-4"),
         (
             lambda: patterns.global_(4, index=[4]),
@@ -250,7 +266,10 @@ def test_random_draws_every_block_equally_often():
             r"there are 1 key blocks",
         ),
         (lambda: patterns.random(4, blocks_per_row=-1, rng=0), r"blocks_per_row is -1"),
-        (lambda: patterns.random(4, blocks_per_row=1, rng=None), r"rng is None"),
+        (
+            lambda: patterns.random(4, blocks_per_row=1, rng=untyped(None)),
+            r"rng is None",
+        ),
         (lambda: patterns.random(4, blocks_per_row=1, rng=-5), r"rng is -5"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from jsparse import patterns
 from jsparse.patterns import _bits
-from tests.patterns.oracle import SIZES, check_exact, check_lists, states_of
+from tests.patterns.oracle import SIZES, check_exact, check_lists, states_of, untyped
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -159,7 +161,7 @@ def test_contacts_of_pairs(sizes, seed, count):
     pairs = np.stack([rng.integers(0, n, count) for n in (q_len, kv_len)], 1)
     dense = np.zeros((q_len, kv_len), bool)
     dense[tuple(pairs.T)] = True
-    args = {"q_len": q_len, "kv_len": kv_len, **blocks}
+    args: dict[str, Any] = {"q_len": q_len, "kv_len": kv_len, **blocks}
     check_exact(patterns.contacts(pairs, symmetric=False, **args), dense)
     if q_len == kv_len:
         check_exact(patterns.contacts(pairs, **args), dense | dense.T)
@@ -176,7 +178,7 @@ def test_symmetric_contacts_in_strips():
 
 def test_contact_map():
     dense = np.random.default_rng(0).random((30, 30)) < 0.05
-    args = {"block_q": 8, "block_kv": 4}
+    args: dict[str, Any] = {"block_q": 8, "block_kv": 4}
     check_exact(patterns.contacts(dense, **args), dense | dense.T)
     check_exact(patterns.contacts(dense, symmetric=False, **args), dense)
     tall = dense[:, :20]
@@ -328,7 +330,7 @@ OK = np.eye(3)
         (lambda: patterns.knn(np.zeros((0, 3)), 1), r"knn: .*no atom"),
         (lambda: patterns.knn(OK, 4), r"knn: k=4, but there are 3 keys"),
         (lambda: patterns.knn(OK, 0), r"knn: k is 0; expected"),
-        (lambda: patterns.knn(OK, 1.5), r"knn: k is 1.5"),
+        (lambda: patterns.knn(OK, untyped(1.5)), r"knn: k is 1.5"),
         (lambda: patterns.neighbors([0, 1]), r"neighbors: index has shape \(2,\)"),
         (lambda: patterns.neighbors([[0.0]]), r"dtype float64"),
         (lambda: patterns.neighbors(np.zeros((0, 4), int)), r"shape \(0, 4\)"),

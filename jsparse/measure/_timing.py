@@ -1,0 +1,134 @@
+"""Compiling and timing one call.
+
+Times are wall-clock seconds around one compiled call whose inputs are on the device,
+until its outputs are ready. XLA cannot be interrupted, so calls run in a thread and the
+main thread waits where Ctrl-C reaches it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled call and what it costs.
+
+    Attributes:
+        call: the executable; takes the arguments it was compiled for.
+        seconds: time to trace and compile.
+        temporary_bytes: what XLA allocates beside arguments and results.
+        total_bytes: arguments, results and temporaries.
+    """
+
+    call: Callable[..., Any]
+    seconds: float
+    temporary_bytes: int
+    total_bytes: int
+
+
+def in_background(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls ``function`` in a thread and waits, so that Ctrl-C is seen at once.
+
+    After a `KeyboardInterrupt` the thread goes on until its call ends.
+
+    Returns:
+        What the function returns; what it raises is raised here.
+
+    Example:
+        >>> in_background(sum, [1, 2, 3])
+        6
+    """
+    outcome: dict[str, Any] = {}
+
+    def work() -> None:
+        try:
+            outcome["value"] = function(*args)
+        except BaseException as err:  # noqa: BLE001 (raised again below)
+            outcome["error"] = err
+
+    thread = threading.Thread(target=work, name="jsparse-call", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["value"]
+
+
+def compile_call(function: Callable[..., Any], *args: Any) -> Compiled:
+    """Compiles ``function`` for ``args``: arrays, or shapes that stand for them.
+
+    Returns:
+        The executable with its compile time and memory.
+    """
+
+    def work() -> tuple[Any, float]:
+        start = time.perf_counter()
+        call = jax.jit(function).lower(*args).compile()
+        return call, time.perf_counter() - start
+
+    call, seconds = in_background(work)
+    memory = call.memory_analysis()
+    temporary = int(memory.temp_size_in_bytes)
+    fixed = int(memory.argument_size_in_bytes + memory.output_size_in_bytes)
+    return Compiled(call, seconds, temporary, temporary + fixed)
+
+
+def time_call(call: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+    """Seconds that one call takes, and its result."""
+
+    def work() -> tuple[float, Any]:
+        start = time.perf_counter()
+        out = jax.block_until_ready(call(*args))
+        return time.perf_counter() - start, out
+
+    return in_background(work)
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """The usual figures of repeated times, in seconds.
+
+    Args:
+        seconds: at least one time.
+
+    Returns:
+        ``count, min, p50, p95, p99, max``; percentiles between two times are
+        interpolated.
+
+    Example:
+        >>> percentiles([3.0, 1.0, 2.0])["p50"]
+        2.0
+    """
+    values = np.asarray(seconds, np.float64)
+    p50, p95, p99 = np.percentile(values, [50, 95, 99])
+    return {
+        "count": len(values),
+        "min": float(values.min()),
+        "p50": float(p50),
+        "p95": float(p95),
+        "p99": float(p99),
+        "max": float(values.max()),
+    }
+
+
+def useful_flops(
+    blocks: int, block_q: int, block_kv: int, heads: int, head_dim: int
+) -> int:
+    """Floating-point operations of the forward pass on computed blocks only.
+
+    ``4 * block_q * block_kv * D * H`` for each block: two products, two operations for
+    each multiply-add. Forward and backward together count 3.5 times that.
+
+    Example:
+        >>> useful_flops(800, 128, 128, 1, 64)
+        3355443200
+    """
+    return 4 * blocks * block_q * block_kv * heads * head_dim

@@ -1,0 +1,543 @@
+"""What every backend must do, run for each registered one.
+
+The oracle is dense attention in NumPy float64 (`tests.support.oracle`). An error counts
+against the error that plain dense jnp (``reference``) makes at the same dtype: at most
+twice that, plus a rounding floor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jsparse import BlockBias, BlockMask, DistanceBias, block_sparse_attention
+from tests.support import oracle
+from tests.support.cases import CASES, SIZES, Case, biases, make_case, random_mask
+
+BACKENDS = ["xla", "reference"]
+NAMES = ("out", "lse", "dq", "dk", "dv")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(implementation, q, k, v, mask, bias, dout, dlse):
+    """``out, lse, dq, dk, dv, dbias`` with random cotangents."""
+
+    def attend(q, k, v, bias):
+        return block_sparse_attention(
+            q, k, v, mask, bias=bias, return_lse=True, implementation=implementation
+        )
+
+    (out, lse), pullback = jax.vjp(attend, q, k, v, bias)
+    dlse = jnp.where(jnp.isfinite(lse), dlse, 0)
+    return (out, lse, *pullback((dout, dlse)))
+
+
+def run_case(implementation: str, case: Case):
+    arrays = (getattr(case, f.name) for f in dataclasses.fields(case))
+    return run(implementation, *arrays)
+
+
+def expected(case: Case):
+    """The oracle's results, batch entry by batch entry, and the dense dbias."""
+    batch = case.q.shape[:-3]
+    count = int(np.prod(batch))
+    heads = case.q.shape[-2]
+    elements = case.mask.to_dense()
+    bias = oracle.dense_bias(case.bias, case.mask, heads)
+    q, k, v, dout, dlse = (
+        np.asarray(x, np.float64).reshape(count, *x.shape[len(batch) :])
+        for x in (case.q, case.k, case.v, case.dout, case.dlse)
+    )
+    scale = case.q.shape[-1] ** -0.5
+    found = [
+        oracle.attention(
+            q[b],
+            k[b],
+            v[b],
+            elements[min(b, len(elements) - 1)],
+            bias[min(b, len(bias) - 1)],
+            scale,
+            dout[b],
+            dlse[b],
+        )
+        for b in range(count)
+    ]
+    stacked = oracle.Result(*(np.stack(x) for x in zip(*found, strict=True)))
+    shaped = [x.reshape(*batch, *x.shape[1:]) for x in stacked[:5]]
+    return (*shaped, stacked.dbias)
+
+
+def error(found, truth) -> float:
+    """Relative norm error; both -inf is agreement."""
+    found, truth = (np.asarray(x, np.float64) for x in (found, truth))
+    assert found.shape == truth.shape
+    both = np.isneginf(found) & np.isneginf(truth)
+    found, truth = np.where(both, 0, found), np.where(both, 0, truth)
+    return np.linalg.norm(found - truth) / max(np.linalg.norm(truth), 1e-30)
+
+
+def check(implementation: str, case: Case, floor: float) -> None:
+    found, truth = run_case(implementation, case), expected(case)
+    plain = run_case("reference", case)
+    for name, x, y, z in zip(NAMES, found, truth, plain, strict=False):
+        if np.all(np.isneginf(y) | (y == 0)):
+            np.testing.assert_array_equal(np.asarray(x, np.float64), y, err_msg=name)
+        else:
+            limit = 2 * error(z, y) * (implementation != "reference") + floor
+            assert error(x, y) <= limit, (name, error(x, y), limit)
+
+
+# ------------------------------------------------------------- values and gradients
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_values_and_gradients(implementation, name):
+    check(implementation, CASES[name](np.random.default_rng(0)), floor=2e-6)
+
+
+@st.composite
+def masks(draw) -> BlockMask:
+    """Any mask of one bucket: empty rows and columns, one block, all, ragged lengths."""
+    q_len, kv_len, block_q, block_kv = SIZES
+    lengths = draw(st.integers(1, q_len)), draw(st.integers(1, kv_len))
+    grid = -(-lengths[0] // block_q), -(-lengths[1] // block_kv)
+    pair = st.tuples(st.integers(0, grid[0] - 1), st.integers(0, grid[1] - 1))
+    pairs = np.array(draw(st.lists(pair, max_size=30)), int).reshape(-1, 2)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    shape = (len(pairs), block_q, block_kv)
+    mask = BlockMask.from_blocks(
+        *pairs.T,
+        q_len=lengths[0],
+        kv_len=lengths[1],
+        block_q=block_q,
+        block_kv=block_kv,
+        full=rng.random(len(pairs)) < 0.4,
+        elements=rng.random(shape) < draw(st.sampled_from([0.05, 0.5, 1.0])),
+    )
+    return mask.pad_to(q_len, kv_len, capacity=5, num_bits=15)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+@given(mask=masks())
+def test_any_mask(implementation, mask):
+    case = make_case(np.random.default_rng(1), mask)
+    check(implementation, case, floor=3e-6)
+
+
+KINDS = sorted(biases(np.random.default_rng(0), CASES["plain"](np.random.default_rng(0)).mask, 2, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", ["plain", "batch_and_head_patterns"])
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_bias(implementation, pattern, kind):
+    rng = np.random.default_rng(2)
+    case = CASES[pattern](rng)
+    if pattern == "plain":
+        case = make_case(rng, case.mask, batch=(2,), heads=(4, 2))
+    case.bias = biases(rng, case.mask, case.q.shape[-2], 2)[kind]
+    check(implementation, case, floor=3e-6)
+    _check_bias_gradient(case, run_case(implementation, case)[5], expected(case)[5])
+
+
+def _check_bias_gradient(case: Case, found, dense) -> None:
+    """Compares with the dense dbias, pushed along random directions of the bias."""
+    rng = np.random.default_rng(3)
+    leaves, tree = jax.tree_util.tree_flatten(case.bias)
+    grads = jax.tree_util.tree_leaves(found)
+    heads = case.q.shape[-2]
+    for n, (leaf, grad) in enumerate(zip(leaves, grads, strict=True)):
+        assert grad.shape == leaf.shape
+        direction, step = rng.standard_normal(leaf.shape), 1e-6
+        ends = []
+        for sign in (1, -1):
+            moved = [np.asarray(x, np.float64) for x in leaves]
+            moved[n] = moved[n] + sign * step * direction
+            bias = jax.tree_util.tree_unflatten(tree, moved)
+            ends.append(oracle.dense_bias(bias, case.mask, heads))
+        change = (ends[0] - ends[1]) / (2 * step)
+        truth = np.sum(np.broadcast_to(change, dense.shape) * dense)
+        scale = np.linalg.norm(grad) * np.linalg.norm(direction)
+        value = np.sum(np.asarray(grad, np.float64) * direction)
+        assert abs(value - truth) <= 2e-5 * scale + 1e-6, (n, value, truth)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_sixteen_bits(implementation, dtype):
+    # 1.1 times what FlexAttention and FlashAttention-4 reach in bfloat16, 2.4e-3.
+    rng = np.random.default_rng(4)
+    mask = random_mask(rng, (256, 256, 32, 32), 30)
+    case = make_case(rng, mask, dims=(32, 32)).cast(dtype)
+    case.bias = rng.standard_normal((2, 256, 256)).astype(np.float32)
+    found, truth = run_case(implementation, case), expected(case)
+    assert found[0].dtype == found[2].dtype == dtype
+    assert found[1].dtype == np.float32
+    for name, x, y in zip(NAMES, found, truth, strict=False):
+        limit = 5e-3 if implementation == "reference" else 2.64e-3
+        assert error(x, y) <= limit, (name, error(x, y))
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_float64(implementation):
+    with jax.enable_x64(True):
+        case = CASES["grouped_query"](np.random.default_rng(5)).cast("float64")
+        found, truth = run_case(implementation, case), expected(case)
+    assert found[0].dtype == np.float64
+    for name, x, y in zip(NAMES, found, truth, strict=False):
+        assert error(x, y) <= 1e-13, name
+
+
+def test_reference_has_second_derivatives():
+    case = CASES["one_block"](np.random.default_rng(6))
+
+    def loss(q):
+        out = block_sparse_attention(
+            q, case.k, case.v, case.mask, implementation="reference"
+        )
+        return (out * case.dout).sum()
+
+    direction = np.random.default_rng(7).standard_normal(case.q.shape).astype(np.float32)
+    gradient = jax.grad(loss)
+    _, second = jax.jvp(gradient, (case.q,), (direction,))
+    step = np.float32(1e-2)
+    numeric = (gradient(case.q + step * direction) - gradient(case.q - step * direction)) / (
+        2 * step
+    )
+    assert np.abs(second).max() > 1e-3
+    np.testing.assert_allclose(second, numeric, atol=2e-3)
+
+
+# --------------------------------------------------------------- rows, NaN, infinity
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_queries_that_see_nothing(implementation):
+    case = CASES["plain"](np.random.default_rng(8))
+    blind = ~case.mask.to_dense()[0, 0].any(1)
+    assert blind.any()
+    assert not blind.all()
+    out, lse, dq, _, _, _ = run_case(implementation, case)
+    assert not np.asarray(out)[blind].any()
+    assert np.isneginf(np.asarray(lse)[:, blind]).all()
+    assert np.isfinite(np.asarray(lse)[:, ~blind]).all()
+    assert not np.asarray(dq)[blind].any()
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_nan_stays_where_attention_carries_it(implementation, where):
+    case = CASES["plain"](np.random.default_rng(9))
+    clean = run_case(implementation, case)
+    seen = case.mask.to_dense()[0, 0]
+    key = int(np.argmax(seen.sum(0) * (seen.sum(0) < seen.any(1).sum())))
+    row = int(np.argmax(seen.sum(1)))
+    array = getattr(case, where).copy()
+    array[key if where in "kv" else row, 1, 3] = np.nan
+    found = run_case(implementation, dataclasses.replace(case, **{where: array}))
+    rows = seen[:, key].copy() if where in "kv" else np.arange(len(seen)) == row
+    keys = seen[rows].any(0)
+    touched = {"dq": rows, "dk": keys, "dv": keys}
+    if where != "dout":
+        touched |= {"out": rows, "lse": rows}
+    if where in "kv":
+        # The poisoned key itself may be NaN everywhere its gradient depends on it.
+        touched["dk"] = touched["dv"] = keys | (np.arange(len(keys)) == key)
+    for name, x, y in zip(NAMES, found, clean, strict=False):
+        x, y = np.asarray(x), np.asarray(y)
+        if name == "lse":
+            x, y = x.T, y.T
+        bad = touched.get(name, np.zeros(len(x), bool))
+        np.testing.assert_array_equal(x[~bad], y[~bad], err_msg=name)
+        np.testing.assert_array_equal(x[:, 0], y[:, 0], err_msg=f"{name}, other head")
+    if where != "dout":
+        assert np.isnan(np.asarray(found[0])[rows, 1]).any(-1).all()
+    else:
+        assert np.isnan(np.asarray(found[4])[keys, 1]).any(-1).all()
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_bias_of_minus_infinity_masks_the_element(implementation):
+    rng = np.random.default_rng(10)
+    case = CASES["everything"](rng)
+    keep = rng.random(case.mask.to_dense().shape[2:]) < 0.4
+    keep[3] = False
+    case.bias = np.where(keep, 0.0, -np.inf).astype(np.float32)
+    found = run_case(implementation, case)
+    truth = oracle.attention(
+        case.q, case.k, case.v, keep[None], 0.0, 0.25, case.dout, case.dlse
+    )
+    for name, x, y in zip(NAMES, found, truth, strict=False):
+        assert error(x, y) < 3e-6, name
+    assert not np.asarray(found[5])[~keep].any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_bad_bias_reaches_only_its_row(implementation, value):
+    case = CASES["plain"](np.random.default_rng(11))
+    case.bias = np.zeros(SIZES[:2], np.float32)
+    clean = run_case(implementation, case)
+    row, key = np.argwhere(case.mask.to_dense()[0, 0])[40]
+    case.bias[row, key] = value
+    found = run_case(implementation, case)
+    others = np.arange(SIZES[0]) != row
+    for x, y in zip((found[0], found[2]), (clean[0], clean[2]), strict=True):
+        np.testing.assert_array_equal(np.asarray(x)[others], np.asarray(y)[others])
+        assert np.isnan(np.asarray(x)[row]).any()
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_bad_bias_outside_the_mask_is_never_seen(implementation):
+    case = CASES["plain"](np.random.default_rng(11))
+    case.bias = np.zeros(SIZES[:2], np.float32)
+    clean = run_case(implementation, case)
+    case.bias[~case.mask.to_dense()[0, 0]] = np.nan
+    found = run_case(implementation, case)
+    for name, x, y in zip(NAMES, found, clean, strict=False):
+        np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+# ------------------------------------------------------------------ transformations
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_same_bits_on_every_run(implementation):
+    case = CASES["long_lists"](np.random.default_rng(12))
+    case.bias = np.random.default_rng(12).standard_normal((2, 70, 600)).astype(np.float32)
+    first = run_case(implementation, case)
+    for _ in range(10):
+        for x, y in zip(first, run_case(implementation, case), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_static_and_traced_masks_agree(implementation):
+    case = CASES["plain"](np.random.default_rng(13))
+
+    @jax.jit
+    def closed_over(q, k, v):
+        return block_sparse_attention(
+            q, k, v, case.mask, implementation=implementation
+        )
+
+    out = closed_over(case.q, case.k, case.v)
+    np.testing.assert_array_equal(out, run_case(implementation, case)[0])
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_masks_of_one_bucket_share_a_compilation(implementation):
+    rng = np.random.default_rng(14)
+    traces = []
+
+    @jax.jit
+    def attend(q, k, v, mask):
+        traces.append(1)
+        return block_sparse_attention(q, k, v, mask, implementation=implementation)
+
+    for length in (20, 37):
+        small = random_mask(rng, (length, length, 8, 8), 9)
+        case = make_case(rng, small.pad_to(40, capacity=9, num_bits=9))
+        out = attend(case.q, case.k, case.v, case.mask)
+        assert error(out, expected(case)[0]) < 3e-6
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("kind", ["dense_2d", "block", "table", None])
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_vmap_keeps_what_is_shared(implementation, kind):
+    rng = np.random.default_rng(15)
+    mask = CASES["plain"](rng).mask
+    case = make_case(rng, mask, batch=(3,))
+    case.bias = biases(rng, mask, 2, 1).get(kind)
+    truth = run_case(implementation, case)
+
+    def one(q, k, v, dout, dlse, bias):
+        return jax.vmap(
+            lambda *a: run(implementation, a[0], a[1], a[2], mask, bias, a[3], a[4])
+        )(q, k, v, dout, dlse)
+
+    found = one(case.q, case.k, case.v, case.dout, case.dlse, case.bias)
+    for name, x, y in zip(NAMES, found, truth, strict=False):
+        assert error(x, y) < 1e-6, name
+
+    def loss(bias):
+        def row(q, k, v, dout):
+            out = block_sparse_attention(
+                q, k, v, mask, bias=bias, implementation=implementation
+            )
+            return (out * dout).sum()
+
+        return jax.vmap(row)(case.q, case.k, case.v, case.dout).sum()
+
+    if kind is None:
+        return
+    zero = dataclasses.replace(case, dlse=np.zeros_like(case.dlse))
+    truth = jax.tree_util.tree_leaves(run_case(implementation, zero)[5])
+    for x, y in zip(jax.tree_util.tree_leaves(jax.grad(loss)(case.bias)), truth, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_vmap_over_masks(implementation):
+    rng = np.random.default_rng(16)
+    batched = CASES["batch_patterns"](rng)
+    masks = [random_mask(rng, SIZES, 9).pad_to(*SIZES[:2], capacity=9, num_bits=9) for _ in "ab"]
+    stacked = jax.tree_util.tree_map(lambda *x: np.stack(x), *masks)
+    out = jax.vmap(
+        lambda q, k, v, m: block_sparse_attention(q, k, v, m, implementation=implementation)
+    )(batched.q, batched.k, batched.v, stacked)
+    for n, mask in enumerate(masks):
+        one = block_sparse_attention(
+            batched.q[n], batched.k[n], batched.v[n], mask, implementation="reference"
+        )
+        assert error(out[n], one) < 2e-6
+
+
+def _bias_gradient(rows: int, length: int):
+    """Compiled gradient of a bias ``[H, N, N]`` shared by many rows under vmap."""
+    rng = np.random.default_rng(17)
+    mask = random_mask(rng, (length, length, 64, 64), (length // 64) ** 2 * 2, elements=False)
+    case = make_case(rng, mask, batch=(rows,), heads=(2, 2))
+
+    def loss(bias):
+        def row(q, k, v):
+            return block_sparse_attention(q, k, v, mask, bias=bias, implementation="xla").sum()
+
+        return jax.vmap(row)(case.q, case.k, case.v).sum()
+
+    bias = jnp.zeros((2, length, length))
+    return jax.jit(jax.grad(loss)).lower(bias).compile(), bias
+
+
+def test_shared_bias_is_never_copied_per_row():
+    few, bias = _bias_gradient(2, 512)
+    many, _ = _bias_gradient(32, 512)
+    extra = [x.memory_analysis().temp_size_in_bytes for x in (few, many)]
+    per_row = 6 * 512 * 2 * 16 * 4  # q, k, v and their gradients
+    assert extra[1] - extra[0] <= 30 * 2 * per_row
+    assert extra[1] < 32 * bias.nbytes / 2
+
+
+def test_no_dense_array_is_made():
+    rng = np.random.default_rng(18)
+    length = 4096
+    mask = random_mask(rng, (length, length, 64, 64), 400, elements=False)
+    coords = rng.standard_normal((length, 3)).astype(np.float32)
+    bias = DistanceBias.table(np.ones((1, 8), np.float32), 4.0, coords)
+    case = make_case(rng, mask, heads=(1, 1), bias=bias)
+    arrays = (getattr(case, f.name) for f in dataclasses.fields(case))
+    jaxpr = jax.make_jaxpr(run, static_argnums=0)("xla", *arrays)
+    largest = max(_sizes(jaxpr.jaxpr))
+    assert largest < length * length / 8
+
+
+def _sizes(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield from (v.aval.size for v in eqn.outvars)
+        for param in eqn.params.values():
+            for sub in param if isinstance(param, tuple | list) else (param,):
+                inner = getattr(sub, "jaxpr", sub)
+                if hasattr(inner, "eqns"):
+                    yield from _sizes(inner)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_checkpoint(implementation):
+    case = CASES["plain"](np.random.default_rng(19))
+
+    def loss(q, wrap):
+        def attend(q):
+            return block_sparse_attention(
+                q, case.k, case.v, case.mask, implementation=implementation
+            )
+
+        return (wrap(attend)(q) * case.dout).sum()
+
+    plain, saved = (jax.grad(loss)(case.q, w) for w in (lambda f: f, jax.checkpoint))
+    assert error(saved, plain) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_export(implementation):
+    case = CASES["plain"](np.random.default_rng(20))
+
+    @jax.jit
+    def gradient(q, k, v, mask, dout):
+        def loss(q):
+            out = block_sparse_attention(q, k, v, mask, implementation=implementation)
+            return (out * dout).sum()
+
+        return jax.grad(loss)(q)
+
+    args = (case.q, case.k, case.v, case.mask, case.dout)
+    flat, tree = jax.tree_util.tree_flatten(args)
+    exported = jax.export.export(
+        jax.jit(lambda *x: gradient(*jax.tree_util.tree_unflatten(tree, x)))
+    )(*flat)
+    again = jax.export.deserialize(exported.serialize())
+    np.testing.assert_array_equal(again.call(*flat), gradient(*args))
+
+
+@pytest.mark.parametrize("split", ["batch", "heads"])
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_shard_map(implementation, split):
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    rng = np.random.default_rng(21)
+    case = make_case(rng, CASES["plain"](rng).mask, batch=(2,))
+    case.bias = rng.standard_normal((2, *SIZES[:2])).astype(np.float32)
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    part = jax.P("x") if split == "batch" else jax.P(None, None, "x")
+    bias_part = jax.P() if split == "batch" else jax.P("x")
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(part, part, part, bias_part), out_specs=part
+    )
+    def attend(q, k, v, bias):
+        return block_sparse_attention(
+            q, k, v, case.mask, bias=bias, implementation=implementation
+        )
+
+    @jax.jit
+    def gradients(q, k, v, bias):
+        def loss(q, k, v, bias):
+            return (attend(q, k, v, bias) * case.dout).sum()
+
+        return jax.grad(loss, (0, 1, 2, 3))(q, k, v, bias)
+
+    found = gradients(case.q, case.k, case.v, case.bias)
+    zero = dataclasses.replace(case, dlse=np.zeros_like(case.dlse))
+    for x, y in zip(found, run_case(implementation, zero)[2:], strict=True):
+        assert error(x, y) < 3e-6
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_overflow_is_never_silent(implementation):
+    case = CASES["plain"](np.random.default_rng(22))
+    needed = np.array([[*case.mask.capacity]], np.int32)
+    fits = dataclasses.replace(case, mask=dataclasses.replace(case.mask, needed_capacity=needed))
+    assert np.isfinite(run_case(implementation, fits)[0]).all()
+    over = dataclasses.replace(
+        case, mask=dataclasses.replace(case.mask, needed_capacity=needed + 1)
+    )
+    for x in run_case(implementation, over)[:5]:
+        assert np.isnan(x).all()
+
+
+def test_block_bias_from_function_and_dense_agree():
+    rng = np.random.default_rng(23)
+    case = CASES["plain"](rng)
+    dense = rng.standard_normal((2, *SIZES[:2])).astype(np.float32)
+    bias = BlockBias.from_dense(case.mask, dense)
+    elements = case.mask.to_dense()[0]
+    placed = oracle.dense_bias(bias, case.mask, 2)[0]
+    np.testing.assert_array_equal(np.where(elements, placed, 0), np.where(elements, dense, 0))

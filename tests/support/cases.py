@@ -1,0 +1,216 @@
+"""Named attention problems that cover the semantics every backend must obey."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jsparse import BlockBias, BlockMask, DistanceBias
+from jsparse.patterns import Distance, Segments, Window
+
+
+@dataclasses.dataclass
+class Case:
+    """Inputs and random cotangents of one call; arrays are NumPy."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    mask: BlockMask
+    bias: Any
+    dout: np.ndarray
+    dlse: np.ndarray
+
+    def cast(self, dtype) -> Case:
+        """The same case with q, k, v and dout rounded to ``dtype``."""
+        names = ("q", "k", "v", "dout")
+        cast = {n: jnp.asarray(getattr(self, n)).astype(dtype) for n in names}
+        return dataclasses.replace(self, **cast)
+
+
+def random_mask(
+    rng: np.random.Generator,
+    sizes: tuple[int, int, int, int],
+    count: int,
+    *,
+    elements: bool = True,
+    rules: tuple = (),
+) -> BlockMask:
+    """``count`` random block pairs; without rules, about a third of them full."""
+    q_len, kv_len, block_q, block_kv = sizes
+    rows = rng.integers(0, -(-q_len // block_q), count)
+    cols = rng.integers(0, -(-kv_len // block_kv), count)
+    return BlockMask.from_blocks(
+        rows,
+        cols,
+        q_len=q_len,
+        kv_len=kv_len,
+        block_q=block_q,
+        block_kv=block_kv,
+        full=None if rules else rng.random(count) < 0.3,
+        elements=rng.random((count, block_q, block_kv)) < 0.5 if elements else None,
+        rules=rules,
+    )
+
+
+def make_case(
+    rng: np.random.Generator,
+    mask: BlockMask,
+    *,
+    batch: tuple[int, ...] = (),
+    heads: tuple[int, int] = (2, 2),
+    dims: tuple[int, int] = (16, 16),
+    bias: Any = None,
+) -> Case:
+    """Standard-normal inputs and cotangents for a mask."""
+    q_len, kv_len = mask.q_len, mask.kv_len
+
+    def normal(*shape):
+        return rng.standard_normal((*batch, *shape)).astype(np.float32)
+
+    return Case(
+        q=normal(q_len, heads[0], dims[0]),
+        k=normal(kv_len, heads[1], dims[0]),
+        v=normal(kv_len, heads[1], dims[1]),
+        mask=mask,
+        bias=bias,
+        dout=normal(q_len, heads[0], dims[1]),
+        dlse=normal(heads[0], q_len),
+    )
+
+
+SIZES = (37, 75, 8, 32)  # ragged in both directions, several blocks each way
+
+
+def _plain(rng):
+    return make_case(rng, random_mask(rng, SIZES, 9))
+
+
+def _long_lists(rng):
+    # More listed blocks than one step of any backend takes: its loops really loop.
+    mask = random_mask(rng, (70, 600, 16, 8), 330)
+    return make_case(rng, mask)
+
+
+def _grouped_query(rng):
+    return make_case(rng, random_mask(rng, SIZES, 9), heads=(4, 2), dims=(16, 24))
+
+
+def _head_patterns(rng):
+    masks = [random_mask(rng, SIZES, 9) for _ in range(4)]
+    return make_case(rng, BlockMask.stack(masks, "head"), heads=(4, 2))
+
+
+def _batch_patterns(rng):
+    masks = [random_mask(rng, SIZES, 9) for _ in range(2)]
+    return make_case(rng, BlockMask.stack(masks, "batch"), batch=(2,))
+
+
+def _batch_and_head_patterns(rng):
+    rows = [
+        BlockMask.stack([random_mask(rng, SIZES, 7) for _ in range(2)], "head")
+        for _ in range(2)
+    ]
+    return make_case(rng, BlockMask.stack(rows, "batch"), batch=(2,))
+
+
+def _segments(rng):
+    ids = [rng.integers(0, 3, (1, n)).astype(np.int32) for n in SIZES[:2]]
+    return make_case(rng, random_mask(rng, SIZES, 12, rules=(Segments(*ids),)))
+
+
+def _window(rng):
+    start = rng.integers(0, 40, (1, SIZES[0])).astype(np.int32)
+    rule = Window(start, start + np.int32(20))
+    return make_case(rng, random_mask(rng, SIZES, 12, rules=(rule,)))
+
+
+def _distance(rng):
+    q, kv = (rng.standard_normal((1, n, 3)).astype(np.float32) for n in SIZES[:2])
+    rule = Distance(q, kv, np.full((1, 1), 1.5, np.float32))
+    return make_case(rng, random_mask(rng, SIZES, 12, rules=(rule,), elements=False))
+
+
+def _lengths(rng):
+    small = random_mask(rng, (29, 40, 8, 32), 6)
+    return make_case(rng, small.pad_to(SIZES[0], SIZES[1], capacity=6))
+
+
+def _groups(rng):
+    masks = [random_mask(rng, (n, n + 9, 8, 32), 4) for n in (5, 24, 17)]
+    return make_case(rng, BlockMask.concatenate(masks))
+
+
+def _one_block(rng):
+    return make_case(rng, BlockMask.from_blocks([2], [1], q_len=37, block_q=8, block_kv=8))
+
+
+def _nothing(rng):
+    return make_case(rng, BlockMask.from_blocks([], [], q_len=37, block_q=8, block_kv=8))
+
+
+def _everything(rng):
+    rows, cols = np.divmod(np.arange(5 * 3), 3)
+    q_len, kv_len, block_q, block_kv = SIZES
+    mask = BlockMask.from_blocks(
+        rows, cols, q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv
+    )
+    return make_case(rng, mask)
+
+
+CASES: dict[str, Callable[[np.random.Generator], Case]] = {
+    f.__name__.lstrip("_"): f
+    for f in (
+        _plain,
+        _long_lists,
+        _grouped_query,
+        _head_patterns,
+        _batch_patterns,
+        _batch_and_head_patterns,
+        _segments,
+        _window,
+        _distance,
+        _lengths,
+        _groups,
+        _one_block,
+        _nothing,
+        _everything,
+    )
+}
+
+
+def _normal(rng, *shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def biases(rng: np.random.Generator, mask: BlockMask, heads: int, batch: int) -> dict:
+    """One bias of every kind for a mask."""
+    q_len, kv_len = mask.q_len, mask.kv_len
+    x, y = (3 * _normal(rng, n, 3) for n in (q_len, kv_len))
+    xs = np.stack([x] * batch) + _normal(rng, batch, 1, 1)
+    per_pattern = np.asarray(mask.kv_num_blocks) + np.asarray(mask.full_kv_num_blocks)
+    blocks = int(per_pattern.sum((1, 2)).max())
+    block_heads = 1 if mask.num_heads > 1 else heads
+    return {
+        "dense": _normal(rng, batch, heads, q_len, kv_len),
+        "dense_shared_batch": _normal(rng, 1, heads, q_len, kv_len),
+        "dense_shared_heads": _normal(rng, batch, 1, q_len, kv_len),
+        "dense_2d": _normal(rng, q_len, kv_len),
+        "per_key": _normal(rng, heads, 1, kv_len),
+        "block": BlockBias(
+            _normal(rng, mask.batch_size, block_heads, blocks, mask.block_q, mask.block_kv)
+        ),
+        "block_shared_heads": BlockBias(
+            _normal(rng, 1, 1, blocks, mask.block_q, mask.block_kv)
+        ),
+        "linear": DistanceBias.linear(np.abs(_normal(rng, heads)), x, y),
+        "quadratic": DistanceBias.quadratic(np.abs(_normal(rng, 1)), xs, y),
+        "table": DistanceBias.table(_normal(rng, heads, 7), 6.0, x, y),
+        "gaussian": DistanceBias.gaussian(
+            _normal(rng, heads, 5), np.linspace(0, 6, 5), 1.5, xs, y
+        ),
+    }
