@@ -210,17 +210,18 @@ class Job:
         self.result["backend"] = _choose(config, mask)
         with self._stage("features"):
             q, k, v = project(self.structure, config.heads, config.head_dim)
-        out = self._time("forward", _forward(self._backend), (q, k, v, mask), 1.0)
+        arguments = (q, k, v, mask)
+        forward = _forward(self._backend)
+        out = self._time("forward", 1.0, config, forward, arguments)
+        checks = {"check": (out, None)}
         if config.backward:
             dout = jax.random.normal(jax.random.key(1), v.shape, v.dtype)
-            arguments = (q, k, v, mask, dout)
-            dq = self._time("backward", _backward(self._backend), arguments, 3.5)[1]
+            both, name = _backward(self._backend), "forward + backward"
+            dq = self._time(name, 3.5, config, both, (*arguments, dout))[1]
+            checks["gradient_check"] = (dq, dout)
         with self._stage("check"):
             rows = measure.choose_rows(mask.q_len)
             near = measure.within_cutoff(self.structure.coords, rows, config.cutoff)
-            checks = {"check": (out, None)}
-            if config.backward:
-                checks["backward_check"] = (dq, dout)
             for name, (value, cotangent) in checks.items():
                 found = measure.check_rows(value, rows, q, k, v, near, dout=cotangent)
                 self.result[name] = found.to_dict()
@@ -245,14 +246,16 @@ class Job:
     def _stage(self, name: str, total: int | None = None) -> _Stage:
         return _Stage(self, name, total)
 
-    def _time(self, name: str, function: Any, arguments: Any, work: float) -> Any:
-        """Compiles, calls once to warm up, times; returns the first call's result."""
-        config = self.config
-        assert isinstance(config, JobConfig)
+    def _time(
+        self, name: str, work: float, config: JobConfig, function: Any, arguments: Any
+    ) -> Any:
+        """Compiles, calls once to warm up, times; returns the first call's result.
+
+        ``work`` is how many forward passes' operations the call counts as.
+        """
         with self._stage(f"compile {name}"):
             compiled = measure.compile_call(function, *arguments)
         _check_memory(name, compiled.total_bytes, self._backend)
-        first, out = 0.0, None
         with self._stage(f"warm up {name}"):
             first, out = measure.time_call(compiled.call, *arguments)
         repeats = config.repeats
@@ -263,13 +266,12 @@ class Job:
             for _ in range(repeats):
                 seconds.append(measure.time_call(compiled.call, *arguments)[0])
                 step()
-        mask = self.mask
-        assert mask is not None
+        mask: BlockMask = arguments[3]
         flops = work * measure.useful_flops(
             mask.num_blocks, mask.block_q, mask.block_kv, config.heads, config.head_dim
         )
         figures = measure.percentiles(seconds)
-        self.result[name] = {
+        self.result[name.replace(" + ", "_")] = {
             "compile_seconds": compiled.seconds,
             "run_seconds": figures,
             "gflops_per_second": flops / figures["p50"] / 1e9,
@@ -372,10 +374,10 @@ def _choose(config: JobConfig, mask: BlockMask) -> dict[str, Any]:
             f"implementation {name!r} cannot run this: {why_not[name]}. These can: "
             f"{', '.join(able)}."
         )
+    auto = config.implementation == "auto"
+    instead = f"{name} {'comes first' if auto else 'was asked for'}"
     reasons = {
-        other: reason or f"{name} comes first"
-        if config.implementation == "auto"
-        else reason or f"{name} was asked for"
+        other: reason or f"it can, but {instead}"
         for other, reason in why_not.items()
         if other != name
     }
@@ -405,7 +407,7 @@ def _check_memory(name: str, needed: int, implementation: str) -> None:
     free = measure.available_memory()
     if jax.default_backend() == "cpu" and free is not None and needed > free:
         raise BadInput(
-            f"{name} with implementation {implementation!r} needs {needed / 1e9:.1f} GB "
-            f"and {free / 1e9:.1f} GB are free. Use fewer copies or heads, or another "
-            "implementation."
+            f"{name} with implementation {implementation!r} needs {needed / 1e9:.1f} "
+            f"GB and {free / 1e9:.1f} GB are free. Use fewer copies or heads, or "
+            "another implementation."
         )

@@ -153,7 +153,7 @@ class DistanceBias:
         q_coords: ``[T, 3]`` or ``[B or 1, T, 3]`` float32, ångström.
         kv_coords: ``[S, 3]`` or ``[B or 1, S, 3]`` float32, ångström.
         knots: ``[n + 1]`` float32, ångström: the positions of the basis functions, then
-            their width.
+            their width. Trainable for `gaussian`; a table's have no gradient.
         form: which basis.
 
     References:
@@ -306,6 +306,8 @@ class DistanceBias:
         knots = knots[..., None, None, :]
         centers, width = knots[..., :-1], knots[..., -1:]
         if self.form == "table":
+            # The knots of a table are its layout, not parameters.
+            centers, width = (jax.lax.stop_gradient(x) for x in (centers, width))
             d = jnp.minimum(d, centers[..., -1])
             basis = jnp.maximum(0, 1 - jnp.abs(d[..., None] - centers) / width)
         else:

@@ -61,7 +61,7 @@ def forward(operands: Operands, scale: float) -> tuple[Array, Array]:
     total = weights.sum(-1)
     empty = total == 0
     some = jnp.where(empty, 1, total)
-    weights = (weights / some[..., None]).astype(v.dtype)
+    weights = jnp.where(seen, weights / some[..., None], 0).astype(v.dtype)
     out = jnp.einsum(
         "...hts,...shd->...thd",
         weights,
@@ -110,13 +110,14 @@ def _elements(mask: BlockMask) -> tuple[Array, Array]:
 
 def _block_map(counts: Array, indices: Array, mask: BlockMask) -> tuple[Array, Array]:
     """Which blocks are listed ``[*B, H, nq, nk]``, and each one's number in list order."""
-    used = jnp.arange(indices.shape[-1]) < counts[..., None]
-    onehot = used[..., None] & (indices[..., None] == jnp.arange(mask.num_kv_blocks))
+    used = jnp.arange(indices.shape[-1], dtype=jnp.int32) < counts[..., None]
+    columns = jnp.arange(mask.num_kv_blocks, dtype=jnp.int32)
+    onehot = used[..., None] & (indices[..., None] == columns)
     flat = counts.reshape(*counts.shape[:-2], -1)
-    first = (jnp.cumsum(flat, -1) - flat).reshape(counts.shape)
+    first = (jnp.cumsum(flat, -1, dtype=jnp.int32) - flat).reshape(counts.shape)
     slot = jnp.arange(indices.shape[-1], dtype=jnp.int32)[:, None]
-    ids = first[..., None] + jnp.where(onehot, slot, 0).sum(-2)
-    return onehot.any(-2), ids.astype(jnp.int32)
+    ids = first[..., None] + jnp.where(onehot, slot, 0).sum(-2, dtype=jnp.int32)
+    return onehot.any(-2), ids
 
 
 def _spread(blocks: Array, mask: BlockMask) -> Array:

@@ -92,6 +92,7 @@ class Single(NamedTuple):
 
 def forward(operands: Operands, scale: float) -> tuple[Array, Array]:
     """See `Backend.forward`."""
+    operands = vary_like(operands, operands)
     single, restore = _prepare(operands)
     shape = batch_axes(single, restore.batch_rank)
     out, lse = _map_batch(lambda one: _Tiles(one, scale).forward(), single, shape)
@@ -102,6 +103,7 @@ def backward(
     operands: Operands, scale: float, out: Array, lse: Array, dout: Array, dlse: Array
 ) -> tuple[Array, Array, Array, Any]:
     """See `Backend.backward`."""
+    operands = vary_like(operands, (operands, dout))
     acc = accumulator_dtype(operands.q)
     # d lse enters the logits' gradient exactly where -sum(dout * out) does.
     delta = (dout.astype(acc) * out.astype(acc)).sum(-1)
@@ -323,17 +325,19 @@ def _clip_index(x: Array, index: Any) -> tuple:
 
 
 def vary_like(tree: Any, source: Any) -> Any:
-    """Marks constants as varying over the mesh axes that ``source`` varies over.
+    """Marks arrays as varying over every mesh axis that ``source`` varies over.
 
-    Inside `jax.shard_map` a loop's carry must start with the type it ends with.
+    Inside `jax.shard_map` a loop's carry must start with the type it ends with, and a
+    pullback takes the very type that its function returned.
     """
     axes = frozenset()
     for x in jax.tree_util.tree_leaves(source):
-        axes |= jax.typeof(x).mat.varying
+        axes |= jax.typeof(jnp.asarray(x)).mat.varying
     if not axes:
         return tree
     return jax.tree_util.tree_map(
-        lambda x: lax.pcast(x, tuple(axes - jax.typeof(x).mat.varying), to="varying"), tree
+        lambda x: lax.pcast(x, tuple(axes - jax.typeof(x).mat.varying), to="varying"),
+        jax.tree_util.tree_map(jnp.asarray, tree),
     )
 
 

@@ -34,8 +34,16 @@ def _attend_fwd(backend, scale, operands):
 
 def _attend_bwd(backend, scale, residuals, cotangents):
     operands, out, lse = residuals
-    dq, dk, dv, dbias = _batched_backward(backend, scale)(operands, out, lse, *cotangents)
+    grads = _batched_backward(backend, scale)(operands, out, lse, *cotangents)
+    primals = (operands.q, operands.k, operands.v, operands.bias)
+    dq, dk, dv, dbias = jax.tree_util.tree_map(_sum_devices, grads, primals)
     return (Operands(dq, dk, dv, None, dbias),)
+
+
+def _sum_devices(grad: Array, primal: Array) -> Array:
+    """Inside `jax.shard_map`, sums the gradient of what is replicated over its devices."""
+    axes = jax.typeof(grad).mat.varying - jax.typeof(jnp.asarray(primal)).mat.varying
+    return jax.lax.psum(grad, tuple(axes)) if axes else grad
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)

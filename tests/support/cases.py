@@ -29,6 +29,8 @@ class Case:
         """The same case with q, k, v and dout rounded to ``dtype``."""
         names = ("q", "k", "v", "dout")
         cast = {n: jnp.asarray(getattr(self, n)).astype(dtype) for n in names}
+        if cast["q"].dtype.itemsize == 8:
+            cast["dlse"] = jnp.asarray(self.dlse).astype(dtype)
         return dataclasses.replace(self, **cast)
 
 
