@@ -21,9 +21,9 @@ import numpy as np
 
 from jsparse import measure, patterns
 from jsparse.backends import IMPLEMENTATIONS
-from jsparse.backends._contract import Problem
 from jsparse.measure import BadInput, Progress
 from jsparse.ops import block_sparse_attention
+from jsparse.ops._checks import canonical, describe
 from jsparse.ops._dispatch import support
 from jsparse.patterns import BlockMask
 from jsparse.structure import Structure, StructureError, read_structure
@@ -165,7 +165,7 @@ class Job:
         """
         config = self.config
         with self._stage("read"):
-            structure = _read(config)
+            structure = read_file(config.file, config.copies)
         self.result["structure"] = {
             "name": structure.name,
             "atoms": len(structure),
@@ -207,9 +207,10 @@ class Job:
             )
         mask = self.build_pattern()
         self.result["machine"] = measure.machine()
-        self.result["backend"] = _choose(config, mask)
         with self._stage("features"):
             q, k, v = project(self.structure, config.heads, config.head_dim)
+        why_not = support(describe(canonical(q, k, v, mask, None)))
+        self.result["backend"] = _choose(config.implementation, why_not)
         arguments = (q, k, v, mask)
         forward = _forward(self._backend)
         out = self._time("forward", 1.0, config, forward, arguments)
@@ -299,13 +300,26 @@ class _Stage:
             self._job.result["seconds"][self._name] = seconds
 
 
-def _read(config: PatternConfig) -> Structure:
+def read_file(file: Path, copies: int | None = 1) -> Structure:
+    """Reads a structure, and says what is wrong with it as bad input.
+
+    Args:
+        file: structure file.
+        copies: copies of the biological assembly; None for all.
+
+    Raises:
+        BadInput: for a file that is missing, damaged or holds no structure.
+
+    Example:
+        >>> len(read_file(Path("examples/data/1UBI.pdb.gz")))
+        602
+    """
     try:
-        return read_structure(config.file, copies=config.copies)
+        return read_structure(file, copies=copies)
     except StructureError as err:
         raise BadInput(str(err)) from err
     except OSError as err:
-        raise BadInput(f"{config.file}: {err.strerror or err}.") from err
+        raise BadInput(f"{file}: {err.strerror or err}.") from err
 
 
 def project(
@@ -347,34 +361,16 @@ def project(
     return out[0], out[1], out[2]
 
 
-def _choose(config: JobConfig, mask: BlockMask) -> dict[str, Any]:
+def _choose(implementation: str, why_not: dict[str, str | None]) -> dict[str, Any]:
     """Which backend runs, and why the others do not."""
-    problem = Problem(
-        batch=1,
-        q_len=mask.q_len,
-        kv_len=mask.kv_len,
-        num_heads=config.heads,
-        num_kv_heads=config.heads,
-        head_dim=config.head_dim,
-        value_dim=config.head_dim,
-        dtype="float32",
-        block_q=mask.block_q,
-        block_kv=mask.block_kv,
-        mask_heads=mask.num_heads,
-        rules=tuple(type(rule).__name__ for rule in mask.rules),
-        bits=mask.bits is not None,
-        bias=None,
-        platform=jax.default_backend(),
-    )
-    why_not = support(problem)
     able = [name for name, reason in why_not.items() if reason is None]
-    name = config.implementation if config.implementation != "auto" else able[0]
+    auto = implementation == "auto"
+    name = able[0] if auto else implementation
     if why_not[name] is not None:
         raise BadInput(
             f"implementation {name!r} cannot run this: {why_not[name]}. These can: "
             f"{', '.join(able)}."
         )
-    auto = config.implementation == "auto"
     instead = f"{name} {'comes first' if auto else 'was asked for'}"
     reasons = {
         other: reason or f"it can, but {instead}"

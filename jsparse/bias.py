@@ -2,7 +2,8 @@
 
 `BlockBias` stores values on the mask's blocks only; `DistanceBias` stores none and is
 computed from coordinates where it is needed. Both are pytrees, so ``jax.grad`` gives a
-gradient of the same type. `jsparse.ops` accepts them; `jsparse.backends` evaluates them.
+gradient of the same type. `jsparse.ops` accepts them; `jsparse.backends` evaluates
+them.
 """
 
 from __future__ import annotations
@@ -55,16 +56,16 @@ class BlockBias:
         """Evaluates ``function`` on each block, never on ``[T, S]``.
 
         Args:
-            mask: the mask the bias belongs to; its ``[B or 1, H or 1]`` patterns must be
-                one pattern (``[1, 1]``).
+            mask: the mask the bias belongs to; its ``[B or 1, H or 1]`` patterns must
+                be one pattern (``[1, 1]``).
             function: ``function(t, s, *arrays)`` with query indices ``t [block_q, 1]``
-                and key indices ``s [1, block_kv]`` int32, returns ``[block_q, block_kv]``
-                or ``[H, block_q, block_kv]``. Indices of a tail block may reach beyond
-                T or S; those elements are never used.
+                and key indices ``s [1, block_kv]`` int32, returns ``[block_q,
+                block_kv]`` or ``[H, block_q, block_kv]``. Indices of a tail block may
+                reach beyond T or S; those elements are never used.
             *arrays: passed on, so that the values are differentiable with respect to
                 them.
-            num_blocks: static number of blocks to make; needed only under ``jit`` with a
-                traced mask.
+            num_blocks: static number of blocks to make; needed only under ``jit`` with
+                a traced mask.
 
         Returns:
             The bias, differentiable with respect to ``arrays``.
@@ -223,13 +224,13 @@ class DistanceBias:
         shape = np.shape(values)
         if len(shape) != 2 or shape[1] < 2:
             raise ValueError(
-                f"DistanceBias.table: values has shape {shape}; expected [H, n] with at "
-                "least two entries, the first at distance 0."
+                f"DistanceBias.table: values has shape {shape}; expected [H, n] with "
+                "at least two entries, the first at distance 0."
             )
         if not np.isfinite(max_distance) or max_distance <= 0:
             raise ValueError(
-                f"DistanceBias.table: max_distance={max_distance!r}; expected a positive "
-                "number of ångström."
+                f"DistanceBias.table: max_distance={max_distance!r}; expected a "
+                "positive number of ångström."
             )
         step = max_distance / (shape[1] - 1)
         knots = np.append(np.arange(shape[1]) * step, step)
@@ -270,8 +271,8 @@ class DistanceBias:
             )
         if not np.isfinite(width) or width <= 0:
             raise ValueError(
-                f"DistanceBias.gaussian: width={width!r}; expected a positive number of "
-                "ångström."
+                f"DistanceBias.gaussian: width={width!r}; expected a positive number "
+                "of ångström."
             )
         knots = jnp.append(jnp.asarray(centers, jnp.float32), jnp.float32(width))
         return cls._make("gaussian", weights, knots, coords, kv_coords)
@@ -285,15 +286,17 @@ class DistanceBias:
                     f"DistanceBias.{form}: {name} has shape {np.shape(x)}; expected "
                     "[N, 3] or [B, N, 3] in ångström."
                 )
-        as_float = [jnp.asarray(x, jnp.float32) for x in (weights, coords, kv_coords, knots)]
+        as_float = [
+            jnp.asarray(x, jnp.float32) for x in (weights, coords, kv_coords, knots)
+        ]
         return cls(*as_float, form=form)
 
     def dense(self) -> Array:
-        """The whole bias, ``[*B, H or 1, T, S]`` float32; for tests and small problems."""
+        """The whole bias, ``[*B, H or 1, T, S]`` float32; for small problems."""
         return self.values(self.weights, self.knots, self.q_coords, self.kv_coords)
 
     def values(self, weights: Array, knots: Array, x: Array, y: Array) -> Array:
-        """The bias ``[..., H, n, m]`` between points ``x [..., n, 3]`` and ``y [..., m, 3]``."""
+        """The bias ``[..., H, n, m]`` of ``x [..., n, 3]`` and ``y [..., m, 3]``."""
         d2 = squared_distance(x, y)
         slope = weights[..., :1, None]
         if self.form == "quadratic":

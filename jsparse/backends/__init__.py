@@ -10,7 +10,7 @@ _MODULES = {"xla": "jsparse.backends.xla", "reference": "jsparse.backends.refere
 
 
 def load(name: str) -> ModuleType | str:
-    """The backend module called ``name`` (see `Backend`), or why this build has none."""
+    """The backend module called ``name``, or why this build has none."""
     if name in _MODULES:
         return importlib.import_module(_MODULES[name])
     return f"this version of jsparse has no {name} kernels"

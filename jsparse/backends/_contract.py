@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from jsparse.bias import Bias
 from jsparse.patterns import BlockMask
@@ -21,12 +22,11 @@ Array = Any
 class Operands(NamedTuple):
     """The arrays of one call, in canonical form.
 
-    With ``B = q.shape[:-3]``, every leaf starts with one axis for each axis of B, of that
-    size or of size 1 where it is shared. ``vmap`` only adds such an axis, so a shared
-    bias stays shared. After it:
-
-    ``q [T, H, D]``, ``k [S, K, D]``, ``v [S, K, Dv]``; the mask's and the bias's leaves
-    without their ``[B or 1]`` axis; a dense bias ``[H or 1, T or 1, S]``.
+    With ``B = q.shape[:-3]``, every leaf starts with one axis for each axis of B, of
+    that size or of size 1 where it is shared. ``vmap`` only adds such an axis, so a
+    shared bias stays shared. After them follow ``q [T, H, D]``, ``k [S, K, D]``,
+    ``v [S, K, Dv]``; the mask's and the bias's leaves without their ``[B or 1]`` axis;
+    a dense bias ``[H or 1, T or 1, S]``.
     """
 
     q: Array
@@ -74,7 +74,7 @@ class Backend(Protocol):
         ...
 
     def forward(self, operands: Operands, scale: float) -> tuple[Array, Array]:
-        """``out [*B, T, H, Dv]`` and natural-log ``lse [*B, H, T]``, at least float32."""
+        """``out [*B, T, H, Dv]`` and ``lse [*B, H, T]``, natural log."""
         ...
 
     def backward(
@@ -98,14 +98,33 @@ def batch_axes(tree: Any, rank: int) -> tuple[int, ...]:
 
 def accumulator_dtype(x: Array) -> Any:
     """float32, or float64 where the inputs are."""
-    return jax.numpy.float64 if x.dtype == jax.numpy.float64 else jax.numpy.float32
+    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 
 
 def matmul_precision(x: Array) -> jax.lax.Precision | None:
-    """Full precision for float32 inputs, unless the user's JAX configuration says other.
+    """Full precision for float32 inputs, unless the JAX configuration says otherwise.
 
     XLA would otherwise compute float32 products in tf32 on a GPU.
     """
     if jax.config.jax_default_matmul_precision is not None or x.dtype.itemsize < 4:
         return None
     return jax.lax.Precision.HIGHEST
+
+
+def vary_like(tree: Any, source: Any) -> Any:
+    """Marks arrays as varying over every mesh axis that ``source`` varies over.
+
+    Inside `jax.shard_map` a loop's carry must start with the type it ends with, and a
+    pullback takes the very type that its function returned.
+    """
+    axes = frozenset()
+    for x in jax.tree_util.tree_leaves(source):
+        axes |= jax.typeof(jnp.asarray(x)).mat.varying
+    if not axes:
+        return tree
+    return jax.tree_util.tree_map(
+        lambda x: jax.lax.pcast(
+            x, tuple(axes - jax.typeof(x).mat.varying), to="varying"
+        ),
+        jax.tree_util.tree_map(jnp.asarray, tree),
+    )

@@ -1,9 +1,9 @@
 """How the xla backend evaluates a bias on one tile, and where its gradient goes.
 
-Every bias becomes a `Term`. ``Term.read`` gathers what a tile needs, ``Term.values``
-turns it into logits (and is what JAX differentiates), and the gradient of what was read
-is written back once per block (``pairs``), per row (``q``), per column (``kv``) or summed
-over everything (``shared``).
+Every bias becomes a `Term`. What a tile needs of it is gathered into `Reads`,
+``Term.values`` turns that into logits (and is what JAX differentiates), and the
+gradient of what was read is written back once per block (``pairs``), per row (``q``),
+per column (``kv``) or summed over everything (``shared``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Array = Any
 
 
 class Reads(NamedTuple):
-    """What one tile of a bias depends on, or the gradient of it. Unused fields are ()."""
+    """What one tile of a bias depends on, or its gradient; unused fields are ()."""
 
     shared: tuple[Array, ...] = ()
     q: tuple[Array, ...] = ()  # each [R, m, ...]
@@ -77,8 +77,8 @@ class DenseTerm(Term):
     """``[H or 1, T, S]``, padded to whole blocks."""
 
     def _tiles(self, x: Array) -> Array:
-        h, t, s = x.shape
-        return x.reshape(h, t // self.block_q, self.block_q, -1, self.block_kv)
+        nq = x.shape[1] // self.block_q
+        return x.reshape(len(x), nq, self.block_q, -1, self.block_kv)
 
     def read_pairs(self, i, j, ids):
         tiles = self._tiles(self.bias).at[:, i, :, j, :].get(mode="clip")
@@ -168,7 +168,7 @@ def make_term(bias: Any, block_q: int, block_kv: int) -> Term:
 
 
 def arrange_pairs(x: Array, by_column: bool) -> Array:
-    """Blocks ``[..., R, W, bq, bk]`` side by side: keys grow, or queries ``by_column``."""
+    """Blocks ``[..., R, W, bq, bk]`` side by side, along keys or ``by_column``."""
     *lead, rows, width, block_q, block_kv = x.shape
     if by_column:
         return x.reshape(*lead, rows, width * block_q, block_kv)

@@ -1,4 +1,4 @@
-"""Dense attention in plain jnp: the definition that every other backend is tested against.
+"""Dense attention in plain jnp: the definition that other backends are tested against.
 
 Differentiable to any order. It builds the ``[*, H, T, S]`` logits, so it is for small
 problems and for checking rows of large ones.
@@ -90,7 +90,7 @@ def _head_first(x: Array) -> Array:
 
 
 def _elements(mask: BlockMask) -> tuple[Array, Array]:
-    """Allowed elements ``[*B, H or 1, T, S]`` and block ids ``[*B, H or 1, nq, nk]``."""
+    """Allowed elements ``[*B, H or 1, T, S]``, block ids ``[*B, H or 1, nq, nk]``."""
     t = jnp.arange(mask.q_len, dtype=jnp.int32)
     s = jnp.arange(mask.kv_len, dtype=jnp.int32)
     element = (t < mask.q_lengths[..., None])[..., :, None]
@@ -109,7 +109,7 @@ def _elements(mask: BlockMask) -> tuple[Array, Array]:
 
 
 def _block_map(counts: Array, indices: Array, mask: BlockMask) -> tuple[Array, Array]:
-    """Which blocks are listed ``[*B, H, nq, nk]``, and each one's number in list order."""
+    """Which blocks are listed ``[*B, H, nq, nk]``, and their numbers in list order."""
     used = jnp.arange(indices.shape[-1], dtype=jnp.int32) < counts[..., None]
     columns = jnp.arange(mask.num_kv_blocks, dtype=jnp.int32)
     onehot = used[..., None] & (indices[..., None] == columns)
@@ -135,7 +135,7 @@ def _dense_bits(mask: BlockMask, ids: Array) -> Array:
 
 
 def _place_blocks(blocks: Array, ids: Array, mask: BlockMask) -> Array:
-    """Puts blocks ``[*B, H or 1, n, bq, bk]`` where ``ids [*B, H or 1, nq, nk]`` says."""
+    """Puts blocks ``[*B, H or 1, n, bq, bk]`` where ``ids [*B, H or 1, nq, nk]``."""
     lead = jnp.broadcast_shapes(blocks.shape[:-3], ids.shape[:-2])
     blocks = jnp.broadcast_to(blocks, (*lead, *blocks.shape[-3:]))
     ids = jnp.broadcast_to(ids, (*lead, *ids.shape[-2:]))

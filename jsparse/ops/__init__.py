@@ -1,4 +1,6 @@
 """The public attention operation."""
 
+from __future__ import annotations
+
 from jsparse.ops._attention import block_sparse_attention as block_sparse_attention
 from jsparse.ops._dispatch import support as support

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import jax.numpy as jnp
 
@@ -65,16 +65,17 @@ def block_sparse_attention(
 
     Differentiable with respect to q, k, v and every array of the bias, also through
     ``lse``; works under ``jit``, ``vmap``, ``grad``, ``jax.checkpoint``,
-    ``jax.shard_map`` and ``jax.export``. A bias shared over batch axes or under ``vmap``
-    is not copied, and its gradient is summed in place.
+    ``jax.shard_map`` and ``jax.export``. A bias shared over batch axes or under
+    ``vmap`` is not copied, and its gradient is summed in place.
 
     Args:
         q: ``[*B, T, H, D]`` float queries.
         k: ``[*B, S, K, D]`` keys of the same dtype; K divides H.
         v: ``[*B, S, K, Dv]`` values of the same dtype.
-        mask: which blocks and elements are computed. Closed over, the pattern is static;
-            passed into a jitted function it is traced. If a traced mask ran out of
-            capacity, the outputs of that batch entry are NaN (see `BlockMask.check`).
+        mask: which blocks and elements are computed. Closed over, the pattern is
+            static; passed into a jitted function it is traced. If a traced mask ran
+            out of capacity, the outputs of that batch entry are NaN (see
+            `BlockMask.check`).
         bias: added to the scaled logits: an array ``[*B or 1, H or 1, T or 1, S]``, a
             `BlockBias` or a `DistanceBias`. An element with bias -inf is masked.
         scale: multiplies ``q . k``; ``1 / sqrt(D)`` if not given.
@@ -94,7 +95,7 @@ def block_sparse_attention(
 
     Example:
         >>> import jax, jsparse
-        >>> mask = jsparse.patterns.window(256, left=16, right=16, block_q=64, block_kv=64)
+        >>> mask = jsparse.patterns.window(256, left=16, right=16)
         >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 256, 4, 32))
         >>> out, lse = jsparse.block_sparse_attention(q, k, v, mask, return_lse=True)
         >>> out.shape, lse.shape
@@ -108,9 +109,10 @@ def block_sparse_attention(
     scale = check_scale(scale, operands.q.shape[-1])
     backend = choose(implementation, describe(operands))
     if backend.differentiable:
-        out, lse = backend.forward(operands, scale)
+        result = backend.forward(operands, scale)
     else:
-        out, lse = attend(backend, scale, operands)
+        result = attend(backend, scale, operands)
+    out, lse = cast(tuple[Array, Array], result)
     if mask.needed_capacity is not None:
         out, lse = _poison_overflow(out, lse, mask)
     return (out, lse) if return_lse else out

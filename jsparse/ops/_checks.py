@@ -1,7 +1,7 @@
 """Every check of the op's arguments, and their canonical form.
 
-All refusals happen here, before anything is traced or launched. What passes comes out as
-`Operands`, where each leaf has one axis per batch axis of q (size 1 where shared).
+All refusals happen here, before anything is traced or launched. What passes comes out
+as `Operands`, where each leaf has one axis per batch axis of q (size 1 where shared).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,7 +23,9 @@ Array = Any
 _OP = "block_sparse_attention"
 
 
-def canonical(q: Array, k: Array, v: Array, mask: BlockMask, bias: Bias | None) -> Operands:
+def canonical(
+    q: Array, k: Array, v: Array, mask: BlockMask, bias: Bias | None
+) -> Operands:
     """Checks the arguments and gives every leaf its batch axes.
 
     Raises:
@@ -32,13 +35,15 @@ def canonical(q: Array, k: Array, v: Array, mask: BlockMask, bias: Bias | None) 
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
     if not isinstance(mask, BlockMask):
         raise TypeError(
-            f"{_OP}: mask is a {type(mask).__name__}; expected a BlockMask. Build one with "
-            "jsparse.patterns, e.g. patterns.from_dense(mask)."
+            f"{_OP}: mask is a {type(mask).__name__}; expected a BlockMask. Build one "
+            "with jsparse.patterns, e.g. patterns.from_dense(mask)."
         )
     _check_arrays(q, k, v)
     _check_mask(q, k, mask)
     batch = q.shape[:-3]
-    return Operands(q, k, v, _batched_mask(mask, batch), _batched_bias(bias, q, k, mask))
+    return Operands(
+        q, k, v, _batched_mask(mask, batch), _batched_bias(bias, q, k, mask)
+    )
 
 
 def describe(operands: Operands) -> Problem:
@@ -70,8 +75,8 @@ def check_scale(scale: float | None, head_dim: int) -> float:
         return head_dim**-0.5
     if isinstance(scale, jax.core.Tracer) or np.ndim(scale) != 0:
         raise TypeError(
-            f"{_OP}: scale is {scale!r}; expected a number known before tracing. Multiply "
-            "q by a learned scale instead and pass scale=1.0."
+            f"{_OP}: scale is {scale!r}; expected a number known before tracing. "
+            "Multiply q by a learned scale instead and pass scale=1.0."
         )
     scale = float(scale)
     if not math.isfinite(scale):
@@ -80,16 +85,20 @@ def check_scale(scale: float | None, head_dim: int) -> float:
 
 
 def _check_arrays(q: Array, k: Array, v: Array) -> None:
-    for name, x, axes in (("q", q, "T, H, D"), ("k", k, "S, K, D"), ("v", v, "S, K, Dv")):
+    for name, x, axes in (
+        ("q", q, "T, H, D"),
+        ("k", k, "S, K, D"),
+        ("v", v, "S, K, Dv"),
+    ):
         if x.ndim < 3:
             raise ValueError(
-                f"{_OP}: {name} has shape {x.shape}; expected [*B, {axes}], at least three "
-                "axes."
+                f"{_OP}: {name} has shape {x.shape}; expected [*B, {axes}], at least "
+                "three axes."
             )
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(
-                f"{_OP}: {name} has dtype {x.dtype}; expected a floating-point type. Cast "
-                "it first."
+                f"{_OP}: {name} has dtype {x.dtype}; expected a floating-point type. "
+                "Cast it first."
             )
         if 0 in x.shape:
             raise ValueError(
@@ -112,13 +121,13 @@ def _check_arrays(q: Array, k: Array, v: Array) -> None:
         )
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(
-            f"{_OP}: q has head size {q.shape[-1]} but k has {k.shape[-1]}; expected the "
-            "same."
+            f"{_OP}: q has head size {q.shape[-1]} but k has {k.shape[-1]}; expected "
+            "the same."
         )
     if q.shape[-2] % k.shape[-2]:
         raise ValueError(
-            f"{_OP}: q has {q.shape[-2]} heads and k has {k.shape[-2]}; expected a multiple "
-            "of the key heads, so that each serves equally many query heads."
+            f"{_OP}: q has {q.shape[-2]} heads and k has {k.shape[-2]}; expected a "
+            "multiple of the key heads, so that each serves equally many query heads."
         )
 
 
@@ -135,14 +144,15 @@ def _check_mask(q: Array, k: Array, mask: BlockMask) -> None:
             )
     if mask.num_heads not in (1, q.shape[-2]):
         raise ValueError(
-            f"{_OP}: the mask has {mask.num_heads} head patterns but q has {q.shape[-2]} "
-            "heads; expected one pattern for all, or one each."
+            f"{_OP}: the mask has {mask.num_heads} head patterns but q has "
+            f"{q.shape[-2]} heads; expected one pattern for all, or one each."
         )
     batch = math.prod(q.shape[:-3])
     if mask.batch_size not in (1, batch):
         raise ValueError(
-            f"{_OP}: the mask has {mask.batch_size} batch patterns but q has batch axes "
-            f"{q.shape[:-3]} ({batch} entries); expected one pattern for all, or one each."
+            f"{_OP}: the mask has {mask.batch_size} batch patterns but q has batch "
+            f"axes {q.shape[:-3]} ({batch} entries); expected one pattern for all, or "
+            "one each."
         )
     if not isinstance(mask.needed_capacity, jax.core.Tracer):
         mask.check()
@@ -159,7 +169,7 @@ def _batched_mask(mask: BlockMask, batch: tuple[int, ...]) -> BlockMask:
     return jax.tree_util.tree_map(lambda x: _unfold(x, batch), mask)
 
 
-def _batched_bias(bias: Bias | None, q: Array, k: Array, mask: BlockMask) -> Bias | None:
+def _batched_bias(bias: Any, q: Array, k: Array, mask: BlockMask) -> Bias | None:
     batch, num_heads = q.shape[:-3], q.shape[-2]
     if bias is None:
         return None
@@ -173,12 +183,13 @@ def _batched_bias(bias: Bias | None, q: Array, k: Array, mask: BlockMask) -> Bia
             for x in (bias.q_coords, bias.kv_coords)
         ]
         weights, knots = (_unfold(x[None], batch) for x in (bias.weights, bias.knots))
-        return DistanceBias(weights, *coords, knots, form=bias.form)
+        x, y = coords
+        return DistanceBias(weights, x, y, knots, form=bias.form)
     bias = jnp.asarray(bias)
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         raise TypeError(
-            f"{_OP}: bias has dtype {bias.dtype}; expected a floating-point type. A boolean "
-            "mask belongs in the BlockMask: patterns.from_dense."
+            f"{_OP}: bias has dtype {bias.dtype}; expected a floating-point type. A "
+            "boolean mask belongs in the BlockMask: patterns.from_dense."
         )
     rank = len(batch) + 3
     full = (*batch, num_heads, q.shape[-3], k.shape[-3])
@@ -194,7 +205,9 @@ def _batched_bias(bias: Bias | None, q: Array, k: Array, mask: BlockMask) -> Bia
     return bias.reshape(shape)
 
 
-def _check_block_bias(bias: BlockBias, mask: BlockMask, batch: int, num_heads: int) -> None:
+def _check_block_bias(
+    bias: BlockBias, mask: BlockMask, batch: int, num_heads: int
+) -> None:
     shape = bias.values.shape
     blocks = (mask.block_q, mask.block_kv)
     if len(shape) != 5 or shape[-2:] != blocks:
@@ -211,11 +224,12 @@ def _check_block_bias(bias: BlockBias, mask: BlockMask, batch: int, num_heads: i
     counts = (mask.kv_num_blocks, mask.full_kv_num_blocks)
     if any(isinstance(x, jax.core.Tracer) for x in counts):
         return
-    needed = int(sum(np.asarray(x).sum((1, 2)) for x in counts).max())
+    needed = int(np.sum([np.asarray(x).sum((1, 2)) for x in counts], axis=0).max())
     if shape[2] < needed:
         raise ValueError(
-            f"{_OP}: the BlockBias holds {shape[2]} blocks but the mask has {needed}; it "
-            "was made for another mask. Make it again, e.g. with BlockBias.from_function."
+            f"{_OP}: the BlockBias holds {shape[2]} blocks but the mask has {needed}; "
+            "it was made for another mask. Make it again, e.g. with "
+            "BlockBias.from_function."
         )
 
 
@@ -234,6 +248,6 @@ def _check_distance_bias(
             )
     if bias.weights.shape[0] not in (1, num_heads):
         raise ValueError(
-            f"{_OP}: DistanceBias.weights has {bias.weights.shape[0]} heads; expected 1 or "
-            f"{num_heads}."
+            f"{_OP}: DistanceBias.weights has {bias.weights.shape[0]} heads; expected "
+            f"1 or {num_heads}."
         )

@@ -27,8 +27,8 @@ def choose(implementation: str, problem: Problem) -> ModuleType:
     if implementation not in ("auto", *backends.IMPLEMENTATIONS):
         names = ", ".join(repr(n) for n in ("auto", *backends.IMPLEMENTATIONS))
         raise ValueError(
-            f"block_sparse_attention: implementation={implementation!r}; expected one of "
-            f"{names}."
+            f"block_sparse_attention: implementation={implementation!r}; expected one "
+            f"of {names}."
         )
     answers = support(problem)
     able = [name for name, reason in answers.items() if reason is None]

@@ -1,8 +1,9 @@
 """The only custom derivative and the only batching rule of the library.
 
-``attend`` maps `Operands` to ``(out, lse)``. Both directions are `custom_vmap` functions
-whose rule prepends a batch axis to every leaf, of size 1 where a leaf is not mapped. A
-bias shared under ``vmap`` is therefore never copied, and its gradient comes back summed.
+``attend`` maps `Operands` to ``(out, lse)``. Both directions are `custom_vmap`
+functions whose rule prepends a batch axis to every leaf, of size 1 where a leaf is not
+mapped. A bias shared under ``vmap`` is therefore never copied, and its gradient comes
+back summed.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ Array = Any
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attend(backend: ModuleType, scale: float, operands: Operands) -> tuple[Array, Array]:
-    """Attention through ``backend``; residuals are the operands, ``out`` and ``lse``."""
+def attend(
+    backend: ModuleType, scale: float, operands: Operands
+) -> tuple[Array, Array]:
+    """Attention through ``backend``; the residuals are operands, out and lse."""
     return _batched_forward(backend, scale)(operands)
 
 
@@ -37,11 +40,12 @@ def _attend_bwd(backend, scale, residuals, cotangents):
     grads = _batched_backward(backend, scale)(operands, out, lse, *cotangents)
     primals = (operands.q, operands.k, operands.v, operands.bias)
     dq, dk, dv, dbias = jax.tree_util.tree_map(_sum_devices, grads, primals)
-    return (Operands(dq, dk, dv, None, dbias),)
+    no_mask: Any = None
+    return (Operands(dq, dk, dv, no_mask, dbias),)
 
 
 def _sum_devices(grad: Array, primal: Array) -> Array:
-    """Inside `jax.shard_map`, sums the gradient of what is replicated over its devices."""
+    """Inside `jax.shard_map`, sums the gradient of a replicated array over devices."""
     axes = jax.typeof(grad).mat.varying - jax.typeof(jnp.asarray(primal)).mat.varying
     return jax.lax.psum(grad, tuple(axes)) if axes else grad
 
@@ -49,7 +53,7 @@ def _sum_devices(grad: Array, primal: Array) -> Array:
 attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _batched_forward(backend: ModuleType, scale: float) -> Callable:
     @custom_vmap
     def forward(operands):
@@ -63,7 +67,7 @@ def _batched_forward(backend: ModuleType, scale: float) -> Callable:
     return forward
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _batched_backward(backend: ModuleType, scale: float) -> Callable:
     @custom_vmap
     def backward(operands, *rows):

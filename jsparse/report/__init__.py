@@ -13,7 +13,14 @@ from __future__ import annotations
 
 from jsparse.report._files import prepare_folder as prepare_folder
 from jsparse.report._files import write_file as write_file
+from jsparse.report._page import Facts as Facts
 from jsparse.report._page import facts as facts
+from jsparse.report._page import format_bytes as format_bytes
+from jsparse.report._page import format_error as format_error
+from jsparse.report._page import format_seconds as format_seconds
+from jsparse.report._page import map_title as map_title
+from jsparse.report._page import to_json as to_json
+from jsparse.report._page import verdict as verdict
 from jsparse.report._page import write_report as write_report
 from jsparse.report._pictures import block_map as block_map
 from jsparse.report._pictures import load_histogram as load_histogram

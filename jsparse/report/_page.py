@@ -20,7 +20,7 @@ from jsparse.report._files import write_file
 from jsparse.report._pictures import DARK, LIGHT, block_map, load_histogram
 
 
-class Table(NamedTuple):
+class Facts(NamedTuple):
     """Rows of text under a title.
 
     Attributes:
@@ -35,11 +35,15 @@ class Table(NamedTuple):
     rows: list[tuple[str, ...]]
     chosen: int | None = None
 
+    def numeric(self, column: int) -> bool:
+        """Whether a column holds numbers, to be aligned on the right."""
+        return all(row[column][:1].isdigit() for row in self.rows)
+
 
 # --------------------------------------------------------------------------- facts
 
 
-def facts(result: dict[str, Any]) -> list[Table]:
+def facts(result: dict[str, Any]) -> list[Facts]:
     """What a job found out, as labelled text; stages that did not run are left out.
 
     Args:
@@ -59,7 +63,7 @@ def facts(result: dict[str, Any]) -> list[Table]:
         rows = [("name", found["name"])]
         rows += [(name, f"{found[name]:,}") for name in ("atoms", "residues")]
         rows.append(("chains (groups)", f"{found['chains']:,}"))
-        tables.append(Table("Structure", (), rows))
+        tables.append(Facts("Structure", (), rows))
     if "mask" in result:
         tables += [_pattern(result), _orders(result)]
     if "backend" in result:
@@ -73,15 +77,17 @@ def facts(result: dict[str, Any]) -> list[Table]:
     if "check" in result:
         tables.append(_check(result))
     if "peak_memory_bytes" in result:
-        rows = [("peak memory of the process", _bytes(result["peak_memory_bytes"]))]
+        rows = [
+            ("peak memory of the process", format_bytes(result["peak_memory_bytes"]))
+        ]
         total = result["seconds"].get("total")
         if total is not None:
-            rows.append(("time in all", _seconds(total)))
-        tables.append(Table("In all", (), rows))
+            rows.append(("time in all", format_seconds(total)))
+        tables.append(Facts("In all", (), rows))
     return tables
 
 
-def _pattern(result: dict[str, Any]) -> Table:
+def _pattern(result: dict[str, Any]) -> Facts:
     mask, options = result["mask"], result["options"]
     share = f"{mask['q_blocks']:,} × {mask['kv_blocks']:,}"
     rows = [
@@ -95,12 +101,12 @@ def _pattern(result: dict[str, Any]) -> Table:
             f"{mask['row_min']} / {mask['row_mean']:.1f} / {mask['row_max']}",
         ),
         ("order of the atoms", result["order"]),
-        ("memory of the mask", _bytes(mask["bytes"])),
+        ("memory of the mask", format_bytes(mask["bytes"])),
     ]
-    return Table("Pattern", (), rows)
+    return Facts("Pattern", (), rows)
 
 
-def _orders(result: dict[str, Any]) -> Table:
+def _orders(result: dict[str, Any]) -> Facts:
     rows = [
         (
             row["order"],
@@ -114,43 +120,45 @@ def _orders(result: dict[str, Any]) -> Table:
     ]
     chosen = [row["chosen"] for row in result["orders"]].index(True)
     columns = ("order", "blocks", "elements", "density", "row mean", "row max")
-    return Table("Orders of the atoms that were tried", columns, rows, chosen)
+    return Facts("Orders of the atoms that were tried", columns, rows, chosen)
 
 
-def _backends(result: dict[str, Any]) -> Table:
+def _backends(result: dict[str, Any]) -> Facts:
     backend = result["backend"]
     machine = result["machine"]
     rows = [(backend["implementation"], f"runs, on {machine['device']}")]
     rows += list(backend["why_not"].items())
-    return Table("Implementations", ("implementation", "why not"), rows, 0)
+    return Facts("Implementations", ("implementation", "why not"), rows, 0)
 
 
-def _speed(title: str, found: dict[str, Any]) -> Table:
+def _speed(title: str, found: dict[str, Any]) -> Facts:
     run = found["run_seconds"]
-    percentiles = " / ".join(_seconds(run[name]) for name in ("p50", "p95", "p99"))
+    percentiles = " / ".join(
+        format_seconds(run[name]) for name in ("p50", "p95", "p99")
+    )
     rows = [
-        ("compile time", _seconds(found["compile_seconds"])),
+        ("compile time", format_seconds(found["compile_seconds"])),
         ("run time P50 / P95 / P99", percentiles),
         ("timed calls", str(run["count"])),
         ("useful work at P50", f"{found['gflops_per_second']:,.1f} GFLOP/s"),
-        ("temporary memory", _bytes(found["temporary_bytes"])),
+        ("temporary memory", format_bytes(found["temporary_bytes"])),
     ]
-    return Table(title, (), rows)
+    return Facts(title, (), rows)
 
 
-def _check(result: dict[str, Any]) -> Table:
+def _check(result: dict[str, Any]) -> Facts:
     rows = []
     for name, what in (("check", "output"), ("gradient_check", "gradient of q")):
         if name not in result:
             continue
         found = result[name]
         rows += [
-            (f"{what}: largest error", _error(found["max_error"])),
-            (f"{what}: may be", _error(found["tolerance"])),
+            (f"{what}: largest error", format_error(found["max_error"])),
+            (f"{what}: may be", format_error(found["tolerance"])),
             (f"{what}: verdict", "right" if found["ok"] else "WRONG"),
         ]
     count = result["check"]["rows"]
-    return Table(f"{count} rows against dense attention in float64", (), rows)
+    return Facts(f"{count} rows against dense attention in float64", (), rows)
 
 
 def verdict(result: dict[str, Any]) -> tuple[str, bool]:
@@ -168,16 +176,17 @@ def verdict(result: dict[str, Any]) -> tuple[str, bool]:
             return "Complete.", True
         return (
             f"Right: {found['rows']} rows agree with dense attention in float64, "
-            f"largest error {_error(found['max_error'])}.",
+            f"largest error {format_error(found['max_error'])}.",
             True,
         )
     if status == "wrong":
         checks = [result[n] for n in ("check", "gradient_check") if n in result]
         bad = next(check for check in checks if not check["ok"])
+        allowed = format_error(bad["tolerance"])
         return (
             f"WRONG: the largest error of {bad['rows']} rows is "
-            f"{_error(bad['max_error'])}; at most {_error(bad['tolerance'])} is "
-            "rounding. Do not use these results, and please report this.",
+            f"{format_error(bad['max_error'])}; at most {allowed} is rounding. "
+            "Do not use these results, and please report this.",
             False,
         )
     if status == "interrupted":
@@ -186,17 +195,35 @@ def verdict(result: dict[str, Any]) -> tuple[str, bool]:
     return f"Failed: {reason} Completed: {done}.", False
 
 
-def _seconds(value: float) -> str:
+def format_seconds(value: float) -> str:
+    """Three digits of a time.
+
+    Example:
+        >>> format_seconds(0.01234), format_seconds(12.34), format_seconds(123.4)
+        ('12.3 ms', '12.3 s', '123 s')
+    """
     if value >= 100:
         return f"{value:.0f} s"
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
-def _bytes(value: int) -> str:
+def format_bytes(value: int) -> str:
+    """A size in MB or GB (powers of ten).
+
+    Example:
+        >>> format_bytes(1_234_567), format_bytes(1_234_567_890)
+        ('1.2 MB', '1.23 GB')
+    """
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
 
 
-def _error(value: float | None) -> str:
+def format_error(value: float | None) -> str:
+    """An error in two digits.
+
+    Example:
+        >>> format_error(1.234e-7), format_error(float("inf"))
+        ('1.2e-07', 'not finite')
+    """
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.1e}"
 
 
@@ -290,7 +317,7 @@ def page(result: dict[str, Any], pictures: str = "") -> str:
     )
 
 
-def _list(table: Table) -> str:
+def _list(table: Facts) -> str:
     rows = "".join(
         f'<tr><th scope="row">{html.escape(label)}</th>'
         f'<td class="number">{html.escape(value)}</td></tr>'
@@ -301,9 +328,9 @@ def _list(table: Table) -> str:
     )
 
 
-def _table(table: Table) -> str:
+def _table(table: Facts) -> str:
     kinds = [
-        ' class="number"' if column and _numeric(table, n) else ""
+        ' class="number"' if column and table.numeric(n) else ""
         for n, column in enumerate(table.columns)
     ]
     head = "".join(
@@ -321,10 +348,6 @@ def _table(table: Table) -> str:
         f'<h2>{html.escape(table.title)}</h2><div class="wide"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
-
-
-def _numeric(table: Table, column: int) -> bool:
-    return all(row[column][:1].isdigit() for row in table.rows)
 
 
 def _figure(light: bytes, dark: bytes, alt: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +106,7 @@ def test_values_and_gradients(implementation, name):
 
 @st.composite
 def masks(draw) -> BlockMask:
-    """Any mask of one bucket: empty rows and columns, one block, all, ragged lengths."""
+    """Any mask of one bucket: empty rows or columns, one block, all, ragged lengths."""
     q_len, kv_len, block_q, block_kv = SIZES
     lengths = draw(st.integers(1, q_len)), draw(st.integers(1, kv_len))
     grid = -(-lengths[0] // block_q), -(-lengths[1] // block_kv)
@@ -132,16 +133,19 @@ def test_any_mask(implementation, mask):
     check(implementation, case, floor=3e-6)
 
 
-KINDS = sorted(biases(np.random.default_rng(0), CASES["plain"](np.random.default_rng(0)).mask, 2, 1))
+KINDS = sorted(
+    biases(
+        np.random.default_rng(0), CASES["plain"](np.random.default_rng(0)).mask, 2, 1
+    )
+)
 
 
 PATTERNS = [("plain", kind) for kind in KINDS] + [
-    ("batch_and_head_patterns", kind)
-    for kind in ("dense", "per_key", "block", "table")
+    ("batch_and_head_patterns", kind) for kind in ("dense", "per_key", "block", "table")
 ]
 
 
-@pytest.mark.parametrize(("pattern", "kind"), PATTERNS)
+@pytest.mark.parametrize("pattern, kind", PATTERNS)
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_bias(implementation, pattern, kind):
     rng = np.random.default_rng(2)
@@ -213,13 +217,15 @@ def test_reference_has_second_derivatives():
         )
         return (out * case.dout).sum()
 
-    direction = np.random.default_rng(7).standard_normal(case.q.shape).astype(np.float32)
+    direction = (
+        np.random.default_rng(7).standard_normal(case.q.shape).astype(np.float32)
+    )
     gradient = jax.jit(jax.grad(loss))
     _, second = jax.jvp(gradient, (case.q,), (direction,))
     step = np.float32(1e-2)
-    numeric = (gradient(case.q + step * direction) - gradient(case.q - step * direction)) / (
-        2 * step
-    )
+    numeric = (
+        gradient(case.q + step * direction) - gradient(case.q - step * direction)
+    ) / (2 * step)
     assert np.abs(second).max() > 1e-3
     np.testing.assert_allclose(second, numeric, atol=2e-3)
 
@@ -241,7 +247,7 @@ def test_queries_that_see_nothing(implementation):
 
 
 @pytest.mark.parametrize(
-    ("implementation", "where"),
+    "implementation, where",
     [(i, w) for i in BACKENDS for w in ("q", "k", "v", "dout")][:-1],
 )
 def test_nan_stays_where_attention_carries_it(implementation, where):
@@ -322,7 +328,9 @@ def test_bad_bias_outside_the_mask_is_never_seen(implementation):
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_same_bits_on_every_run(implementation):
     case = CASES["long_lists"](np.random.default_rng(12))
-    case.bias = np.random.default_rng(12).standard_normal((2, 70, 600)).astype(np.float32)
+    case.bias = (
+        np.random.default_rng(12).standard_normal((2, 70, 600)).astype(np.float32)
+    )
     first = run_case(implementation, case)
     for _ in range(10):
         for x, y in zip(first, run_case(implementation, case), strict=True):
@@ -335,9 +343,7 @@ def test_static_and_traced_masks_agree(implementation):
 
     @jax.jit
     def closed_over(q, k, v):
-        return block_sparse_attention(
-            q, k, v, case.mask, implementation=implementation
-        )
+        return block_sparse_attention(q, k, v, case.mask, implementation=implementation)
 
     out = closed_over(case.q, case.k, case.v)
     np.testing.assert_array_equal(out, run_case(implementation, case)[0])
@@ -393,7 +399,11 @@ def test_vmap_keeps_what_is_shared(implementation, kind):
         return
     zero = dataclasses.replace(case, dlse=np.zeros_like(case.dlse))
     truth = jax.tree_util.tree_leaves(run_case(implementation, zero)[5])
-    for x, y in zip(jax.tree_util.tree_leaves(jax.jit(jax.grad(loss))(case.bias)), truth, strict=True):
+    for x, y in zip(
+        jax.tree_util.tree_leaves(jax.jit(jax.grad(loss))(case.bias)),
+        truth,
+        strict=True,
+    ):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
@@ -401,7 +411,10 @@ def test_vmap_keeps_what_is_shared(implementation, kind):
 def test_vmap_over_masks(implementation):
     rng = np.random.default_rng(16)
     batched = CASES["batch_patterns"](rng)
-    masks = [random_mask(rng, SIZES, 9).pad_to(*SIZES[:2], capacity=9, num_bits=9) for _ in "ab"]
+    masks = [
+        random_mask(rng, SIZES, 9).pad_to(*SIZES[:2], capacity=9, num_bits=9)
+        for _ in "ab"
+    ]
     stacked = jax.tree_util.tree_map(lambda *x: np.stack(x), *masks)
     attend = functools.partial(block_sparse_attention, implementation=implementation)
     out = jax.jit(jax.vmap(attend))(batched.q, batched.k, batched.v, stacked)
@@ -415,12 +428,16 @@ def test_vmap_over_masks(implementation):
 def _bias_gradient(rows: int, length: int):
     """Compiled gradient of a bias ``[H, N, N]`` shared by many rows under vmap."""
     rng = np.random.default_rng(17)
-    mask = random_mask(rng, (length, length, 64, 64), (length // 64) ** 2 * 2, elements=False)
+    mask = random_mask(
+        rng, (length, length, 64, 64), (length // 64) ** 2 * 2, elements=False
+    )
     case = make_case(rng, mask, batch=(rows,), heads=(2, 2))
 
     def loss(bias):
         def row(q, k, v):
-            return block_sparse_attention(q, k, v, mask, bias=bias, implementation="xla").sum()
+            return block_sparse_attention(
+                q, k, v, mask, bias=bias, implementation="xla"
+            ).sum()
 
         return jax.vmap(row)(case.q, case.k, case.v).sum()
 
@@ -431,7 +448,8 @@ def _bias_gradient(rows: int, length: int):
 def test_shared_bias_is_never_copied_per_row():
     few, bias = _bias_gradient(2, 512)
     many, _ = _bias_gradient(32, 512)
-    extra = [x.memory_analysis().temp_size_in_bytes for x in (few, many)]
+    reports: list[Any] = [x.memory_analysis() for x in (few, many)]
+    extra = [x.temp_size_in_bytes for x in reports]
     per_row = 6 * 512 * 2 * 16 * 4  # q, k, v and their gradients
     assert extra[1] - extra[0] <= 30 * 2 * per_row
     assert extra[1] < 32 * bias.nbytes / 2
@@ -472,7 +490,10 @@ def test_checkpoint(implementation):
 
         return (wrap(attend)(q) * case.dout).sum()
 
-    plain, saved = (jax.jit(jax.grad(loss), static_argnums=1)(case.q, w) for w in (lambda f: f, jax.checkpoint))
+    plain, saved = (
+        jax.jit(jax.grad(loss), static_argnums=1)(case.q, w)
+        for w in (lambda f: f, jax.checkpoint)
+    )
     assert error(saved, plain) < 1e-6
 
 
@@ -536,7 +557,9 @@ def test_shard_map(implementation, split):
 def test_overflow_is_never_silent(implementation):
     case = CASES["plain"](np.random.default_rng(22))
     needed = np.array([[*case.mask.capacity]], np.int32)
-    fits = dataclasses.replace(case, mask=dataclasses.replace(case.mask, needed_capacity=needed))
+    fits = dataclasses.replace(
+        case, mask=dataclasses.replace(case.mask, needed_capacity=needed)
+    )
     assert np.isfinite(run_case(implementation, fits)[0]).all()
     over = dataclasses.replace(
         case, mask=dataclasses.replace(case.mask, needed_capacity=needed + 1)
@@ -554,4 +577,6 @@ def test_block_bias_from_function_and_dense_agree():
     bias = BlockBias.from_dense(case.mask, dense)
     elements = case.mask.to_dense()[0]
     placed = oracle.dense_bias(bias, case.mask, 2)[0]
-    np.testing.assert_array_equal(np.where(elements, placed, 0), np.where(elements, dense, 0))
+    np.testing.assert_array_equal(
+        np.where(elements, placed, 0), np.where(elements, dense, 0)
+    )

@@ -97,11 +97,26 @@ def test_radius_finds_pairs_that_no_first_atom_shows():
 
 
 def test_radius_counts_pairs_at_exactly_the_cutoff():
+    # Neighbouring blocks touch in one pair only, and that one lies on the cut-off.
     x = np.zeros((64, 3), np.float32)
     x[:, 0] = np.arange(64)
-    mask = device.radius(x, 4.0, block_q=4, block_kv=4, capacity=3)
+    mask = device.radius(x, 1.0, block_q=4, block_kv=4, capacity=3)
     t = np.arange(64)
-    _check(mask, (np.abs(t[:, None] - t) <= 4)[None])
+    _check(mask, (np.abs(t[:, None] - t) <= 1)[None])
+
+
+def test_radius_lists_every_pair_that_some_rounding_of_the_rule_allows():
+    rng = np.random.default_rng(17)
+    kv = rng.standard_normal((1500, 3))
+    kv = (kv * 5 / np.linalg.norm(kv, axis=1, keepdims=True)).astype(np.float32)
+    mask = device.radius(
+        np.zeros((1, 3)), 5.0, kv_coords=kv, block_q=1, block_kv=1, capacity=1500
+    )
+    squared = kv[:, 0] * kv[:, 0] + kv[:, 1] * kv[:, 1] + kv[:, 2] * kv[:, 2]
+    allowed = squared <= np.float32(25)
+    assert 100 < allowed.sum() < 1400
+    np.testing.assert_array_equal(mask.to_dense()[0, 0, 0], allowed)
+    assert mask.num_blocks == 1500
 
 
 def test_radius_of_zero_sees_coinciding_atoms_only():

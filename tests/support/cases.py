@@ -148,11 +148,15 @@ def _groups(rng):
 
 
 def _one_block(rng):
-    return make_case(rng, BlockMask.from_blocks([2], [1], q_len=37, block_q=8, block_kv=8))
+    return make_case(
+        rng, BlockMask.from_blocks([2], [1], q_len=37, block_q=8, block_kv=8)
+    )
 
 
 def _nothing(rng):
-    return make_case(rng, BlockMask.from_blocks([], [], q_len=37, block_q=8, block_kv=8))
+    return make_case(
+        rng, BlockMask.from_blocks([], [], q_len=37, block_q=8, block_kv=8)
+    )
 
 
 def _everything(rng):
@@ -204,7 +208,9 @@ def biases(rng: np.random.Generator, mask: BlockMask, heads: int, batch: int) ->
         "dense_2d": _normal(rng, q_len, kv_len),
         "per_key": _normal(rng, heads, 1, kv_len),
         "block": BlockBias(
-            _normal(rng, mask.batch_size, block_heads, blocks, mask.block_q, mask.block_kv)
+            _normal(
+                rng, mask.batch_size, block_heads, blocks, mask.block_q, mask.block_kv
+            )
         ),
         "block_shared_heads": BlockBias(
             _normal(rng, 1, 1, blocks, mask.block_q, mask.block_kv)

@@ -105,7 +105,10 @@ def _place_blocks(values: np.ndarray, mask: BlockMask, num_heads: int) -> np.nda
                 for i in range(mask.num_q_blocks):
                     for j in indices[mb, h, i, : counts[mb, h, i]]:
                         block = values[min(b, len(values) - 1), :, at]
-                        rows, cols = slice(i * bq, (i + 1) * bq), slice(j * bk, (j + 1) * bk)
+                        rows, cols = (
+                            slice(i * bq, (i + 1) * bq),
+                            slice(j * bk, (j + 1) * bk),
+                        )
                         out[b, heads, rows, cols] = block
                         at += 1
     return out[..., : mask.q_len, : mask.kv_len]

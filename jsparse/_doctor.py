@@ -1,0 +1,105 @@
+"""What is installed, and which implementation runs here: ``jsparse doctor``.
+
+Each implementation is asked whether it takes a typical problem, and if so it is run on
+a small one and its rows are checked. Called by the command line.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsparse import measure, patterns
+from jsparse.measure._machine import installed_version
+from jsparse.ops import block_sparse_attention
+from jsparse.ops._checks import canonical, describe
+from jsparse.ops._dispatch import support
+
+# What each extra brings: if this distribution is there, the extra is.
+EXTRAS = {
+    "cuda12": "jax-cuda12-plugin",
+    "cuda13": "jax-cuda13-plugin",
+    "flax": "flax",
+    "serving": "starlette",
+    "bench": "psutil",
+}
+
+
+def examine() -> dict[str, Any]:
+    """Looks at the installation and tries every implementation.
+
+    Returns:
+        ``ok`` (whether at least one implementation gives right results), ``versions``,
+        ``machine``, ``implementations`` (name to ``runs``, ``reason``, ``max_error``),
+        ``extras`` (name to ``version`` and the command that installs it), ``advice``.
+
+    Example:
+        >>> found = examine()
+        >>> found["ok"], found["implementations"]["xla"]["runs"]
+        (True, True)
+    """
+    result: dict[str, Any] = {"versions": measure.versions()}
+    try:
+        result["machine"] = measure.machine()
+    except RuntimeError as err:  # JAX found a platform that does not start
+        result["machine"] = None
+        result["implementations"] = {}
+        result["advice"] = [f"JAX does not start: {err}"]
+    else:
+        result["implementations"] = _try_all()
+        result["advice"] = _advice()
+    result["extras"] = {
+        extra: {
+            "version": installed_version(package),
+            "install": f"pip install 'jsparse[{extra}]'",
+        }
+        for extra, package in EXTRAS.items()
+    }
+    result["ok"] = any(found["runs"] for found in result["implementations"].values())
+    return result
+
+
+def _try_all() -> dict[str, dict[str, Any]]:
+    """Runs each implementation on 300 atoms with 4 heads of 32."""
+    rng = np.random.default_rng(0)
+    coords = rng.uniform(0, 25, (300, 3)).astype(np.float32)
+    mask = patterns.radius(coords, 10.0, block_q=64, block_kv=64)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((300, 4, 32), np.float32)) for _ in range(3)
+    )
+    rows = measure.choose_rows(300)
+    near = measure.within_cutoff(coords, rows, 10.0)
+    found = {}
+    for name, reason in support(describe(canonical(q, k, v, mask, None))).items():
+        if reason is not None:
+            found[name] = {"runs": False, "reason": reason, "max_error": None}
+            continue
+        try:
+            out = block_sparse_attention(q, k, v, mask, implementation=name)  # type: ignore
+            check = measure.check_rows(out, rows, q, k, v, near)
+        except Exception as err:  # noqa: BLE001 (a backend may fail in any way)
+            reason = f"{type(err).__name__}: {err}"
+            found[name] = {"runs": False, "reason": reason, "max_error": None}
+            continue
+        wrong = None if check.ok else "its results are wrong on this machine"
+        found[name] = {
+            "runs": check.ok,
+            "reason": wrong,
+            "max_error": check.max_error,
+        }
+    return found
+
+
+def _advice() -> list[str]:
+    """What would make more of this machine."""
+    if jax.default_backend() != "gpu" and shutil.which("nvidia-smi"):
+        return [
+            "There is an NVIDIA driver, but JAX computes on "
+            f"{jax.default_backend()}: install jsparse[cuda13] (or cuda12), or unset "
+            "JAX_PLATFORMS."
+        ]
+    return []

@@ -1,0 +1,25 @@
+"""Benchmarks: named cases, peers, records, and the tables made of records.
+
+Called by ``jsparse bench``; it computes with the public operation only.
+
+* ``_patterns.py``: block lists, and ``data/`` for those that come from a structure;
+* ``_cases.py``: what is measured, by name;
+* ``_peers.py``: what it is measured against;
+* ``_runner.py``: how it is measured;
+* ``_records.py``: ``records/``, one JSON file for each run, and Markdown tables.
+"""
+
+from __future__ import annotations
+
+from jsparse.bench._cases import all_cases as all_cases
+from jsparse.bench._cases import choose_cases as choose_cases
+from jsparse.bench._peers import PEERS as PEERS
+from jsparse.bench._peers import Peer as Peer
+from jsparse.bench._records import facts as facts
+from jsparse.bench._records import markdown as markdown
+from jsparse.bench._records import read_records as read_records
+from jsparse.bench._records import records_folder as records_folder
+from jsparse.bench._records import render_into as render_into
+from jsparse.bench._records import write_record as write_record
+from jsparse.bench._runner import Options as Options
+from jsparse.bench._runner import run_case as run_case

@@ -1,0 +1,261 @@
+"""What is measured, by name.
+
+An attention case is a mask with heads and a dtype; a mask case is the building of a
+mask, on the host or on the device. A case loads its data only when it is run.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jsparse import patterns
+from jsparse._job import read_file
+from jsparse.bench import _patterns
+from jsparse.bench._patterns import BLOCK, Columns
+from jsparse.measure import Allowed, BadInput, within_cutoff
+from jsparse.patterns import BlockMask
+
+CUTOFF = 10.0  # ångström, of every pattern made of coordinates
+
+_ATOM_DENSITY = 0.04  # heavy atoms per cubic ångström in a ribosome's neighbourhoods
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A loaded pattern.
+
+    Attributes:
+        mask: what the implementations take.
+        allowed: elements of some rows, from the pattern's definition and not the mask.
+        order: order of the atoms, or None where there are none.
+    """
+
+    mask: BlockMask
+    allowed: Callable[[np.ndarray], Allowed]
+    order: str | None = None
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Attention forward and backward.
+
+    Attributes:
+        name: of the case.
+        about: one line for people.
+        heads: number of heads.
+        head_dim: channels of each.
+        dtype: of queries, keys and values.
+        load: makes the pattern.
+    """
+
+    name: str
+    about: str
+    heads: int
+    head_dim: int
+    dtype: str
+    load: Callable[[], Pattern]
+
+
+@dataclass(frozen=True)
+class HostMaskCase:
+    """Ordering atoms and building their radius mask with NumPy and SciPy."""
+
+    name: str
+    about: str
+    coords: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True)
+class DeviceMaskCase:
+    """Building a radius mask with JAX under ``jit``."""
+
+    name: str
+    about: str
+    coords: Callable[[], np.ndarray]
+
+
+Case = AttentionCase | HostMaskCase | DeviceMaskCase
+
+
+def all_cases(structure: Path | None = None, copies: int | None = 1) -> dict[str, Case]:
+    """The named cases, and those of a structure file if one is given.
+
+    Args:
+        structure: file that `jsparse.structure.read_structure` reads.
+        copies: copies of its biological assembly; None for all.
+
+    Returns:
+        Cases by name.
+
+    Example:
+        >>> "seed800" in all_cases()
+        True
+        >>> list(all_cases(Path("examples/data/3KPR.cif.gz")))[-3:]
+        ['3kpr_h4_d32', '3kpr_mask', '3kpr_mask_device']
+    """
+    cases = _block_cases()
+    cases.append(
+        DeviceMaskCase(
+            "points100k_mask_device",
+            "radius mask of 100,000 points in a ball, built under jit",
+            functools.partial(ball, 100_000),
+        )
+    )
+    if structure is not None:
+        cases += _structure_cases(structure, copies)
+    return {case.name: case for case in cases}
+
+
+def choose_cases(
+    known: dict[str, Case], names: Sequence[str], of_structure: bool
+) -> list[Case]:
+    """The cases to run.
+
+    Args:
+        known: all cases.
+        names: asked for; ``all`` means every one.
+        of_structure: whether, without names, those of the structure are meant.
+
+    Raises:
+        BadInput: for an unknown name, or none.
+
+    Example:
+        >>> [case.name for case in choose_cases(all_cases(), ["seed800"], False)]
+        ['seed800']
+    """
+    if not names and of_structure:
+        return list(known.values())[-3:]
+    if not names:
+        raise BadInput(f"name at least one case, or 'all': {', '.join(known)}.")
+    unknown = [name for name in names if name not in known and name != "all"]
+    if unknown:
+        raise BadInput(
+            f"unknown case {unknown[0]!r}; expected {', '.join(known)}, or 'all'. "
+            "--structure FILE adds the cases of a structure."
+        )
+    return list(known.values()) if "all" in names else [known[n] for n in names]
+
+
+def _block_cases() -> list[Case]:
+    ribosome = "100,000 central atoms of 6ZU5, 10 Å, uneven rows"
+    rows: list[tuple[str, str, int, int, str, Callable[[], Columns]]] = [
+        ("ribosome100k_h16_d64", ribosome, 16, 64, "bfloat16", _patterns.ribosome),
+        ("ribosome100k_h4_d32", ribosome, 4, 32, "bfloat16", _patterns.ribosome),
+        (
+            *("seed800", "63 x 63 blocks, 800 of them, H1 D64", 1, 64, "float16"),
+            lambda: _patterns.random_tiles(63, 800),
+        ),
+        (
+            *("seed100k", "800 x 800 blocks, 160 per row", 1, 64, "float16"),
+            lambda: _patterns.uniform(800, 160),
+        ),
+        (
+            *("diag100k", "800 diagonal blocks, 102,400 rows", 1, 64, "float16"),
+            lambda: _patterns.diagonal(800),
+        ),
+        (
+            *("graph32k_h16_d64", "band and far blocks, 31 per row"),
+            *(16, 64, "bfloat16", lambda: _patterns.band_and_random(256, 8, 16)),
+        ),
+        (
+            *("graph16k_h16_d128", "26 random blocks per row"),
+            *(16, 128, "bfloat16", lambda: _patterns.uniform(128, 26)),
+        ),
+    ]
+    return [
+        AttentionCase(
+            *row[:5], load=functools.partial(lambda make: of_blocks(make()), row[5])
+        )
+        for row in rows
+    ]
+
+
+def of_blocks(columns: Columns) -> Pattern:
+    """A pattern of whole blocks.
+
+    Example:
+        >>> pattern = of_blocks([np.array([0]), np.array([0, 1])])
+        >>> pattern.mask.num_blocks, pattern.allowed(np.array([0]))[0].sum()
+        (3, np.int64(128))
+    """
+    counts = [len(row) for row in columns]
+    rows = np.repeat(np.arange(len(columns)), counts)
+    length = len(columns) * BLOCK
+    mask = BlockMask.from_blocks(rows, np.concatenate(columns), q_len=length)
+
+    def allowed(which: np.ndarray) -> Allowed:
+        out = np.zeros((len(which), length), bool)
+        for n, row in enumerate(which // BLOCK):
+            for column in columns[row]:
+                out[n, column * BLOCK : (column + 1) * BLOCK] = True
+        return (out,)
+
+    return Pattern(mask, allowed)
+
+
+def of_coords(coords: np.ndarray) -> Pattern:
+    """The radius pattern of atoms, in the order that computes the fewest elements.
+
+    Args:
+        coords: ``[N, 3]`` float32, ångström.
+
+    Example:
+        >>> pattern = of_coords(ball(1000))
+        >>> pattern.mask.q_len, len(pattern.allowed(np.arange(3))[0])
+        (1000, 3)
+    """
+    ordering = patterns.order(coords, CUTOFF, block_q=BLOCK, block_kv=BLOCK)
+    placed = ordering.apply(coords)
+    mask = patterns.radius(placed, CUTOFF, block_q=BLOCK, block_kv=BLOCK)
+    return Pattern(
+        mask, lambda rows: within_cutoff(placed, rows, CUTOFF), ordering.method
+    )
+
+
+def ball(count: int) -> np.ndarray:
+    """``count`` points, uniform in a ball as dense as a large complex; ångström.
+
+    Example:
+        >>> ball(1000).shape
+        (1000, 3)
+    """
+    rng = np.random.default_rng(0)
+    radius = (3 * count / (4 * np.pi * _ATOM_DENSITY)) ** (1 / 3)
+    directions = rng.standard_normal((count, 3))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    lengths = radius * rng.random((count, 1)) ** (1 / 3)
+    return (directions * lengths).astype(np.float32)
+
+
+def _structure_cases(file: Path, copies: int | None) -> list[Any]:
+    stem = re.sub(r"(\.(cif|mmcif|pdb|ent|bcif|gz))+$", "", file.name, flags=re.I)
+    stem = re.sub(r"[^a-z0-9]+", "_", stem.lower()).strip("_") or "structure"
+    about = f"atoms of {file.name}"
+    if copies != 1:
+        stem += "_all" if copies is None else f"_x{copies}"
+        about += ", all copies" if copies is None else f", {copies} copies"
+
+    @functools.cache
+    def coords() -> np.ndarray:
+        return read_file(file, copies).coords
+
+    attention = AttentionCase(
+        name=f"{stem}_h4_d32",
+        about=f"{about}, {CUTOFF:g} Å",
+        heads=4,
+        head_dim=32,
+        dtype="float32",
+        load=lambda: of_coords(coords()),
+    )
+    return [
+        attention,
+        HostMaskCase(f"{stem}_mask", f"{about}: order and mask on the host", coords),
+        DeviceMaskCase(f"{stem}_mask_device", f"{about}: mask built under jit", coords),
+    ]

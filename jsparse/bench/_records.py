@@ -1,0 +1,292 @@
+"""Records on disk, and what is shown of them.
+
+One JSON file for each run of a case, named by case, device and time. Tables show the
+newest record of each case on each device.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsparse.measure import BadInput
+from jsparse.report import (
+    Facts,
+    format_bytes,
+    format_error,
+    format_seconds,
+    to_json,
+    write_file,
+)
+
+BEGIN = "<!-- bench:begin -->"
+END = "<!-- bench:end -->"
+
+Record = dict[str, Any]
+
+_DIRECTIONS = {"forward": "forward", "forward_backward": "forward + backward"}
+
+
+def records_folder() -> Path:
+    """The package's records in a checkout, else ``jsparse-records`` where one stands.
+
+    Example:
+        >>> records_folder().name in ("records", "jsparse-records")
+        True
+    """
+    package = Path(__file__).parent
+    if (package.parents[1] / "pyproject.toml").exists():
+        return package / "records"
+    return Path("jsparse-records")
+
+
+def write_record(record: Record, folder: Path) -> Path:
+    """Writes one record and returns its file.
+
+    Args:
+        record: made by `run_case`.
+        folder: an existing folder.
+    """
+    device = record["device"]
+    stamp = re.sub(r"[^0-9TZ]", "", record["date"].replace("+00:00", "Z"))
+    name = _slug(device["device"])
+    where = f"{device['platform']}-{name}-{device['cores']}cores"
+    file = folder / f"{record['case']}.{where}.{stamp}.json"
+    write_file(file, to_json(record) + "\n")
+    return file
+
+
+def read_records(folder: Path) -> list[Record]:
+    """All records of a folder, the newest of each case and device last.
+
+    Raises:
+        BadInput: for a file that is no record.
+    """
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: there is no such folder of records.")
+    records = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            known = record["format"] == 1 and record["kind"]
+        except (ValueError, KeyError, TypeError) as err:
+            raise BadInput(f"{file}: is no benchmark record ({err}).") from err
+        if not known:
+            raise BadInput(
+                f"{file}: has format {record['format']}; expected 1. Update jsparse."
+            )
+        records.append(record)
+    return sorted(records, key=lambda record: record["date"])
+
+
+def facts(record: Record) -> list[Facts]:
+    """A record as labelled text, for the terminal."""
+    mask = record["mask"]
+    rows = [
+        ("what", record["about"]),
+        ("device", _device(record)),
+        ("atoms or tokens", f"{mask['q_len']:,}"),
+        ("blocks computed", f"{mask['blocks']:,}, density {mask['density']:.4f}"),
+        ("rows min / mean / max", _row_load(mask)),
+        ("peak memory", format_bytes(record["peak_memory_bytes"])),
+    ]
+    if mask["order"] is not None:
+        rows.insert(3, ("order", mask["order"]))
+    tables = [Facts(record["case"], (), rows)]
+    if record["kind"] == "attention":
+        tables += [
+            _contest_facts(record, direction, title)
+            for direction, title in _DIRECTIONS.items()
+            if direction in record
+        ]
+        if record["left_out"]:
+            left = list(record["left_out"].items())
+            tables.append(Facts("Left out", ("peer", "why"), left))
+        return tables
+    rows = [(name, *_times(spent)) for name, spent in record["seconds"].items()]
+    tables.append(Facts("Seconds", ("step", "min", "median", "max"), rows))
+    return tables
+
+
+def _contest_facts(record: Record, direction: str, title: str) -> Facts:
+    rows = []
+    for name, found in record[direction].items():
+        ratio = found.get("ratio")
+        rows.append(
+            (
+                name,
+                *_times(found["seconds"]),
+                "" if ratio is None else f"{ratio['median']:.2f}",
+                f"{_worst(found):.1e}",
+                format_bytes(found["temporary_bytes"]),
+            )
+        )
+    columns = ("", "min", "median", "max", "time / ours", "largest error", "memory")
+    return Facts(f"{record['case']}: {title}", columns, rows, 0)
+
+
+def _times(spent: dict[str, float]) -> tuple[str, str, str]:
+    low, middle, high = (format_seconds(spent[n]) for n in ("min", "median", "max"))
+    return low, middle, high
+
+
+def _worst(found: Record) -> float:
+    errors = [check["max_error"] for check in found["errors"].values()]
+    return float("nan") if None in errors else max(errors)
+
+
+def _row_load(mask: Record) -> str:
+    return f"{mask['row_min']} / {mask['row_mean']:.1f} / {mask['row_max']}"
+
+
+def _device(record: Record) -> str:
+    device = record["device"]
+    if device["platform"] == "cpu":
+        return f"{device['device']}, {device['cores']} cores"
+    return device["device"]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+# ------------------------------------------------------------------------ Markdown
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """Markdown tables of the newest record of each case, device by device.
+
+    Args:
+        records: as `read_records` returns them, oldest first.
+
+    Returns:
+        Text without a final newline; a sentence where there is no record.
+
+    Example:
+        >>> markdown([])
+        'No benchmark was recorded yet.'
+    """
+    newest: dict[str, dict[str, Record]] = {}
+    for record in records:
+        newest.setdefault(_device(record), {})[record["case"]] = record
+    if not newest:
+        return "No benchmark was recorded yet."
+    parts = []
+    for device in sorted(newest):
+        chosen = [newest[device][case] for case in sorted(newest[device])]
+        jax = ", ".join(sorted({record["versions"]["jax"] for record in chosen}))
+        parts.append(f"**{device}**, JAX {jax}")
+        contests = [r for r in chosen if r["kind"] == "attention"]
+        builds = [r for r in chosen if r["kind"] != "attention"]
+        if contests:
+            parts.append(_contest_table(contests))
+        if builds:
+            parts.append(_build_table(builds))
+    return "\n\n".join(parts)
+
+
+def _contest_table(records: list[Record]) -> str:
+    head = (
+        *("case", "density", "pass", "ours", "peer", "peer / ours (min to max)"),
+        *("largest error, ours / peer", "temporary memory, ours / peer"),
+    )
+    rows = []
+    for record in records:
+        for direction, title in _DIRECTIONS.items():
+            rows += _contest_rows(record, direction, title)
+    return _grid(head, rows)
+
+
+def _contest_rows(record: Record, direction: str, title: str) -> list[tuple[str, ...]]:
+    results = record.get(direction, {})
+    if not results:
+        return []
+    ours = results[record["ours"]]
+    time = format_seconds(ours["seconds"]["median"])
+    shape = "H{heads} D{head_dim} {dtype}".format(**record["input"])
+    label = f"{record['case']}: {record['about']}, {shape}"
+    start = (label, f"{record['mask']['density']:.4f}", title)
+    error, memory = _worst(ours), ours["temporary_bytes"]
+    rows = []
+    for name, found in results.items():
+        if name == record["ours"]:
+            continue
+        ratio = found["ratio"]
+        rows.append(
+            (
+                *start,
+                f"{record['ours']} {time}",
+                f"{name} {format_seconds(found['seconds']['median'])}",
+                f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+                f"{format_error(error)} / {format_error(_worst(found))}",
+                f"{format_bytes(memory)} / {format_bytes(found['temporary_bytes'])}",
+            )
+        )
+    if not rows:
+        alone = (f"{record['ours']} {time}", "", "", format_error(error))
+        rows.append((*start, *alone, format_bytes(memory)))
+    return rows
+
+
+def _build_table(records: list[Record]) -> str:
+    head = (
+        *("case", "atoms", "blocks", "density", "built", "median (min to max)"),
+        "peak memory",
+    )
+    rows = []
+    for record in records:
+        mask, spent = record["mask"], record["seconds"]["radius"]
+        low, middle, high = _times(spent)
+        rows.append(
+            (
+                f"{record['case']}: {record['about']}",
+                f"{mask['q_len']:,}",
+                f"{mask['blocks']:,}",
+                f"{mask['density']:.4f}",
+                record["kind"].removeprefix("mask "),
+                f"{middle} ({low} to {high})",
+                format_bytes(record["peak_memory_bytes"]),
+            )
+        )
+    return _grid(head, rows)
+
+
+def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
+        for line in lines
+    )
+
+
+def render_into(file: Path, text: str, write: bool = True) -> bool:
+    r"""Puts text between the two marks of a Markdown file.
+
+    Args:
+        file: holds ``<!-- bench:begin -->`` and ``<!-- bench:end -->``.
+        text: what shall stand between them.
+        write: whether to change the file.
+
+    Returns:
+        Whether the file already had that text.
+
+    Raises:
+        BadInput: if a mark is missing, or they are the wrong way round.
+
+    Example:
+        >>> page = Path("page.md")
+        >>> _ = page.write_text("<!-- bench:begin -->\n<!-- bench:end -->\n")
+        >>> render_into(page, "table"), render_into(page, "table")
+        (False, True)
+    """
+    old = file.read_text(encoding="utf-8")
+    start, stop = old.find(BEGIN), old.find(END)
+    if start < 0 or stop < start:
+        raise BadInput(f"{file}: expected the lines {BEGIN} and {END}, in this order.")
+    new = f"{old[: start + len(BEGIN)]}\n{text}\n{old[stop:]}"
+    if write and new != old:
+        write_file(file, new)
+    return new == old

@@ -1,0 +1,500 @@
+"""The ``jsparse`` command.
+
+Options, printing and exit codes only: 0 all is well, 1 a result is wrong or a target
+was missed, 2 the input cannot be served, 130 Ctrl-C. Results go to stdout, everything
+else to stderr. The work is done by ``_job.py``, ``_doctor.py``, `jsparse.bench` and
+`jsparse.report`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import jsparse
+from jsparse import bench as benchmarks
+from jsparse import report
+from jsparse._doctor import examine
+from jsparse._job import ORDERS, Job, JobConfig, PatternConfig
+from jsparse.backends import IMPLEMENTATIONS
+from jsparse.measure import BadInput, Progress
+from jsparse.report import Facts, to_json, verdict
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Block-sparse attention on protein structures.",
+)
+
+File = Annotated[
+    Path, typer.Argument(help="mmCIF, PDB or BinaryCIF, plain or gzipped.")
+]
+Out = Annotated[Path, typer.Option(help="Folder to write to; files are replaced.")]
+Copies = Annotated[
+    str,
+    typer.Option(help="Copies of the biological assembly: a number or 'all'."),
+]
+Cutoff = Annotated[
+    float, typer.Option(help="Atoms see each other within this distance, in ångström.")
+]
+Block = Annotated[int, typer.Option(help="Atoms per block.")]
+BlockQ = Annotated[
+    int | None, typer.Option(help="Atoms per query block; --block if not given.")
+]
+BlockKv = Annotated[
+    int | None, typer.Option(help="Atoms per key block; --block if not given.")
+]
+Order = Annotated[
+    str,
+    typer.Option(help=f"Order of the atoms: {', '.join(ORDERS)}."),
+]
+Heads = Annotated[int, typer.Option(help="Attention heads.")]
+HeadDim = Annotated[int, typer.Option(help="Channels of each head.")]
+Implementation = Annotated[
+    str, typer.Option(help=f"One of auto, {', '.join(IMPLEMENTATIONS)}.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
+
+
+def main() -> None:
+    """Entry point of the ``jsparse`` command."""
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == 130:
+            # XLA's threads cannot be stopped; an ordinary exit would wait for them.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)
+        raise
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Block-sparse attention on protein structures."""
+    if show:
+        print(jsparse.__version__)
+        raise typer.Exit(0)
+
+
+@app.command()
+def run(
+    file: File,
+    out: Out = Path("jsparse-report"),
+    cutoff: Cutoff = 10.0,
+    block: Block = 128,
+    block_q: BlockQ = None,
+    block_kv: BlockKv = None,
+    heads: Heads = 4,
+    head_dim: HeadDim = 32,
+    order: Order = "auto",
+    copies: Copies = "1",
+    implementation: Implementation = "auto",
+    repeats: Annotated[
+        int | None,
+        typer.Option(help="Timed calls; as many as fit in 5 seconds if not given."),
+    ] = None,
+    backward: Annotated[
+        bool, typer.Option(help="Time and check forward + backward as well.")
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Attend over a structure's neighbourhoods, check the result, write a report.
+
+    Reads the atoms, orders them, builds the mask of all pairs within the cut-off,
+    computes attention on features made of element and residue type, compares 256
+    random rows with dense attention in float64, and writes report.html, pattern.png and
+    report.json.
+    """
+    with _guarded(debug):
+        config = JobConfig(
+            file=_existing(file),
+            copies=_copies(copies),
+            cutoff=cutoff,
+            block_q=block if block_q is None else block_q,
+            block_kv=block if block_kv is None else block_kv,
+            order=order,
+            heads=heads,
+            head_dim=head_dim,
+            implementation=implementation,
+            repeats=repeats,
+            backward=backward,
+        )
+        job = Job(config, _progress())
+        with _folder(out):
+            _run_job(job, out, debug)
+        _show(job.result, json)
+        if not json:
+            _say(f"Report: {out / 'report.html'}")
+        _leave(job.result["status"])
+
+
+def _run_job(job: Job, out: Path, debug: bool) -> None:
+    """Runs the job and writes its report, whole or not."""
+    try:
+        job.run()
+    except KeyboardInterrupt:
+        job.finish("interrupted")
+    except BadInput:
+        raise
+    except Exception as err:  # noqa: BLE001 (what was found is kept, whatever failed)
+        job.finish("failed", f"{type(err).__name__}: {err}")
+        if debug:
+            traceback.print_exc()
+    with job.progress.stage("report"):
+        report.write_report(out, job.result, job.mask)
+
+
+@app.command()
+def pattern(
+    file: File,
+    out: Out = Path("jsparse-report"),
+    cutoff: Cutoff = 10.0,
+    block: Block = 128,
+    block_q: BlockQ = None,
+    block_kv: BlockKv = None,
+    order: Order = "auto",
+    copies: Copies = "1",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Build and draw the mask of a structure, without attention."""
+    with _guarded(debug):
+        config = PatternConfig(
+            file=_existing(file),
+            copies=_copies(copies),
+            cutoff=cutoff,
+            block_q=block if block_q is None else block_q,
+            block_kv=block if block_kv is None else block_kv,
+            order=order,
+        )
+        job = Job(config, _progress())
+        with _folder(out):
+            mask = job.build_pattern()
+            job.finish("complete")
+            with job.progress.stage("picture"):
+                picture = report.block_map(mask, report.map_title(job.result))
+                report.write_file(out / "pattern.png", picture)
+        _show(job.result, json)
+        if not json:
+            _say(f"Picture: {out / 'pattern.png'}")
+
+
+@app.command()
+def doctor(json: Json = False, debug: Debug = False) -> None:
+    """Say what is installed, which implementation runs here, and why others do not."""
+    with _guarded(debug):
+        with _progress().stage("try implementations"):
+            found = examine()
+        if json:
+            print(to_json(found))
+        else:
+            _print_doctor(found)
+        raise typer.Exit(0 if found["ok"] else 1)
+
+
+@app.command()
+def bench(
+    cases: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names of cases, or 'all'; see --list."),
+    ] = None,
+    list_: Annotated[
+        bool, typer.Option("--list", help="List the cases and leave.")
+    ] = False,
+    structure: Annotated[
+        Path | None,
+        typer.Option(help="Makes cases of a structure file: attention and masks."),
+    ] = None,
+    copies: Copies = "1",
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Peers, separated by commas; 'none' for none. If not given, all "
+            "that are available and fit in memory."
+        ),
+    ] = None,
+    backward: Annotated[
+        bool, typer.Option(help="Measure forward + backward as well.")
+    ] = True,
+    repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
+    heads: Annotated[
+        int | None, typer.Option(help="Heads, in place of the case's own.")
+    ] = None,
+    head_dim: Annotated[
+        int | None, typer.Option(help="Head size, in place of the case's own.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16.")
+    ] = None,
+    implementation: Implementation = "auto",
+    record: Annotated[
+        bool, typer.Option("--record", help="Write a record of each case.")
+    ] = False,
+    records: Annotated[
+        Path | None,
+        typer.Option(help="Folder of records, if not the package's own."),
+    ] = None,
+    min_ratio: Annotated[
+        float | None,
+        typer.Option(help="Exit with 1 if a peer's time / ours is less than this."),
+    ] = None,
+    max_seconds: Annotated[
+        float | None,
+        typer.Option(help="Exit with 1 if our median time is more than this."),
+    ] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="Print the newest records as Markdown.")
+    ] = False,
+    render: Annotated[
+        Path | None,
+        typer.Option(help="Put that table between the bench marks of a Markdown file."),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="With --render: change nothing, exit 1 if out of date."
+        ),
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time named cases against peers, keep records, render them as tables."""
+    with _guarded(debug):
+        folder = benchmarks.records_folder() if records is None else records
+        if table or render is not None:
+            raise typer.Exit(_render(folder, render, check, json))
+        if structure is not None:
+            structure = _existing(structure)
+        known = benchmarks.all_cases(structure, _copies(copies))
+        if list_:
+            _list_cases(known, json)
+            return
+        options = benchmarks.Options(
+            against=None if against is None else tuple(_names(against)),
+            backward=backward,
+            repeats=repeats,
+            heads=heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            implementation=implementation,
+            min_ratio=min_ratio,
+            max_seconds=max_seconds,
+        )
+        chosen = benchmarks.choose_cases(known, cases or [], structure is not None)
+        made = _folder(folder) if record else contextlib.nullcontext()
+        with made:
+            found = _measure(chosen, options, folder if record else None, json)
+        if json:
+            print(to_json(found))
+        missed = [line for one in found for line in one["missed"]]
+        for line in missed:
+            _say(f"[red]{escape(line)}[/red]", markup=True)
+        raise typer.Exit(1 if missed else 0)
+
+
+def _measure(
+    chosen: list[Any], options: Any, folder: Path | None, json: bool
+) -> list[dict[str, Any]]:
+    """Runs cases one by one, so that each is shown and kept as soon as it is known."""
+    found = []
+    for case in chosen:
+        result = benchmarks.run_case(case, options, _progress())
+        found.append(result)
+        if folder is not None:
+            _say(f"Record: {benchmarks.write_record(result, folder)}")
+        if not json:
+            _print_tables(benchmarks.facts(result))
+    return found
+
+
+def _render(folder: Path, file: Path | None, check: bool, json: bool) -> int:
+    text = benchmarks.markdown(benchmarks.read_records(folder))
+    if file is None:
+        print(to_json({"markdown": text}) if json else text)
+        return 0
+    current = benchmarks.render_into(_existing(file), text, write=not check)
+    if json:
+        print(to_json({"file": str(file), "up_to_date": current or not check}))
+    if current or not check:
+        return 0
+    _say(f"{file}: the table is out of date. Run: jsparse bench --render {file}")
+    return 1
+
+
+def _list_cases(known: dict[str, Any], json: bool) -> None:
+    if json:
+        print(to_json({name: case.about for name, case in known.items()}))
+        return
+    rows = [(name, case.about) for name, case in known.items()]
+    _print_tables([Facts("Cases", ("name", "what it is"), rows)])
+
+
+# ----------------------------------------------------------------------- arguments
+
+
+def _existing(file: Path) -> Path:
+    if not file.exists():
+        raise BadInput(f"{file}: no such file.")
+    if file.is_dir():
+        raise BadInput(f"{file}: is a folder; expected a file.")
+    return file
+
+
+def _copies(text: str) -> int | None:
+    if text == "all":
+        return None
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise BadInput(f"copies is {text!r}; expected a number of at least 1, or all.")
+    return number
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+@contextlib.contextmanager
+def _folder(folder: Path) -> Iterator[None]:
+    """Makes a folder before the work, and takes it away if there is nothing to keep."""
+    made = report.prepare_folder(folder)
+    try:
+        yield
+    except BaseException:
+        for one in made:
+            if one.is_dir() and not any(one.iterdir()):
+                one.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _guarded(debug: bool) -> Iterator[None]:
+    """Turns exceptions into one line on stderr and an exit code."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        _say("jsparse: interrupted.")
+        raise typer.Exit(130) from None
+    except Exception as err:
+        if debug:
+            traceback.print_exc()
+        if isinstance(err, BadInput):
+            _say(f"jsparse: {err}")
+            raise typer.Exit(2) from err
+        _say(
+            f"jsparse: this should not have happened: {type(err).__name__}: {err} "
+            "(--debug shows where)"
+        )
+        raise typer.Exit(1) from err
+
+
+def _leave(status: str) -> None:
+    raise typer.Exit({"complete": 0, "interrupted": 130}.get(status, 1))
+
+
+# ------------------------------------------------------------------------ printing
+
+
+def _progress() -> Progress:
+    return Progress(Console(stderr=True))
+
+
+def _say(line: str, markup: bool = False) -> None:
+    """One line on stderr, never wrapped: messages may be searched for."""
+    Console(stderr=True, soft_wrap=True).print(line, markup=markup, highlight=False)
+
+
+def _show(result: dict[str, Any], json: bool) -> None:
+    if json:
+        print(to_json(result))
+        return
+    _print_tables(report.facts(result))
+    if "check" in result or result["status"] != "complete":
+        text, good = verdict(result)
+        style = "bold green" if good else "bold red"
+        Console(soft_wrap=True).print(text, style=style, markup=False, highlight=False)
+
+
+def _print_tables(tables: list[Facts]) -> None:
+    console = Console()
+    for facts in tables:
+        table = Table(
+            title=escape(facts.title),
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD if facts.columns else box.SIMPLE,
+            show_header=bool(facts.columns),
+        )
+        names = facts.columns or ("", "")
+        for n, name in enumerate(names):
+            numeric = n > 0 and (not facts.columns or facts.numeric(n))
+            table.add_column(escape(name), justify="right" if numeric else "left")
+        for n, row in enumerate(facts.rows):
+            style = "bold" if n == facts.chosen else None
+            table.add_row(*(escape(cell) for cell in row), style=style)
+        console.print(table)
+
+
+def _print_doctor(found: dict[str, Any]) -> None:
+    versions = [(name, text or "-") for name, text in found["versions"].items()]
+    machine = found["machine"] or {}
+    devices = [
+        (name.removesuffix("_bytes"), _plain(name, value))
+        for name, value in machine.items()
+    ]
+    implementations = [
+        (
+            name,
+            "runs" if one["runs"] else "no",
+            one["reason"] or f"largest error {one['max_error']:.1e}",
+        )
+        for name, one in found["implementations"].items()
+    ]
+    extras = [
+        (name, one["version"] or "not installed", one["install"])
+        for name, one in found["extras"].items()
+    ]
+    _print_tables(
+        [
+            Facts("Versions", (), versions),
+            Facts("Machine", (), devices),
+            Facts("Implementations", ("name", "", "why"), implementations),
+            Facts("Extras", ("name", "installed", "to install"), extras),
+        ]
+    )
+    for line in found["advice"]:
+        _say(line)
+    if not found["ok"]:
+        _say("jsparse: no implementation runs here.")
+
+
+def _plain(name: str, value: Any) -> str:
+    return report.format_bytes(value) if name.endswith("_bytes") else str(value)
+
+
+if __name__ == "__main__":
+    main()
