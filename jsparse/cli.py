@@ -226,6 +226,7 @@ def bench(
         typer.Option(help="Makes cases of a structure file: attention and masks."),
     ] = None,
     copies: Copies = "1",
+    order: Order = "auto",
     against: Annotated[
         str | None,
         typer.Option(
@@ -285,7 +286,7 @@ def bench(
             raise typer.Exit(_render(folder, render, check, json))
         if structure is not None:
             structure = _existing(structure)
-        known = benchmarks.all_cases(structure, _copies(copies))
+        known = benchmarks.all_cases(structure, _copies(copies), order)
         if list_:
             _list_cases(known, json)
             return

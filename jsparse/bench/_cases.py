@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jsparse import patterns
-from jsparse._job import read_file
+from jsparse._job import ORDERS, read_file
 from jsparse.bench import _patterns
 from jsparse.bench._patterns import BLOCK, Columns
 from jsparse.measure import Allowed, BadInput, within_cutoff
@@ -70,6 +70,7 @@ class HostMaskCase:
     name: str
     about: str
     coords: Callable[[], np.ndarray]
+    order: str
 
 
 @dataclass(frozen=True)
@@ -79,20 +80,27 @@ class DeviceMaskCase:
     name: str
     about: str
     coords: Callable[[], np.ndarray]
+    order: str
 
 
 Case = AttentionCase | HostMaskCase | DeviceMaskCase
 
 
-def all_cases(structure: Path | None = None, copies: int | None = 1) -> dict[str, Case]:
+def all_cases(
+    structure: Path | None = None, copies: int | None = 1, order: str = "auto"
+) -> dict[str, Case]:
     """The named cases, and those of a structure file if one is given.
 
     Args:
         structure: file that `jsparse.structure.read_structure` reads.
         copies: copies of its biological assembly; None for all.
+        order: of its atoms, see `jsparse.patterns.order`.
 
     Returns:
         Cases by name.
+
+    Raises:
+        BadInput: for an unknown order.
 
     Example:
         >>> "seed800" in all_cases()
@@ -100,16 +108,19 @@ def all_cases(structure: Path | None = None, copies: int | None = 1) -> dict[str
         >>> list(all_cases(Path("examples/data/3KPR.cif.gz")))[-3:]
         ['3kpr_h4_d32', '3kpr_mask', '3kpr_mask_device']
     """
+    if order not in ORDERS:
+        raise BadInput(f"order {order!r} is unknown; expected {', '.join(ORDERS)}.")
     cases = _block_cases()
     cases.append(
         DeviceMaskCase(
             "points100k_mask_device",
             "radius mask of 100,000 points in a ball, built under jit",
             functools.partial(ball, 100_000),
+            "auto",
         )
     )
     if structure is not None:
-        cases += _structure_cases(structure, copies)
+        cases += _structure_cases(structure, copies, order)
     return {case.name: case for case in cases}
 
 
@@ -200,20 +211,22 @@ def of_blocks(columns: Columns) -> Pattern:
     return Pattern(mask, allowed)
 
 
-def of_coords(coords: np.ndarray) -> Pattern:
-    """The radius pattern of atoms, in the order that computes the fewest elements.
+def of_coords(coords: np.ndarray, order: str = "auto") -> Pattern:
+    """The radius pattern of atoms.
 
     Args:
         coords: ``[N, 3]`` float32, ångström.
+        order: of the atoms, see `jsparse.patterns.order`.
 
     Example:
         >>> pattern = of_coords(ball(1000))
         >>> pattern.mask.q_len, len(pattern.allowed(np.arange(3))[0])
         (1000, 3)
     """
-    ordering = patterns.order(coords, CUTOFF, block_q=BLOCK, block_kv=BLOCK)
+    sizes = {"block_q": BLOCK, "block_kv": BLOCK}
+    ordering = patterns.order(coords, CUTOFF, method=order, **sizes)
     placed = ordering.apply(coords)
-    mask = patterns.radius(placed, CUTOFF, block_q=BLOCK, block_kv=BLOCK)
+    mask = patterns.radius(placed, CUTOFF, **sizes)
     return Pattern(
         mask, lambda rows: within_cutoff(placed, rows, CUTOFF), ordering.method
     )
@@ -234,13 +247,16 @@ def ball(count: int) -> np.ndarray:
     return (directions * lengths).astype(np.float32)
 
 
-def _structure_cases(file: Path, copies: int | None) -> list[Any]:
+def _structure_cases(file: Path, copies: int | None, order: str) -> list[Any]:
     stem = re.sub(r"(\.(cif|mmcif|pdb|ent|bcif|gz))+$", "", file.name, flags=re.I)
     stem = re.sub(r"[^a-z0-9]+", "_", stem.lower()).strip("_") or "structure"
     about = f"atoms of {file.name}"
     if copies != 1:
         stem += "_all" if copies is None else f"_x{copies}"
         about += ", all copies" if copies is None else f", {copies} copies"
+    if order != "auto":
+        stem += f"_{order}"
+        about += f", {order} order"
 
     @functools.cache
     def coords() -> np.ndarray:
@@ -252,10 +268,12 @@ def _structure_cases(file: Path, copies: int | None) -> list[Any]:
         heads=4,
         head_dim=32,
         dtype="float32",
-        load=lambda: of_coords(coords()),
+        load=lambda: of_coords(coords(), order),
     )
-    return [
-        attention,
-        HostMaskCase(f"{stem}_mask", f"{about}: order and mask on the host", coords),
-        DeviceMaskCase(f"{stem}_mask_device", f"{about}: mask built under jit", coords),
-    ]
+    host = HostMaskCase(
+        f"{stem}_mask", f"{about}: order and mask on the host", coords, order
+    )
+    device = DeviceMaskCase(
+        f"{stem}_mask_device", f"{about}: mask built under jit", coords, order
+    )
+    return [attention, host, device]

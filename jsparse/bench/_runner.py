@@ -385,7 +385,7 @@ def _run_host_mask(
     with progress.stage(f"{case.name}: build", total=options.repeats) as step:
         for _ in range(options.repeats):
             start = time.perf_counter()
-            ordering = patterns.order(coords, CUTOFF, **sizes)
+            ordering = patterns.order(coords, CUTOFF, method=case.order, **sizes)
             spent["order"].append(time.perf_counter() - start)
             placed = ordering.apply(coords)
             for name, points in (("radius", placed), ("radius_file_order", coords)):
@@ -413,7 +413,7 @@ def _run_device_mask(
     with progress.stage(f"{case.name}: order"):
         coords = case.coords()
         sizes = {"block_q": BLOCK, "block_kv": BLOCK}
-        ordering = patterns.order(coords, CUTOFF, **sizes)
+        ordering = patterns.order(coords, CUTOFF, method=case.order, **sizes)
         placed = ordering.apply(coords)
         host = patterns.radius(placed, CUTOFF, **sizes)
     capacity = -(-host.summary()["row_max"] // 8) * 8

@@ -154,7 +154,7 @@ def _check(result: dict[str, Any]) -> Facts:
         found = result[name]
         rows += [
             (f"{what}: largest error", format_error(found["max_error"])),
-            (f"{what}: may be", format_error(found["tolerance"])),
+            (f"{what}: allowed error", format_error(found["tolerance"])),
             (f"{what}: verdict", "right" if found["ok"] else "WRONG"),
         ]
     count = result["check"]["rows"]

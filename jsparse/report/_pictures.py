@@ -127,7 +127,12 @@ def load_histogram(mask: BlockMask, theme: Theme = LIGHT) -> bytes:
         f"key blocks computed for a query block (bins of {step})", fontsize=9
     )
     axes.set_ylabel("query blocks", fontsize=9)
-    axes.set_title(f"Load of the {len(load):,} query blocks", fontsize=10, loc="left")
+    axes.set_title(
+        f"Load of the {len(load):,} query blocks",
+        fontsize=10,
+        loc="left",
+        color=theme.ink,
+    )
     above = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 2}
     _legend(axes, theme, **above)
     return _png(figure, 150)
@@ -252,7 +257,7 @@ def _atom_axes(axes: Any, mask: BlockMask, theme: Theme) -> None:
         )
         _paint(other, theme)
         axis = other.xaxis if along_x else other.yaxis
-        axis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        axis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
         axis.set_major_formatter(comma)
         axis.label.set_color(theme.ink)
         (other.set_xlabel if along_x else other.set_ylabel)(

@@ -1,0 +1,228 @@
+"""The public op: what it refuses, with which words, and what it passes on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsparse import (
+    BlockBias,
+    BlockMask,
+    CapacityError,
+    DistanceBias,
+    block_sparse_attention,
+    patterns,
+)
+from tests.support.cases import CASES, make_case
+
+T, S = 40, 56
+
+
+def arguments(**changes):
+    """Valid arguments, with some replaced."""
+    rng = np.random.default_rng(0)
+    mask = BlockMask.from_blocks(
+        [0, 1, 2], [0, 1, 1], q_len=T, kv_len=S, block_q=16, block_kv=32
+    )
+    shapes = {"q": (2, T, 4, 8), "k": (2, S, 2, 8), "v": (2, S, 2, 6)}
+    values = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    values["mask"] = mask
+    for name, value in changes.items():
+        values[name] = value(values) if callable(value) else value
+    return values
+
+
+def call(changes, **options):
+    values = arguments(**changes)
+    return block_sparse_attention(
+        values["q"],
+        values["k"],
+        values["v"],
+        values["mask"],
+        bias=values.get("bias"),
+        **options,
+    )
+
+
+def cut(name, *index):
+    return lambda values: values[name][index]
+
+
+BAD = {
+    "rank": ({"q": cut("q", 0, 0)}, ValueError, "q has shape .*at least three axes"),
+    "integers": (
+        {"k": lambda v: np.ones(v["k"].shape, np.int32)},
+        TypeError,
+        "k has dtype int32",
+    ),
+    "empty": ({"q": cut("q", slice(None), slice(0))}, ValueError, "no axis of size 0"),
+    "mixed": (
+        {"v": lambda v: v["v"].astype(np.float16)},
+        TypeError,
+        "float32, float32, float16; expected one dtype",
+    ),
+    "batch": ({"k": cut("k", slice(1))}, ValueError, r"batch axes \(2,\), \(1,\)"),
+    "tokens": ({"v": cut("v", slice(None), slice(9))}, ValueError, "v has 9 and 2"),
+    "head size": (
+        {"k": cut("k", ..., slice(4))},
+        ValueError,
+        "q has head size 8 but k has 4",
+    ),
+    "heads": (
+        {"q": cut("q", slice(None), slice(None), slice(3))},
+        ValueError,
+        "q has 3 heads and k has 2; expected a multiple",
+    ),
+    "not a mask": ({"mask": np.ones((T, S), bool)}, TypeError, "mask is a ndarray"),
+    "longer than the mask": (
+        {"mask": patterns.window(39, left=1, right=1, kv_len=S)},
+        ValueError,
+        "q has 40 tokens but the mask was built for 39 .*pad_to",
+    ),
+    "shorter than the mask": (
+        {"mask": patterns.window(T, left=1, right=1, kv_len=99)},
+        ValueError,
+        "k has 56 tokens but the mask was built for 99",
+    ),
+    "head patterns": (
+        {"mask": lambda v: BlockMask.stack([v["mask"]] * 3, "head")},
+        ValueError,
+        "3 head patterns but q has 4",
+    ),
+    "batch patterns": (
+        {"mask": lambda v: BlockMask.stack([v["mask"]] * 3, "batch")},
+        ValueError,
+        r"3 batch patterns but q has batch axes \(2,\)",
+    ),
+    "bias shape": (
+        {"bias": np.zeros((3, T, S), np.float32)},
+        ValueError,
+        r"bias has shape \(3, 40, 56\), which does not broadcast to \(2, 4, 40, 56\)",
+    ),
+    "bias without keys": (
+        {"bias": np.zeros((T, 1), np.float32)},
+        ValueError,
+        "does not broadcast",
+    ),
+    "boolean bias": (
+        {"bias": np.ones((T, S), bool)},
+        TypeError,
+        "belongs in the BlockMask",
+    ),
+    "bias of another block size": (
+        {"bias": BlockBias(np.zeros((1, 1, 3, 16, 16), np.float32))},
+        ValueError,
+        "the mask's block sizes",
+    ),
+    "bias of another mask": (
+        {"bias": BlockBias(np.zeros((1, 1, 2, 16, 32), np.float32))},
+        ValueError,
+        "holds 2 blocks but the mask has 3; it was made for another mask",
+    ),
+    "block bias heads": (
+        {"bias": BlockBias(np.zeros((1, 3, 3, 16, 32), np.float32))},
+        ValueError,
+        "expected 2 or 1 batch entries and 1 or 4 heads",
+    ),
+    "coordinates of other atoms": (
+        {"bias": DistanceBias.linear(np.ones(4), np.zeros((T, 3)))},
+        ValueError,
+        r"DistanceBias.kv_coords has shape \(40, 3\); expected \[56, 3\]",
+    ),
+    "distance weights": (
+        {"bias": DistanceBias.linear(np.ones(3), np.zeros((T, 3)), np.zeros((S, 3)))},
+        ValueError,
+        "has 3 heads; expected 1 or 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(name):
+    changes, kind, message = BAD[name]
+    with pytest.raises(kind, match=message):
+        call(changes)
+
+
+def test_bad_options():
+    with pytest.raises(
+        ValueError, match="implementation='flash'; expected one of 'auto'"
+    ):
+        call({}, implementation="flash")
+    with pytest.raises(
+        NotImplementedError, match="no mosaic_gpu kernels.*xla, reference"
+    ):
+        call({}, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="scale=nan; expected a finite number"):
+        call({}, scale=float("nan"))
+    with pytest.raises(TypeError, match="known before tracing"):
+        jax.jit(lambda s: call({}, scale=s))(1.0)
+
+
+def test_overflow_of_a_concrete_mask_raises_before_anything_runs():
+    mask = patterns.window(T, left=1, right=1, kv_len=S, block_q=16, block_kv=32)
+    narrow = dataclasses.replace(
+        mask, needed_capacity=np.array([[7, 0, 1, 0]], np.int32)
+    )
+    with pytest.raises(CapacityError, match="kv has 2 and needs 7"):
+        call({"mask": narrow})
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_scale(implementation):
+    case = CASES["one_block"](np.random.default_rng(1))
+
+    def attend(q, scale=None):
+        return block_sparse_attention(
+            q, case.k, case.v, case.mask, scale=scale, implementation=implementation
+        )
+
+    default = attend(case.q)
+    np.testing.assert_allclose(attend(case.q, 0.25), default, rtol=1e-6)
+    doubled = attend(2 * case.q, 0.125)
+    np.testing.assert_allclose(doubled, default, rtol=1e-5)
+    assert np.abs(attend(case.q, 1.0) - default).max() > 1e-2
+
+
+def test_auto_takes_xla_and_lse_is_optional():
+    case = CASES["one_block"](np.random.default_rng(2))
+    args = (case.q, case.k, case.v, case.mask)
+    out, lse = block_sparse_attention(*args, return_lse=True)
+    assert lse.shape == (2, 37)
+    alone = block_sparse_attention(*args)
+    np.testing.assert_array_equal(out, alone)
+    named = block_sparse_attention(*args, implementation="xla")
+    np.testing.assert_array_equal(out, named)
+
+
+def test_float32_is_not_computed_in_tf32():
+    case = CASES["one_block"](np.random.default_rng(3))
+    args = (case.q, case.k, case.v, case.mask)
+    text = jax.jit(block_sparse_attention).lower(*args).as_text()
+    assert "HIGHEST" in text
+    with jax.default_matmul_precision("tensorfloat32"):
+        fast = jax.jit(lambda *a: block_sparse_attention(*a)).lower(*args).as_text()
+    assert "HIGHEST" not in fast
+
+
+def test_rectangular_batches_of_rows_share_one_bias():
+    # The layout of triangle attention: [B, rows, T, H, D] with a bias [B, 1, H, T, S].
+    rng = np.random.default_rng(4)
+    mask = patterns.from_dense(rng.random((24, 24)) < 0.7, block_q=8, block_kv=8)
+    case = make_case(rng, mask, batch=(2, 3))
+    bias = rng.standard_normal((2, 1, 2, 24, 24)).astype(np.float32)
+
+    def loss(bias, implementation):
+        out = block_sparse_attention(
+            case.q, case.k, case.v, mask, bias=bias, implementation=implementation
+        )
+        return jnp.sum(out * case.dout)
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    found, truth = gradient(bias, "xla"), gradient(bias, "reference")
+    assert found.shape == bias.shape
+    np.testing.assert_allclose(found, truth, rtol=2e-4, atol=2e-5)
