@@ -32,9 +32,7 @@ def main() -> None:
     mask = patterns.radius(coords, CUTOFF)
     summary = mask.summary()
     print(f"\n{mask}")
-    print(
-        f"blocks      {summary['blocks']:,}: {summary['full']} full, the rest partial"
-    )
+    print(f"blocks      {summary['partial']:,} partial, {summary['full']:,} full")
     print(f"in a row    {summary['row_min']} to {summary['row_max']}")
     print(f"memory      {summary['bytes'] / 1e6:.2f} MB")
     print(f"as booleans {len(structure) ** 2 / 1e6:.0f} MB, never made")

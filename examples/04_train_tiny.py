@@ -20,20 +20,17 @@ from jsparse.structure import read_structure
 
 DATA, STEPS = Path(__file__).parent / "data", 150
 BUCKET, BLOCK, CUTOFF = 1664, 32, 4.0  # atoms, atoms, ångström
-KINDS, HIDDEN, FEATURES = (6, 7, 8, 16), 4, 32  # carbon, nitrogen, oxygen, sulfur
+KINDS, HIDDEN = (6, 7, 8, 16), 4  # carbon, nitrogen, oxygen, sulfur
 
 
 class Model(nnx.Module):
     """One attention layer whose heads learn which distances matter."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(len(KINDS) + 1, FEATURES, rngs=rngs)
-        self.attend = BlockSparseAttention(
-            4, FEATURES, out_features=len(KINDS), use_gate=True, rngs=rngs
-        )
-        # Biases at 0, 0.25, ... 4 Å; to begin with, heads prefer 1, 1.5, 2 and 2.5 Å.
-        preferred = jnp.array([[1.0], [1.5], [2.0], [2.5]])
-        self.table = nnx.Param(-2 * (jnp.linspace(0, CUTOFF, 17) - preferred) ** 2)
+        self.embed = nnx.Embed(len(KINDS) + 1, 32, rngs=rngs)
+        self.attend = BlockSparseAttention(4, 32, out_features=len(KINDS), rngs=rngs)
+        start = jnp.array([[1.0], [1.5], [2.0], [2.5]])  # Å, what the heads prefer
+        self.table = nnx.Param(-2 * (jnp.linspace(0, CUTOFF, 17) - start) ** 2)
 
     def loss(self, kinds, mask, coords, key):
         """Mean cross-entropy of the atoms that hide their element."""
@@ -49,7 +46,6 @@ def load(file: str, chain: int = 0):
     atoms = read_structure(DATA / file)
     atoms = atoms.subset((atoms.chain_index == chain) & np.isin(atoms.elements, KINDS))
     mask = patterns.radius(atoms.coords, CUTOFF, block_q=BLOCK, block_kv=BLOCK)
-    print(mask)
     pad = (0, BUCKET - len(atoms))
     kinds = np.pad(np.searchsorted(KINDS, atoms.elements), pad, constant_values=-1)
     return kinds, mask.pad_to(BUCKET, capacity=24), np.pad(atoms.coords, (pad, (0, 0)))

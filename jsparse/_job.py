@@ -81,7 +81,7 @@ class PatternConfig:
         try:  # the builder's own words for what a cut-off may be
             patterns.radius(np.zeros((1, 3)), self.cutoff)
         except (TypeError, ValueError) as err:
-            raise BadInput(str(err)) from err
+            raise BadInput(str(err).removeprefix("radius: ")) from err
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 import jsparse
 from jsparse import bench as benchmarks
@@ -309,7 +309,7 @@ def bench(
             print(to_json(found))
         missed = [line for one in found for line in one["missed"]]
         for line in missed:
-            _say(f"[red]{escape(line)}[/red]", markup=True)
+            _say(line, style="red")
         raise typer.Exit(1 if missed else 0)
 
 
@@ -420,13 +420,18 @@ def _leave(status: str) -> None:
 # ------------------------------------------------------------------------ printing
 
 
+def _console(**options: Any) -> Console:
+    """A console that prints text as it is: file names are neither markup nor emoji."""
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
 def _progress() -> Progress:
-    return Progress(Console(stderr=True))
+    return Progress(_console(stderr=True))
 
 
-def _say(line: str, markup: bool = False) -> None:
+def _say(line: str, style: str | None = None) -> None:
     """One line on stderr, never wrapped: messages may be searched for."""
-    Console(stderr=True, soft_wrap=True).print(line, markup=markup, highlight=False)
+    _console(stderr=True, soft_wrap=True).print(line, style=style)
 
 
 def _show(result: dict[str, Any], json: bool) -> None:
@@ -437,14 +442,14 @@ def _show(result: dict[str, Any], json: bool) -> None:
     if "check" in result or result["status"] != "complete":
         text, good = verdict(result)
         style = "bold green" if good else "bold red"
-        Console(soft_wrap=True).print(text, style=style, markup=False, highlight=False)
+        _console(soft_wrap=True).print(text, style=style)
 
 
 def _print_tables(tables: list[Facts]) -> None:
-    console = Console()
+    console = _console()
     for facts in tables:
         table = Table(
-            title=escape(facts.title),
+            title=Text(facts.title),
             title_justify="left",
             title_style="bold",
             box=box.SIMPLE_HEAD if facts.columns else box.SIMPLE,
@@ -453,10 +458,10 @@ def _print_tables(tables: list[Facts]) -> None:
         names = facts.columns or ("", "")
         for n, name in enumerate(names):
             numeric = n > 0 and (not facts.columns or facts.numeric(n))
-            table.add_column(escape(name), justify="right" if numeric else "left")
+            table.add_column(Text(name), justify="right" if numeric else "left")
         for n, row in enumerate(facts.rows):
             style = "bold" if n == facts.chosen else None
-            table.add_row(*(escape(cell) for cell in row), style=style)
+            table.add_row(*map(Text, row), style=style)
         console.print(table)
 
 

@@ -198,7 +198,12 @@ class Tiles:
             keep = jnp.exp(top - base)
             total = total * keep + p.sum(-1)
             pv = self.product("krgmn,krnd->krgmd", p.astype(self.dtype), v)
-            poisoned |= ((s != -jnp.inf) & bad[:, :, :, None, :]).any(-1)
+            # A pass over the tile that clean values never need.
+            poisoned |= lax.cond(
+                bad.any(),
+                lambda: ((s != -jnp.inf) & bad[:, :, :, None, :]).any(-1),
+                lambda: vary_like(jnp.zeros_like(poisoned), s),
+            )
             return new_top, total, out * keep[..., None] + pv, poisoned
 
         def rows_fn(rows, store):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -43,10 +42,10 @@ class Progress:
             yield _nothing
         elif self._console.is_terminal:
             with _bars(self._console, total) as bars:
-                task = bars.add_task(escape(name), total=total)
+                task = bars.add_task(name, total=total)
                 yield lambda: bars.advance(task)
         else:
-            self._console.print(f"{name} ...", markup=False, highlight=False)
+            self._console.print(f"{name} ...", markup=False, emoji=False)
             yield _nothing
         self.seconds[name] = time.perf_counter() - start
 
@@ -59,7 +58,7 @@ def _bars(console: Console, total: int | None) -> Bars:
     counted = [MofNCompleteColumn()] if total is not None else []
     return Bars(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         *counted,
         TimeElapsedColumn(),
