@@ -212,7 +212,7 @@ class BlockSparseAttention(nnx.Module):
 
         query, key, value = self.query(inputs_q), self.key(keys), self.value(values)
         if self.query_ln is not None and self.key_ln is not None:
-            query = self.query_ln(query)
+            query, key = self.query_ln(query), self.key_ln(key)
         query, key, value = promote_dtype((query, key, value), dtype=self.dtype)
         heads = block_sparse_attention(
             query, key, value, mask, bias=bias, implementation=self.implementation
@@ -293,7 +293,7 @@ def attention_fn(
                 "attention_fn: a bias is given to attention_fn and to the call; "
                 "expected one. Add them first."
             )
-        query, key, value = promote_dtype((query, key, value), dtype=dtype)
+        query, key, value = promote_dtype((query, key, value))
         return block_sparse_attention(
             query,
             key,

@@ -22,7 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jsparse.patterns._block_mask import NO_CAPACITY, BlockMask, check_sizes
+from jsparse.patterns._block_mask import NO_CAPACITY, BlockMask
+from jsparse.patterns._device_checks import (
+    as_array,
+    as_cutoff,
+    as_int32,
+    as_lengths,
+    as_points,
+    check_entries,
+    check_grid,
+    check_positive,
+    check_rules,
+    check_widths,
+    common_batch,
+    with_batch,
+)
 from jsparse.patterns._parts import WORD, Sizes
 from jsparse.patterns._rules import Distance, ElementRule, squared_distance
 
@@ -95,17 +109,17 @@ def radius(
         Bounding boxes of groups of consecutive atoms are the cluster pair lists of
         Páll and Hess, Comput. Phys. Commun. 184, 2641 (2013), as used in GROMACS.
     """
-    q = _points("coords", coords)
-    kv = q if kv_coords is None else _points("kv_coords", kv_coords)
-    sizes = _sizes("radius", q.shape[1], kv.shape[1], block_q, block_kv)
-    widths = _widths("radius", capacity, q_capacity)
+    q = as_points("coords", coords)
+    kv = q if kv_coords is None else as_points("kv_coords", kv_coords)
+    sizes = check_grid("radius", q.shape[1], kv.shape[1], block_q, block_kv)
+    widths = check_widths("radius", capacity, q_capacity)
     same = kv_coords is None and kv_length is None
     if same:
         kv_length = q_length
-    q_lengths = _lengths("radius", "q_length", q_length, sizes.q_len)
-    kv_lengths = _lengths("radius", "kv_length", kv_length, sizes.kv_len)
-    cutoff = _cutoff(cutoff)
-    batch = _batch(
+    q_lengths = as_lengths("radius", "q_length", q_length, sizes.q_len)
+    kv_lengths = as_lengths("radius", "kv_length", kv_length, sizes.kv_len)
+    cutoff = as_cutoff(cutoff)
+    batch = common_batch(
         "radius",
         coords=q.shape[0],
         kv_coords=kv.shape[0],
@@ -183,7 +197,7 @@ def neighbors(
         token, rebuilt for every sample at every step. Its gather path counts
         duplicates; here they count once, as in its dense path.
     """
-    index = _array(index)
+    index = as_array(index)
     if index.ndim not in (2, 3) or index.shape[-1] == 0:
         raise ValueError(
             f"neighbors: index has shape {index.shape}; expected [T, k] or [B, T, k] "
@@ -194,16 +208,16 @@ def neighbors(
             f"neighbors: index has dtype {index.dtype}; expected integers. Pass the "
             "numbers of the keys, not a mask or distances."
         )
-    sizes = _sizes("neighbors", index.shape[-2], kv_len, block_q, block_kv)
-    _check_entries(index, sizes.kv_len)
-    widths = _widths("neighbors", capacity, q_capacity)
+    sizes = check_grid("neighbors", index.shape[-2], kv_len, block_q, block_kv)
+    check_entries(index, sizes.kv_len)
+    widths = check_widths("neighbors", capacity, q_capacity)
     if num_bits is None:
         num_bits = sizes.grid[0] * min(widths[0], sizes.grid[1])
-    num_bits = _positive("neighbors", "num_bits", num_bits)
-    q_lengths = _lengths("neighbors", "q_length", q_length, sizes.q_len)
-    kv_lengths = _lengths("neighbors", "kv_length", kv_length, sizes.kv_len)
-    index = _batched(_int32(index, -1, sizes.kv_len))
-    batch = _batch(
+    num_bits = check_positive("neighbors", "num_bits", num_bits)
+    q_lengths = as_lengths("neighbors", "q_length", q_length, sizes.q_len)
+    kv_lengths = as_lengths("neighbors", "kv_length", kv_length, sizes.kv_len)
+    index = with_batch(as_int32(index, -1, sizes.kv_len))
+    batch = common_batch(
         "neighbors",
         index=index.shape[0],
         q_length=q_lengths.shape[0],
@@ -268,9 +282,9 @@ def from_dense_blocks(
         >>> mask.kv_num_blocks[0, 0].tolist(), mask.kv_indices[0, 0].tolist()
         ([2, 2, 1], [[0, 2, 0], [1, 2, 0], [2, 0, 0]])
     """
-    sizes = _sizes("from_dense_blocks", q_len, kv_len, block_q, block_kv)
-    widths = _widths("from_dense_blocks", capacity, q_capacity)
-    active = _array(active)
+    sizes = check_grid("from_dense_blocks", q_len, kv_len, block_q, block_kv)
+    widths = check_widths("from_dense_blocks", capacity, q_capacity)
+    active = as_array(active)
     if active.dtype != jnp.bool_:
         raise TypeError(
             f"from_dense_blocks: active has dtype {active.dtype}; expected bool. "
@@ -285,11 +299,11 @@ def from_dense_blocks(
         )
     if active.ndim == 2:
         active = active[None, None]
-    _check_rules(rules, sizes)
-    q_lengths = _lengths("from_dense_blocks", "q_length", q_length, sizes.q_len)
-    kv_lengths = _lengths("from_dense_blocks", "kv_length", kv_length, sizes.kv_len)
+    check_rules(rules, sizes)
+    q_lengths = as_lengths("from_dense_blocks", "q_length", q_length, sizes.q_len)
+    kv_lengths = as_lengths("from_dense_blocks", "kv_length", kv_length, sizes.kv_len)
     leaves = jax.tree_util.tree_leaves(tuple(rules))
-    batch = _batch(
+    batch = common_batch(
         "from_dense_blocks",
         active=active.shape[0],
         q_length=q_lengths.shape[0],
@@ -549,156 +563,6 @@ def _each(f: Callable[..., Any], batch: int, *args: Array) -> Any:
     return jax.vmap(f)(*(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in args))
 
 
-# ------------------------------------------------------------------------- checking
-
-
 def _checked(mask: BlockMask) -> BlockMask:
     traced = isinstance(mask.needed_capacity, Tracer)
     return mask if traced else mask.check()
-
-
-def _sizes(
-    who: str, q_len: int, kv_len: int | None, block_q: int, block_kv: int
-) -> Sizes:
-    sizes = check_sizes(who, q_len, kv_len, block_q, block_kv)
-    nq, nk = sizes.grid
-    if nq * nk > np.iinfo(np.int32).max:
-        raise ValueError(
-            f"{who}: {nq} x {nk} blocks; expected a block map of less than 2**31. "
-            "Use larger blocks."
-        )
-    return sizes
-
-
-def _widths(who: str, capacity: int, q_capacity: int | None) -> tuple[int, int]:
-    if q_capacity is None:
-        q_capacity = capacity
-    return (
-        _positive(who, "capacity", capacity),
-        _positive(who, "q_capacity", q_capacity),
-    )
-
-
-def _positive(who: str, name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(
-            f"{who}: {name}={value!r}; expected an integer of at least 1 that is known "
-            "when the function is traced. To find one, build the mask eagerly once: "
-            "the CapacityError names what it needs."
-        )
-    return int(value)
-
-
-def _points(name: str, coords: Array) -> Array:
-    """Coordinates as ``[B or 1, n, 3]`` float32."""
-    x = _array(coords)
-    if x.ndim not in (2, 3) or x.shape[-1] != 3:
-        raise ValueError(
-            f"radius: {name} has shape {x.shape}; expected [N, 3] or [B, N, 3] in "
-            "ångström. Pass Cartesian coordinates, e.g. structure.coords."
-        )
-    if not jnp.issubdtype(x.dtype, jnp.integer) and not _is_real(x):
-        raise TypeError(
-            f"radius: {name} has dtype {x.dtype}; expected real numbers, e.g. float32."
-        )
-    return _batched(jnp.asarray(x, jnp.float32))
-
-
-def _cutoff(cutoff: Array) -> Array:
-    """The cut-off as ``[B or 1]`` float32."""
-    x = _array(cutoff)
-    if x.ndim > 1:
-        raise ValueError(
-            f"radius: cutoff has shape {x.shape}; expected a scalar or one value for "
-            "each batch entry."
-        )
-    if not jnp.issubdtype(x.dtype, jnp.integer) and not _is_real(x):
-        raise TypeError(f"radius: cutoff has dtype {x.dtype}; expected a real number.")
-    if not isinstance(x, Tracer):
-        values = np.asarray(x, np.float64)
-        if not np.all(np.isfinite(values) & (values >= 0)):
-            raise ValueError(
-                f"radius: cutoff={cutoff!r}; expected a distance in ångström, finite "
-                "and not negative."
-            )
-    return jnp.asarray(x, jnp.float32).reshape(-1)
-
-
-def _lengths(who: str, name: str, length: Array | None, total: int) -> Array:
-    """Real lengths as ``[B or 1]`` int32 within 0..total."""
-    if length is None:
-        return jnp.full((1,), total, jnp.int32)
-    x = _array(length)
-    if x.ndim > 1 or not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(
-            f"{who}: {name} has shape {x.shape} and dtype {x.dtype}; expected an "
-            "integer, or one for each batch entry."
-        )
-    if not isinstance(x, Tracer):
-        values = np.asarray(x)
-        if np.any((values < 0) | (values > total)):
-            raise ValueError(
-                f"{who}: {name}={length!r}; expected 0 to {total}, the length of the "
-                "padded arrays."
-            )
-    return _int32(x, 0, total).reshape(-1)
-
-
-def _batch(who: str, **sizes: int) -> int:
-    """The common batch size of arguments that have it or have 1."""
-    found = {n for n in sizes.values() if n != 1}
-    if len(found) > 1:
-        given = ", ".join(f"{name} has {n}" for name, n in sizes.items())
-        raise ValueError(
-            f"{who}: batch sizes differ: {given}; expected one size, or 1 for what all "
-            "entries share."
-        )
-    return found.pop() if found else 1
-
-
-def _check_rules(rules: Sequence[ElementRule], sizes: Sizes) -> None:
-    for rule in rules:
-        for data, length in (
-            (rule.q_data(), sizes.q_len),
-            (rule.kv_data(), sizes.kv_len),
-        ):
-            for shape in map(np.shape, data):
-                if len(shape) < 2 or shape[1] != length:
-                    raise ValueError(
-                        f"from_dense_blocks: a {type(rule).__name__} rule holds an "
-                        f"array of shape {shape}; expected [B or 1, {length}, ...]."
-                    )
-
-
-def _check_entries(index: Array, kv_len: int) -> None:
-    if isinstance(index, Tracer):
-        return
-    with jax.ensure_compile_time_eval():
-        largest = int(index.max())
-    if largest >= kv_len:
-        raise ValueError(
-            f"neighbors: index has an entry of {largest}; expected less than {kv_len}, "
-            "the number of keys. Pass kv_len if the keys are not the queries; use -1 "
-            "for padding."
-        )
-
-
-def _array(x: Array) -> Array:
-    """A JAX array as it is, anything else as NumPy, which keeps its values exact."""
-    return x if isinstance(x, jax.Array) else np.asarray(x)
-
-
-def _batched(x: Array) -> Array:
-    return x if x.ndim == 3 else x[None]
-
-
-def _is_real(x: Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def _int32(x: Array, low: int, high: int) -> Array:
-    """Integers as int32; values beyond ``low`` or ``high`` stay beyond or on them."""
-    if x.dtype.itemsize >= 4:
-        unsigned = jnp.issubdtype(x.dtype, jnp.unsignedinteger)
-        x = x.clip(max(low, 0) if unsigned else low, high)
-    return jnp.asarray(x, jnp.int32)
