@@ -1,5 +1,7 @@
 """Grouped block-sparse attention for protein-structure models in JAX."""
 
+from __future__ import annotations
+
 from jsparse import patterns as patterns
 from jsparse._version import __version__ as __version__
 from jsparse.bias import BlockBias as BlockBias

@@ -74,12 +74,13 @@ def _try_all() -> dict[str, dict[str, Any]]:
     rows = measure.choose_rows(300)
     near = measure.within_cutoff(coords, rows, 10.0)
     found = {}
+    name: Any
     for name, reason in support(describe(canonical(q, k, v, mask, None))).items():
         if reason is not None:
             found[name] = {"runs": False, "reason": reason, "max_error": None}
             continue
         try:
-            out = block_sparse_attention(q, k, v, mask, implementation=name)  # type: ignore
+            out = block_sparse_attention(q, k, v, mask, implementation=name)
             check = measure.check_rows(out, rows, q, k, v, near)
         except Exception as err:  # noqa: BLE001 (a backend may fail in any way)
             reason = f"{type(err).__name__}: {err}"

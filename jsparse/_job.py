@@ -214,7 +214,7 @@ class Job:
         arguments = (q, k, v, mask)
         forward = _forward(self._backend)
         out = self._time("forward", 1.0, config, forward, arguments)
-        checks = {"check": (out, None)}
+        checks: dict[str, tuple[Any, Any]] = {"check": (out, None)}
         if config.backward:
             dout = jax.random.normal(jax.random.key(1), v.shape, v.dtype)
             both, name = _backward(self._backend), "forward + backward"
@@ -380,19 +380,18 @@ def _choose(implementation: str, why_not: dict[str, str | None]) -> dict[str, An
     return {"implementation": name, "why_not": reasons}
 
 
-def _forward(implementation: str) -> Any:
+def _forward(implementation: Any) -> Any:
     def forward(q, k, v, mask):
         return block_sparse_attention(q, k, v, mask, implementation=implementation)
 
     return forward
 
 
-def _backward(implementation: str) -> Any:
-    def both(q, k, v, mask, dout):
-        def attend(*qkv):
-            return block_sparse_attention(*qkv, mask, implementation=implementation)
+def _backward(implementation: Any) -> Any:
+    forward = _forward(implementation)
 
-        out, pull = jax.vjp(attend, q, k, v)
+    def both(q, k, v, mask, dout):
+        out, pull = jax.vjp(lambda *qkv: forward(*qkv, mask), q, k, v)
         return out, *pull(dout)
 
     return both

@@ -189,7 +189,8 @@ def _inputs(
 
 
 def _implementation(options: Options, arrays: Any, mask: BlockMask) -> str:
-    why_not = support(describe(canonical(*arrays[:3], mask, None)))
+    q, k, v, _ = arrays
+    why_not = support(describe(canonical(q, k, v, mask, None)))
     able = [name for name, reason in why_not.items() if reason is None]
     name = able[0] if options.implementation == "auto" else options.implementation
     if why_not[name] is not None:

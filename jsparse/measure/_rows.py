@@ -132,21 +132,25 @@ def check_rows(
     """
     got = np.asarray(result)[rows].astype(np.float64)
     dtype = np.asarray(result).dtype
-    inputs = [np.asarray(q)[rows], np.asarray(k), np.asarray(v)]
-    inputs.append(None if dout is None else np.asarray(dout)[rows])
-    expected = _formula(*inputs, allowed[0], np.float64)
-    plain = _formula(*inputs, allowed[0], dtype).astype(np.float64)
+    queries, keys, values = np.asarray(q)[rows], np.asarray(k), np.asarray(v)
+    cotangent = None if dout is None else np.asarray(dout)[rows]
+
+    def formula(at: Any, mask: np.ndarray, dtype: Any) -> np.ndarray:
+        some = None if cotangent is None else cotangent[at]
+        return _formula(queries[at], keys, values, some, mask[at], dtype)
+
+    every = slice(None)
+    expected = formula(every, allowed[0], np.float64)
+    plain = formula(every, allowed[0], dtype).astype(np.float64)
     unsure = np.zeros(len(rows), bool)
     for other in allowed[1:]:
         unsure |= (other != allowed[0]).any(1)
+    at = np.flatnonzero(unsure)
     for other in allowed[1:]:
-        at = np.flatnonzero(unsure)
-        some = [None if x is None else x[at] for x in inputs]
-        again = _formula(some[0], *inputs[1:3], some[3], other[at], np.float64)
+        again = formula(at, other, np.float64)
         better = _distance(got[at], again) < _distance(got[at], expected[at])
         expected[at[better]] = again[better]
-        again = _formula(some[0], *inputs[1:3], some[3], other[at], dtype)
-        plain[at[better]] = again[better].astype(np.float64)
+        plain[at[better]] = formula(at[better], other, dtype).astype(np.float64)
     size = float(np.abs(expected).max(initial=0))
     error = float(_distance(got, expected).max(initial=0))
     plain_error = float(_distance(plain, expected).max(initial=0))

@@ -4,8 +4,8 @@ A `BlockMask` is a pytree of index lists, built on the host (`_builders.py`,
 `_structure.py`) or on the device (`device.py`). Everything downstream (`jsparse.ops`,
 `jsparse.backends`) reads the lists; nothing downstream builds them.
 
-The file is long because it is one class with its public docstrings; the array work is in
-`_parts.py`.
+The file is long because it is one class with its public docstrings; the array work is
+in `_parts.py`.
 """
 
 from __future__ import annotations

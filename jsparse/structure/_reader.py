@@ -146,7 +146,8 @@ def read_structure(
         )
     with _refusing(file):
         atoms = _atoms(parsed, model, file)
-        name = parsed.info["_entry.id"] if "_entry.id" in parsed.info else ""
+        has_name = "_entry.id" in parsed.info  # gemmi's mapping has no get()
+        name = parsed.info["_entry.id"] if has_name else ""
     keep = _first_conformer(atoms)
     if not hydrogens:
         keep &= (atoms.elements != 1) & (atoms.elements != _DEUTERIUM)

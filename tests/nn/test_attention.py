@@ -170,12 +170,13 @@ def test_dtype_is_of_the_computation_and_param_dtype_of_the_parameters():
 
 
 def test_mixed_inputs_promote_as_in_flax():
-    layer, mask = make(), radius(chain(0), CUTOFF)
+    layer, mask = make(param_dtype=jnp.bfloat16, use_gate=True), radius(chain(0), 6.0)
     x = normal(1, T, FEATURES, dtype=jnp.bfloat16)
     with jax.numpy_dtype_promotion("standard"):
-        out = apply(layer, x, mask=mask)
-    assert out.dtype == jnp.float32
-    assert_close(out, apply(layer, x.astype(jnp.float32), mask=mask))
+        out = apply(layer, x, x.astype(jnp.float32), mask=mask)
+        want = apply(layer, x.astype(jnp.float32), mask=mask)
+    assert out.dtype == want.dtype == jnp.float32
+    assert_close(out, want, 2e-2)  # query and gate are bfloat16 in one of them
 
 
 def test_bias_keeps_its_precision_in_bfloat16():

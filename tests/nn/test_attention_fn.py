@@ -92,6 +92,14 @@ def test_bias_and_implementation_are_passed_on():
         fixed(q, q, q, bias=bias)
 
 
+def test_dtype_is_of_the_computation():
+    q = jax.random.normal(jax.random.key(3), (T, 4, 2))
+    attend = jax.jit(lambda q, k: attention_fn(radius_mask())(q, k, k, dtype=q.dtype))
+    low = attend(q.astype(jnp.bfloat16), q)
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(low.astype(jnp.float32), attend(q, q), rtol=0, atol=0.05)
+
+
 def test_dropout_is_refused_unless_it_is_off():
     layer = flax_layer(attention_fn=attention_fn(radius_mask()), dropout_rate=0.25)
     x = inputs()

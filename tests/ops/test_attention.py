@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,9 @@ def arguments(**changes):
         [0, 1, 2], [0, 1, 1], q_len=T, kv_len=S, block_q=16, block_kv=32
     )
     shapes = {"q": (2, T, 4, 8), "k": (2, S, 2, 8), "v": (2, S, 2, 6)}
-    values = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    values: dict[str, Any] = {
+        n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()
+    }
     values["mask"] = mask
     for name, value in changes.items():
         values[name] = value(values) if callable(value) else value

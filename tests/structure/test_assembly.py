@@ -144,14 +144,14 @@ def test_product_of_operators(tmp_path):
     places = KDTree(whole.coords)
     for k, j in [(0, 0), (7, 3), (59, 27)]:
         matrix, _ = turn(2 * np.pi * k / 60)
-        want = np.array(matrix) @ (np.array([3, 0, 0]) + [50 + j, 0, 90 * j])
+        want = np.array(matrix) @ np.array([53 + j, 0, 90 * j])
         assert places.query(want)[0] < 1e-3
     with pytest.raises(StructureError, match="copies=1681, but .* has 1,680"):
         read_structure(path, copies=1681)
 
 
 @pytest.mark.parametrize(
-    ("expression", "want"),
+    "expression, want",
     [
         ("1", [("1",)]),
         ("1,3-5", [("1",), ("3",), ("4",), ("5",)]),
@@ -245,7 +245,7 @@ def test_the_first_of_several_pdb_assemblies_is_taken(tmp_path):
 
 
 @pytest.mark.parametrize("copies", [2, None])
-@pytest.mark.parametrize(("writer", "name"), [(mmcif, "a.cif"), (pdb, "a.pdb")])
+@pytest.mark.parametrize("writer, name", [(mmcif, "a.cif"), (pdb, "a.pdb")])
 def test_no_assembly(tmp_path, writer, name, copies):
     path = write(tmp_path, writer(TWO_CHAINS), name)
     with pytest.raises(StructureError, match="no biological assembly"):
@@ -258,7 +258,7 @@ def test_more_copies_than_there_are():
 
 
 @pytest.mark.parametrize(
-    ("copies", "atoms", "limit"), [(None, "998,820", 998_819), (6, "99,882", 20_000)]
+    "copies, atoms, limit", [(None, "998,820", 998_819), (6, "99,882", 20_000)]
 )
 def test_limit_counts_the_copies_first(monkeypatch, copies, atoms, limit):
     def never(*_):
@@ -270,7 +270,7 @@ def test_limit_counts_the_copies_first(monkeypatch, copies, atoms, limit):
 
 
 @pytest.mark.parametrize(
-    ("extra", "match"),
+    "extra, match",
     [
         (operators({"1": shift(0)}) + generators([("1", "1,7", "A")]), "'7' is not in"),
         (operators({"1": shift(0)}) + generators([("1", "(1", "A")]), "cannot be read"),

@@ -74,7 +74,7 @@ def test_repr_is_short():
 
 
 @pytest.mark.parametrize(
-    ("index", "want"),
+    "index, want",
     [
         ([4, 0, 0], [4, 0, 0]),
         ([-1], [4]),
@@ -100,7 +100,7 @@ def test_subset_counts_what_is_left():
 
 
 @pytest.mark.parametrize(
-    ("index", "error", "message"),
+    "index, error, message",
     [
         ([0.0, 1.0], TypeError, "float64"),
         (["A"], TypeError, "expected integers"),
@@ -116,7 +116,7 @@ def test_subset_refuses(index, error, message):
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "message"),
+    "changes, error, message",
     [
         ({"coords": np.zeros((5, 2))}, ValueError, r"coords has shape \(5, 2\)"),
         ({"elements": [6] * 4}, ValueError, r"elements has shape \(4,\)"),
