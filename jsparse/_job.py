@@ -26,6 +26,7 @@ from jsparse.ops import block_sparse_attention
 from jsparse.ops._checks import canonical, describe
 from jsparse.ops._dispatch import support
 from jsparse.patterns import BlockMask
+from jsparse.report import format_bytes
 from jsparse.structure import Structure, StructureError, read_structure
 
 ORDERS = ("auto", "file", "hilbert", "bisection")
@@ -402,7 +403,7 @@ def _check_memory(name: str, needed: int, implementation: str) -> None:
     free = measure.available_memory()
     if jax.default_backend() == "cpu" and free is not None and needed > free:
         raise BadInput(
-            f"{name} with implementation {implementation!r} needs {needed / 1e9:.1f} "
-            f"GB and {free / 1e9:.1f} GB are free. Use fewer copies or heads, or "
-            "another implementation."
+            f"{name} with implementation {implementation!r} needs "
+            f"{format_bytes(needed)} and {format_bytes(free)} are free. Use fewer "
+            "copies or heads, or another implementation."
         )

@@ -183,8 +183,8 @@ class DistanceBias:
             >>> import numpy as np
             >>> x = np.array([[0.0, 0, 0], [3, 4, 0]], np.float32)
             >>> bias = DistanceBias.linear(np.array([0.5], np.float32), x)
-            >>> bias.dense()[0].tolist()
-            [[0.0, -2.5], [-2.5, 0.0]]
+            >>> bias.dense()[0, 0, 1].item()
+            -2.5
         """
         return cls._make("linear", _column(slope), np.zeros(2), coords, kv_coords)
 

@@ -253,7 +253,7 @@ def bench(
     ] = False,
     records: Annotated[
         Path | None,
-        typer.Option(help="Folder of records, if not the package's own."),
+        typer.Option(help="Folder of records, in place of the package's own."),
     ] = None,
     min_ratio: Annotated[
         float | None,
@@ -281,7 +281,7 @@ def bench(
 ) -> None:
     """Time named cases against peers, keep records, render them as tables."""
     with _guarded(debug):
-        folder = benchmarks.records_folder() if records is None else records
+        folder = records or benchmarks.records_folder(to_write=record)
         if table or render is not None:
             raise typer.Exit(_render(folder, render, check, json))
         if structure is not None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+from pathlib import Path
 
+import jax
 import pytest
 
 import jsparse
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 MODULES = ["jsparse"] + [
     module.name for module in pkgutil.walk_packages(jsparse.__path__, "jsparse.")
 ]
@@ -17,9 +20,13 @@ MODULES = ["jsparse"] + [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings(name: str, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # an example may write a file
-    failed, _ = doctest.testmod(
-        importlib.import_module(name),
-        optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE,
-    )
+    # An example may write a file, and it may read those of `examples/data`.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    # Users run with JAX's ordinary promotion.
+    with jax.numpy_dtype_promotion("standard"):
+        failed, _ = doctest.testmod(
+            importlib.import_module(name),
+            optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE,
+        )
     assert failed == 0, "the captured output above shows the failing examples"

@@ -30,17 +30,21 @@ Record = dict[str, Any]
 _DIRECTIONS = {"forward": "forward", "forward_backward": "forward + backward"}
 
 
-def records_folder() -> Path:
-    """The package's records in a checkout, else ``jsparse-records`` where one stands.
+def records_folder(to_write: bool = False) -> Path:
+    """The records that the package ships.
+
+    Args:
+        to_write: whether new ones shall be added. An installed package is left as it
+            is; they then go to ``jsparse-records`` where one stands.
 
     Example:
-        >>> records_folder().name in ("records", "jsparse-records")
-        True
+        >>> records_folder().name
+        'records'
     """
     package = Path(__file__).parent
-    if (package.parents[1] / "pyproject.toml").exists():
-        return package / "records"
-    return Path("jsparse-records")
+    if to_write and not (package.parents[1] / "pyproject.toml").exists():
+        return Path("jsparse-records")
+    return package / "records"
 
 
 def write_record(record: Record, folder: Path) -> Path:

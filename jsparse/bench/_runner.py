@@ -34,6 +34,7 @@ from jsparse.measure import BadInput, Progress
 from jsparse.ops._checks import canonical, describe
 from jsparse.ops._dispatch import support
 from jsparse.patterns import BlockMask
+from jsparse.report import format_bytes
 
 Array = Any
 DTYPES = ("float32", "bfloat16", "float16")
@@ -283,7 +284,7 @@ class _Contest:
             # The pattern exists on the host and on the device for a moment.
             needed += compiled.total_bytes - compiled.temporary_bytes
         if free is not None and needed > free:
-            reason = f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+            reason = f"needs {format_bytes(needed)}, {format_bytes(free)} are free"
             if peer is self.contenders[0] or self.strict:
                 raise BadInput(
                     f"{self.record['case']}: {peer.name}, {direction}: {reason}. "

@@ -293,7 +293,7 @@ def attention_fn(
                 "attention_fn: a bias is given to attention_fn and to the call; "
                 "expected one. Add them first."
             )
-        query, key, value = promote_dtype((query, key, value))
+        query, key, value = promote_dtype((query, key, value), dtype=dtype)
         return block_sparse_attention(
             query,
             key,

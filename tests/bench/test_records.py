@@ -1,0 +1,187 @@
+"""Records on disk and the tables made of them."""
+
+from __future__ import annotations
+
+import copy
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jsparse.bench import (
+    _records,
+    facts,
+    markdown,
+    read_records,
+    records_folder,
+    render_into,
+    write_record,
+)
+from jsparse.measure import BadInput
+
+
+def attention(**changes: Any) -> dict[str, Any]:
+    check = {"max_error": 1e-6, "ok": True}
+    spread = {"count": 3, "min": 0.1, "median": 0.2, "max": 0.3}
+    ratio = {"count": 3, "min": 2.0, "median": 4.0, "max": 8.0}
+    side = {
+        "seconds": spread,
+        "temporary_bytes": 1_000_000,
+        "errors": {"out": check},
+        "compile_seconds": 1.0,
+    }
+    return {
+        "format": 1,
+        "kind": "attention",
+        "case": "tiny",
+        "about": "a | test",
+        "date": "2026-01-02T03:04:05+00:00",
+        "device": {"platform": "cpu", "device": "ACME 9000 (TM)", "cores": 2},
+        "versions": {"jax": "0.11.2"},
+        "ours": "xla",
+        "input": {"heads": 1, "head_dim": 64, "dtype": "float32"},
+        "mask": {
+            "q_len": 1000,
+            "blocks": 8,
+            "density": 0.5,
+            "row_min": 1,
+            "row_mean": 2.0,
+            "row_max": 3,
+            "order": None,
+        },
+        "left_out": {},
+        "forward": {"xla": side, "dense": {**side, "ratio": ratio}},
+        "peak_memory_bytes": 2_000_000_000,
+        "missed": [],
+        **changes,
+    }
+
+
+def build(**changes: Any) -> dict[str, Any]:
+    spread = {"count": 3, "min": 1.0, "median": 2.0, "max": 3.0}
+    record = attention(kind="mask on the host", case="built", **changes)
+    del record["forward"]
+    return record | {"seconds": {"radius": spread}}
+
+
+def test_written_record_is_read_back(tmp_path: Path):
+    file = write_record(attention(), tmp_path)
+    assert file.name == "tiny.cpu-acme-9000-tm-2cores.20260102T030405Z.json"
+    assert read_records(tmp_path) == [attention()]
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]
+
+
+def test_records_come_oldest_first(tmp_path: Path):
+    late = attention(date="2026-05-01T00:00:00+00:00")
+    write_record(late, tmp_path)
+    write_record(attention(), tmp_path)
+    assert [record["date"][:7] for record in read_records(tmp_path)] == [
+        "2026-01",
+        "2026-05",
+    ]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": 2, "kind": "x"}'])
+def test_files_that_are_no_records(tmp_path: Path, text: str):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(BadInput, match=r"x\.json"):
+        read_records(tmp_path)
+
+
+def test_missing_folder_of_records(tmp_path: Path):
+    with pytest.raises(BadInput, match="no such folder"):
+        read_records(tmp_path / "none")
+
+
+def test_table_shows_ratio_error_and_memory():
+    text = markdown([attention(), build()])
+    lines = text.splitlines()
+    assert lines[0] == "**ACME 9000 (TM), 2 cores**, JAX 0.11.2"
+    (row,) = [line for line in lines if line.startswith("| tiny")]
+    for part in (
+        "a \\| test",
+        "H1 D64 float32",
+        "0.5000",
+        "xla 200 ms",
+        "dense 200 ms",
+        "4.00 (2.00 to 8.00)",
+        "1.0e-06 / 1.0e-06",
+        "1.0 MB / 1.0 MB",
+    ):
+        assert part in row
+    (row,) = [line for line in lines if line.startswith("| built")]
+    assert "2 s (1 s to 3 s)" in row
+    assert "on the host" in row
+    for start in ("| case", "| tiny", "| built"):
+        assert any(line.startswith(start) for line in lines)
+
+
+def test_table_takes_the_newest_of_each_case_and_device():
+    old, new = attention(about="OLD"), attention(about="NEW")
+    other = attention(device=old["device"] | {"cores": 8}, about="OTHER")
+    text = markdown([old, other, new])
+    assert "OLD" not in text
+    assert "NEW" in text
+    assert "OTHER" in text
+
+
+def test_table_of_a_case_without_peers():
+    record = copy.deepcopy(attention())
+    del record["forward"]["dense"]
+    (row,) = [r for r in markdown([record]).splitlines() if r.startswith("| tiny")]
+    assert row.count("|") == 10 - 1 + 1  # with the escaped bar of its text
+
+
+def test_all_rows_of_a_table_have_as_many_cells_as_the_head():
+    record = copy.deepcopy(attention(about="test"))
+    del record["forward"]["dense"]
+    lines = markdown([record]).splitlines()
+    counts = {line.count("|") for line in lines if line.startswith("|")}
+    assert len(counts) == 1
+
+
+def test_render_replaces_only_what_is_between_the_marks(tmp_path: Path):
+    file = tmp_path / "README.md"
+    file.write_text("a\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nz\n")
+    assert not render_into(file, "new", write=False)
+    assert "old" in file.read_text()
+    assert not render_into(file, "new")
+    expected = "a\n<!-- bench:begin -->\nnew\n<!-- bench:end -->\nz\n"
+    assert file.read_text() == expected
+    assert render_into(file, "new", write=False)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "<!-- bench:begin -->", "<!-- bench:end --> <!-- bench:begin -->"]
+)
+def test_render_needs_both_marks(tmp_path: Path, text: str):
+    file = tmp_path / "README.md"
+    file.write_text(text)
+    with pytest.raises(BadInput, match="bench:begin"):
+        render_into(file, "new")
+    assert file.read_text() == text
+
+
+def test_facts_name_what_was_left_out():
+    record = attention(left_out={"dense": "forward: needs 5 GB"})
+    tables = {table.title: table.rows for table in facts(record)}
+    assert tables["Left out"] == [("dense", "forward: needs 5 GB")]
+    assert tables["tiny: forward"][1][4] == "4.00"
+
+
+def test_shipped_records_can_be_rendered():
+    records = resources.files("jsparse.bench") / "records"
+    with resources.as_file(records) as folder:
+        found = read_records(folder)
+    text = markdown(found)
+    assert all(record["case"] in text for record in found)
+
+
+def test_folder_of_records(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(_records, "__file__", str(tmp_path / "a" / "b" / "c.py"))
+    inside = tmp_path / "a" / "b" / "records"
+    assert records_folder() == inside
+    assert records_folder(to_write=True) == Path("jsparse-records")
+    (tmp_path / "pyproject.toml").touch()
+    assert records_folder(to_write=True) == inside

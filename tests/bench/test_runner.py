@@ -1,0 +1,219 @@
+"""How a case is run: contenders, errors, refusals, demands."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsparse.bench import PEERS, Options, _runner, run_case
+from jsparse.bench._cases import (
+    AttentionCase,
+    DeviceMaskCase,
+    HostMaskCase,
+    ball,
+    of_blocks,
+)
+from jsparse.bench._patterns import uniform
+from jsparse.bench._peers import Dense, Ours
+from jsparse.measure import BadInput, Progress
+
+CASE = AttentionCase(
+    "tiny", "a test", 2, 16, "float32", lambda: of_blocks(uniform(4, 2))
+)
+
+
+def run(case: Any = CASE, **options: Any) -> dict[str, Any]:
+    return run_case(case, Options(**{"repeats": 3, **options}), Progress())
+
+
+def test_record_of_an_attention_case():
+    record = run()
+    assert record["kind"] == "attention"
+    assert record["mask"]["blocks"] == 8
+    assert record["mask"]["density"] == 0.5
+    assert record["input"]["distribution"] == "standard normal"
+    assert record["missed"] == []
+    for direction, outputs in (
+        ("forward", ["out"]),
+        ("forward_backward", ["out", "dq"]),
+    ):
+        ours, dense = record[direction]["xla"], record[direction]["dense"]
+        assert ours["seconds"]["count"] == dense["seconds"]["count"] == 3
+        assert "ratio" not in ours
+        ratios = np.divide(dense["rounds"], ours["rounds"])
+        assert dense["ratio"]["median"] == pytest.approx(np.median(ratios))
+        assert dense["ratio"]["min"] == pytest.approx(ratios.min())
+        assert list(ours["errors"]) == outputs
+        for found in (ours, dense):
+            assert all(check["ok"] for check in found["errors"].values())
+            assert found["temporary_bytes"] > 0
+    work = 4 * 8 * 128 * 128 * 2 * 16
+    median = record["forward"]["xla"]["seconds"]["median"]
+    rate = record["forward"]["xla"]["gflops_per_second"]
+    assert rate == pytest.approx(work / median / 1e9)
+
+
+def test_turns_alternate(monkeypatch):
+    turns = []
+    real = _runner.measure.time_call
+
+    def spy(call, *arguments):
+        turns.append("dense" if arguments[3].__class__ is not mask_class else "xla")
+        return real(call, *arguments)
+
+    mask_class = type(CASE.load().mask)
+    monkeypatch.setattr(_runner.measure, "time_call", spy)
+    run(backward=False, repeats=4)
+    # Two calls to check and warm up, then the rounds.
+    assert turns[2:] == ["xla", "dense", "dense", "xla"] * 2
+
+
+def test_overrides_make_another_case():
+    record = run(heads=1, dtype="bfloat16", backward=False, against=())
+    assert record["case"] == "tiny-h1-d16-bfloat16"
+    assert list(record["forward"]) == ["xla"]
+    assert record["missed"] == []
+
+
+def test_wrong_results_are_missed(monkeypatch):
+    real = Ours.forward
+    monkeypatch.setattr(Ours, "forward", lambda *a: real(*a) * 1.01)
+    record = run(backward=False)
+    assert not record["forward"]["xla"]["errors"]["out"]["ok"]
+    assert record["forward"]["dense"]["errors"]["out"]["ok"]
+    (line,) = record["missed"]
+    assert "tiny, forward, xla: out is wrong" in line
+
+
+def test_wrong_gradients_are_missed(monkeypatch):
+    real = Ours.backward
+
+    def wrong(*arguments):
+        out, dq, dk, dv = real(*arguments)
+        return out, -dq, dk, dv
+
+    monkeypatch.setattr(Ours, "backward", wrong)
+    record = run(against=())
+    assert [line.split(" is wrong")[0] for line in record["missed"]] == [
+        "tiny, forward_backward, xla: dq"
+    ]
+
+
+def test_demands_that_are_not_met():
+    record = run(min_ratio=1e9, max_seconds=1e-9, backward=False)
+    assert len(record["missed"]) == 2
+    assert "less than the 1e+09 demanded" in record["missed"][0]
+    assert "more than the 1e-09 s demanded" in record["missed"][1]
+    assert run(min_ratio=1e-9, max_seconds=60, backward=False)["missed"] == []
+
+
+def test_a_ratio_needs_a_peer():
+    (line,) = run(min_ratio=1.0, against=(), backward=False)["missed"]
+    assert "no peer ran" in line
+
+
+def test_peer_that_does_not_fit_is_left_out_or_refused(monkeypatch):
+    case = AttentionCase(
+        "wide", "a test", 2, 16, "float32", lambda: of_blocks(uniform(16, 1))
+    )
+    monkeypatch.setattr(_runner.measure, "available_memory", lambda: 20_000_000)
+    refusal = r"wide: dense, forward: needs .* MB, 20.0 MB are free"
+    with pytest.raises(BadInput, match=refusal):
+        run(case, against=("dense",))
+    record = run(case)
+    assert list(record["forward"]) == list(record["forward_backward"]) == ["xla"]
+    assert "needs" in record["left_out"]["dense"]
+
+
+def test_a_case_that_does_not_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(_runner.measure, "available_memory", lambda: 1000)
+    with pytest.raises(BadInput, match="tiny: xla, forward: needs"):
+        run()
+
+
+def test_nothing_dense_is_allocated_to_find_out_that_it_does_not_fit(monkeypatch):
+    def forbidden(*_):
+        raise AssertionError("the mask was written out")
+
+    monkeypatch.setattr(Dense, "prepare", forbidden)
+    case = AttentionCase(
+        "wide", "a test", 1, 8, "float32", lambda: of_blocks(uniform(1000, 1))
+    )
+    monkeypatch.setattr(_runner.measure, "available_memory", lambda: 10**9)
+    record = run(case, backward=False, repeats=1)
+    assert "dense" in record["left_out"]
+
+
+def test_peer_that_is_not_available(monkeypatch):
+    monkeypatch.setattr(Dense, "available", lambda _: "there is no paper")
+    with pytest.raises(BadInput, match="'dense' cannot run here: there is no paper"):
+        run(against=("dense",))
+    assert run(backward=False)["left_out"] == {"dense": "there is no paper"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repeats": 0},
+        {"heads": -1},
+        {"dtype": "int8"},
+        {"against": ("fa4",)},
+        {"implementation": "magic"},
+    ],
+)
+def test_bad_options(options):
+    with pytest.raises(BadInput):
+        Options(**options)
+
+
+def test_implementation_that_cannot():
+    with pytest.raises(BadInput, match=r"'cutlass' cannot run this: .* These can: xla"):
+        run(implementation="cutlass")
+
+
+def test_every_peer_gives_dense_attention():
+    pattern = CASE.load()
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((512, 2, 16), np.float32)) for _ in range(3)
+    )
+    ours = Ours("reference").forward(q, k, v, pattern.mask)
+    for peer in PEERS.values():
+        out = peer.forward(q, k, v, peer.prepare(pattern.mask))
+        np.testing.assert_allclose(out, ours, atol=1e-5)
+
+
+def test_host_mask_case():
+    case = HostMaskCase("m", "a test", functools.partial(ball, 2000), "auto")
+    record = run(case)
+    assert record["kind"] == "mask on the host"
+    assert {row["order"] for row in record["orders"]} == {
+        "file",
+        "hilbert",
+        "bisection",
+    }
+    assert record["mask"]["q_len"] == 2000
+    assert all(spent["count"] == 3 for spent in record["seconds"].values())
+    assert run(case, max_seconds=1e-9)["missed"]
+
+
+def test_device_mask_case(monkeypatch):
+    case = DeviceMaskCase("m", "a test", functools.partial(ball, 2000), "auto")
+    record = run(case)
+    assert record["kind"] == "mask on the device"
+    assert record["wrong_blocks"] == 0
+    assert record["missed"] == []
+
+    real = _runner.patterns.device.radius
+    monkeypatch.setattr(
+        _runner.patterns.device,
+        "radius",
+        lambda points, cutoff, **rest: real(points, cutoff * 0.7, **rest),
+    )
+    record = run(case)
+    assert record["wrong_blocks"] > 0
+    assert "differ from the mask of the host" in record["missed"][0]
