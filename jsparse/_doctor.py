@@ -15,9 +15,7 @@ import numpy as np
 
 from jsparse import measure, patterns
 from jsparse.measure._machine import installed_version
-from jsparse.ops import block_sparse_attention
-from jsparse.ops._checks import canonical, describe
-from jsparse.ops._dispatch import support
+from jsparse.ops import block_sparse_attention, support
 
 # What each extra brings: if this distribution is there, the extra is.
 EXTRAS = {
@@ -75,7 +73,7 @@ def _try_all() -> dict[str, dict[str, Any]]:
     near = measure.within_cutoff(coords, rows, 10.0)
     found = {}
     name: Any
-    for name, reason in support(describe(canonical(q, k, v, mask, None))).items():
+    for name, reason in support(q, k, v, mask).items():
         if reason is not None:
             found[name] = {"runs": False, "reason": reason, "max_error": None}
             continue

@@ -22,9 +22,7 @@ import numpy as np
 from jsparse import measure, patterns
 from jsparse.backends import IMPLEMENTATIONS
 from jsparse.measure import BadInput, Progress
-from jsparse.ops import block_sparse_attention
-from jsparse.ops._checks import canonical, describe
-from jsparse.ops._dispatch import support
+from jsparse.ops import block_sparse_attention, support
 from jsparse.patterns import BlockMask
 from jsparse.report import format_bytes
 from jsparse.structure import Structure, StructureError, read_structure
@@ -210,7 +208,7 @@ class Job:
         self.result["machine"] = measure.machine()
         with self._stage("features"):
             q, k, v = project(self.structure, config.heads, config.head_dim)
-        why_not = support(describe(canonical(q, k, v, mask, None)))
+        why_not = support(q, k, v, mask)
         self.result["backend"] = _choose(config.implementation, why_not)
         arguments = (q, k, v, mask)
         forward = _forward(self._backend)

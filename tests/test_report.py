@@ -277,6 +277,9 @@ def test_shares_are_the_mean_of_the_blocks():
         for i in range(0, 11, 4)
     ]
     np.testing.assert_allclose(shares, expected)
+    # Partial and full blocks count alike.
+    states = three_states().block_states()[0, 0] != 0
+    np.testing.assert_array_equal(block_shares(three_states(), 1), states)
 
 
 def test_loads_count_partial_and_full_blocks():

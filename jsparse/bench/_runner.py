@@ -31,8 +31,7 @@ from jsparse.bench._cases import (
 from jsparse.bench._patterns import BLOCK
 from jsparse.bench._peers import PEERS, Ours, Peer
 from jsparse.measure import BadInput, Progress
-from jsparse.ops._checks import canonical, describe
-from jsparse.ops._dispatch import support
+from jsparse.ops import support
 from jsparse.patterns import BlockMask
 from jsparse.report import format_bytes
 
@@ -191,7 +190,7 @@ def _inputs(
 
 def _implementation(options: Options, arrays: Any, mask: BlockMask) -> str:
     q, k, v, _ = arrays
-    why_not = support(describe(canonical(q, k, v, mask, None)))
+    why_not = support(q, k, v, mask)
     able = [name for name, reason in why_not.items() if reason is None]
     name = able[0] if options.implementation == "auto" else options.implementation
     if why_not[name] is not None:

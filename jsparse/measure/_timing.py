@@ -56,8 +56,7 @@ def in_background(function: Callable[..., Any], *args: Any) -> Any:
 
     thread = threading.Thread(target=work, name="jsparse-call", daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
+    thread.join()
     if "error" in outcome:
         raise outcome["error"]
     return outcome["value"]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jsparse.bias import Bias
 from jsparse.ops._checks import canonical, check_scale, describe
-from jsparse.ops._dispatch import choose
+from jsparse.ops._dispatch import choose, refusals
 from jsparse.ops._vjp import attend
 from jsparse.patterns import BlockMask
 
@@ -116,6 +116,37 @@ def block_sparse_attention(
     if mask.needed_capacity is not None:
         out, lse = _poison_overflow(out, lse, mask)
     return (out, lse) if return_lse else out
+
+
+def support(
+    q: Array, k: Array, v: Array, mask: BlockMask, *, bias: Bias | None = None
+) -> dict[str, str | None]:
+    """Which implementations can take these arguments here, and why the others cannot.
+
+    Args:
+        q: as for `block_sparse_attention`.
+        k: likewise.
+        v: likewise.
+        mask: likewise.
+        bias: likewise.
+
+    Returns:
+        For each implementation, in the order that ``"auto"`` tries them, None or the
+        reason for its refusal.
+
+    Raises:
+        TypeError: as `block_sparse_attention`, for arguments that none takes.
+        ValueError: likewise.
+
+    Example:
+        >>> import jax, jsparse
+        >>> from jsparse.ops import support
+        >>> mask = jsparse.patterns.window(256, left=16, right=16)
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 256, 4, 32))
+        >>> [name for name, reason in support(q, k, v, mask).items() if reason is None]
+        ['xla', 'reference']
+    """
+    return refusals(describe(canonical(q, k, v, mask, bias)))
 
 
 def _poison_overflow(out: Array, lse: Array, mask: BlockMask) -> tuple[Array, Array]:

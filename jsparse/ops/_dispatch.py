@@ -8,7 +8,7 @@ from jsparse import backends
 from jsparse.backends._contract import Problem
 
 
-def support(problem: Problem) -> dict[str, str | None]:
+def refusals(problem: Problem) -> dict[str, str | None]:
     """Why each implementation cannot take the problem, or None where it can."""
     answers: dict[str, str | None] = {}
     for name in backends.IMPLEMENTATIONS:
@@ -30,7 +30,7 @@ def choose(implementation: str, problem: Problem) -> ModuleType:
             f"block_sparse_attention: implementation={implementation!r}; expected one "
             f"of {names}."
         )
-    answers = support(problem)
+    answers = refusals(problem)
     able = [name for name, reason in answers.items() if reason is None]
     name = able[0] if implementation == "auto" else implementation
     if answers[name] is not None:

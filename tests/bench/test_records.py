@@ -73,7 +73,7 @@ def test_written_record_is_read_back(tmp_path: Path):
 
 
 def test_records_come_oldest_first(tmp_path: Path):
-    late = attention(date="2026-05-01T00:00:00+00:00")
+    late = attention(case="a", date="2026-05-01T00:00:00+00:00")
     write_record(late, tmp_path)
     write_record(attention(), tmp_path)
     assert [record["date"][:7] for record in read_records(tmp_path)] == [

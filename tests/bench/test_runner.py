@@ -129,6 +129,14 @@ def test_peer_that_does_not_fit_is_left_out_or_refused(monkeypatch):
     assert "needs" in record["left_out"]["dense"]
 
 
+def test_peer_left_out_once_stays_out(monkeypatch):
+    free = iter([10**12, 0, 10**12])  # ours, dense, ours again
+    monkeypatch.setattr(_runner.measure, "available_memory", lambda: next(free))
+    record = run()
+    assert list(record["forward"]) == list(record["forward_backward"]) == ["xla"]
+    assert record["left_out"]["dense"].startswith("forward: needs")
+
+
 def test_a_case_that_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(_runner.measure, "available_memory", lambda: 1000)
     with pytest.raises(BadInput, match="tiny: xla, forward: needs"):

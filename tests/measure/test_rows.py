@@ -110,13 +110,14 @@ def test_tolerance_follows_the_dtype(problem, dtype):
     assert found.tolerance > 1e-3
 
 
-def test_pair_at_the_cutoff_may_be_read_either_way():
+@pytest.mark.parametrize("y, inside", [(6.0000005, False), (5.9999995, True)])
+def test_pair_at_the_cutoff_may_be_read_either_way(y, inside):
     # In float32 these two are 10 Å apart to within rounding, but not exactly.
-    coords = np.array([[0, 0, 0], [0, 6.0000005, 8], [1, 0, 0]], np.float32)
+    coords = np.array([[0, 0, 0], [0, y, 8], [1, 0, 0]], np.float32)
     rows = np.arange(3)
     near = within_cutoff(coords, rows, 10.0)
     assert [m[0].tolist() for m in near] == [
-        [True, False, True],
+        [True, inside, True],
         [True, False, True],
         [True, True, True],
     ]
