@@ -39,7 +39,7 @@ Array = Any
 DTYPES = ("float32", "bfloat16", "float16")
 
 _SETS = 2  # of inputs, used in turns
-_TIMER = "wall clock around one compiled call, inputs on the device"
+_TIMER = "wall clock; of a compiled call, with its inputs on the device"
 
 
 @dataclass(frozen=True)
