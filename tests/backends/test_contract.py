@@ -150,6 +150,7 @@ PATTERNS = [("plain", kind) for kind in KINDS] + [
 def test_bias(implementation, pattern, kind):
     rng = np.random.default_rng(2)
     case = CASES[pattern](rng)
+    assert 0 < np.sum(case.mask.full_kv_num_blocks) < case.mask.num_blocks
     if pattern == "plain":
         case = make_case(rng, case.mask, batch=(2,), heads=(4, 2))
     case.bias = biases(rng, case.mask, case.q.shape[-2], 2)[kind]

@@ -42,7 +42,7 @@ def random_mask(
     elements: bool = True,
     rules: tuple = (),
 ) -> BlockMask:
-    """``count`` random block pairs; without rules, about a third of them full."""
+    """``count`` random block pairs; without rules, about half of them full."""
     q_len, kv_len, block_q, block_kv = sizes
     rows = rng.integers(0, -(-q_len // block_q), count)
     cols = rng.integers(0, -(-kv_len // block_kv), count)
@@ -53,7 +53,7 @@ def random_mask(
         kv_len=kv_len,
         block_q=block_q,
         block_kv=block_kv,
-        full=None if rules else rng.random(count) < 0.3,
+        full=None if rules else rng.random(count) < 0.5,
         elements=rng.random((count, block_q, block_kv)) < 0.5 if elements else None,
         rules=rules,
     )
@@ -89,7 +89,7 @@ SIZES = (37, 75, 8, 32)  # ragged in both directions, several blocks each way
 
 
 def _plain(rng):
-    return make_case(rng, random_mask(rng, SIZES, 9))
+    return make_case(rng, random_mask(rng, SIZES, 12))
 
 
 def _long_lists(rng):
@@ -114,7 +114,7 @@ def _batch_patterns(rng):
 
 def _batch_and_head_patterns(rng):
     rows = [
-        BlockMask.stack([random_mask(rng, SIZES, 7) for _ in range(2)], "head")
+        BlockMask.stack([random_mask(rng, SIZES, 12) for _ in range(2)], "head")
         for _ in range(2)
     ]
     return make_case(rng, BlockMask.stack(rows, "batch"), batch=(2,))
