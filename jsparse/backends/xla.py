@@ -1,6 +1,6 @@
 """Block-sparse attention in plain XLA: runs anywhere JAX runs, in bounded memory.
 
-Query blocks are taken longest list first, a few at a time; each group walks its block
+Query blocks are taken one or a few at a time; each group walks its block
 list with an online softmax, so the largest array is one tile ``[H, rows, block_q,
 width * block_kv]``. The backward pass makes two such walks: by query block for dq and
 the bias, by key block for dk and dv. Nothing is scattered with atomics, so the same
