@@ -160,7 +160,7 @@ def _block_cases() -> list[Case]:
         ("ribosome100k_h16_d64", ribosome, 16, 64, "bfloat16", _patterns.ribosome),
         ("ribosome100k_h4_d32", ribosome, 4, 32, "bfloat16", _patterns.ribosome),
         (
-            *("seed800", "63 x 63 blocks, 800 of them, H1 D64", 1, 64, "float16"),
+            *("seed800", "63 x 63 blocks, 800 of them", 1, 64, "float16"),
             lambda: _patterns.random_tiles(63, 800),
         ),
         (
