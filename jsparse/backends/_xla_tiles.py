@@ -83,7 +83,6 @@ class Tiles:
         )
         self.acc, self.dtype = accumulator_dtype(q), q.dtype
         self.precision = matmul_precision(q)
-        self.platform = jax.default_backend()
         self.q, self.k = self.by_query(q), self.by_key(k)
         # 0 * NaN is NaN: products see zeros, and whoever attends gets the NaN back.
         self.v_bad, self.v = _split_bad(self.by_key(v))
@@ -96,6 +95,9 @@ class Tiles:
         self.term: Term = make_term(bias, self.block_q, self.block_kv)
         self.q_bias = tuple(_blocked(x, self.block_q) for x in self.term.q_data())
         self.kv_bias = tuple(_blocked(x, self.block_kv) for x in self.term.kv_data())
+
+    def config(self, block: int, listed: int) -> Config:
+        return Config.choose(block, listed, self.num_heads, jax.default_backend())
 
     def by_query(self, x: Array) -> Array:
         """``[T, H, D]`` to ``[K, nq, G, block_q, D]``."""
@@ -180,9 +182,7 @@ class Tiles:
 
     def forward(self) -> tuple[Array, Array]:
         """``out [T, H, Dv]`` and ``lse [H, T]``."""
-        config = Config.choose(
-            self.block_q, self.block_kv, self.num_heads, self.platform
-        )
+        config = self.config(self.block_q, self.block_kv)
         heads = (self.num_kv_heads, self.group)
 
         def step_fn(carry, step):
@@ -258,7 +258,7 @@ class Tiles:
         """``p`` and ``ds``, both ``[K, R, G, m, n]``, and the bias pullback."""
         s, pullback = self.scores(step)
         seen = s != -jnp.inf
-        lse, delta = (_take_stat(x, step.i) for x in (self.lse, self.delta))
+        lse, delta = (_take_heads(x, step.i) for x in (self.lse, self.delta))
         p = jnp.exp(s - lse[..., None])
         v = _take_heads(self.v, step.j)[:, :, 0]
         dp = self.product("krgmd,krnd->krgmn", _take_heads(self.dout, step.i), v)
@@ -269,9 +269,7 @@ class Tiles:
 
     def backward_rows(self) -> tuple[Array, tuple, tuple, Any]:
         """By query block: dq, and the bias's gradients by query, block or shared."""
-        config = Config.choose(
-            self.block_q, self.block_kv, self.num_heads, self.platform
-        )
+        config = self.config(self.block_q, self.block_kv)
 
         def step_fn(carry, step):
             dq, reads = carry
@@ -285,13 +283,8 @@ class Tiles:
             i = jnp.where(step.valid, step.pair_i, far)
             ids = None if step.ids is None else jnp.where(step.valid, step.ids, far)
             return dq, Reads(
-                tuple(
-                    a + b.astype(a.dtype)
-                    for a, b in zip(reads.shared, grads.shared, strict=True)
-                ),
-                tuple(
-                    a + b.astype(a.dtype) for a, b in zip(reads.q, grads.q, strict=True)
-                ),
+                _add(reads.shared, grads.shared),
+                _add(reads.q, grads.q),
                 (),
                 self.term.write_pairs(reads.pairs, i, step.pair_j, ids, grads.pairs),
             )
@@ -314,10 +307,7 @@ class Tiles:
             return (
                 dq_store.at[:, rows].set(dq, mode="drop"),
                 reads.shared,
-                tuple(
-                    s.at[rows].set(x.astype(s.dtype), mode="drop")
-                    for s, x in zip(q_store, reads.q, strict=True)
-                ),
+                _put(q_store, rows, reads.q),
                 reads.pairs,
             )
 
@@ -331,9 +321,7 @@ class Tiles:
 
     def backward_columns(self) -> tuple[Array, Array, tuple]:
         """By key block: dk, dv, and the bias's gradient by key."""
-        config = Config.choose(
-            self.block_kv, self.block_q, self.num_heads, self.platform
-        )
+        config = self.config(self.block_kv, self.block_q)
 
         def step_fn(carry, step):
             dk, dv, kv_bias = carry
@@ -345,10 +333,7 @@ class Tiles:
             dk = dk + self.product("krgmn,krgmd->krnd", ds.astype(self.dtype), q)
             dv = dv + self.product("krgmn,krgmd->krnd", p.astype(self.dtype), dout)
             if pullback is not None:
-                grads = pullback(ds)[0].kv
-                kv_bias = tuple(
-                    a + b.astype(a.dtype) for a, b in zip(kv_bias, grads, strict=True)
-                )
+                kv_bias = _add(kv_bias, pullback(ds)[0].kv)
             return dk, dv, kv_bias
 
         def rows_fn(rows, store):
@@ -361,17 +346,11 @@ class Tiles:
                 ),
             )
             dk, dv, kv_bias = self.walk(rows, True, config.width, step_fn, start)
-            values = ((dk * self.scale)[:, :, None], dv[:, :, None])
-            new = tuple(
-                s.at[:, rows].set(x.astype(s.dtype), mode="drop")
-                for s, x in zip(store[:2], values, strict=True)
-            )
+            dk, dv = (x[:, :, None].astype(self.dtype) for x in (dk * self.scale, dv))
             return (
-                *new,
-                tuple(
-                    s.at[rows].set(x.astype(s.dtype), mode="drop")
-                    for s, x in zip(store[2], kv_bias, strict=True)
-                ),
+                store[0].at[:, rows].set(dk, mode="drop"),
+                store[1].at[:, rows].set(dv, mode="drop"),
+                _put(store[2], rows, kv_bias),
             )
 
         store = (
@@ -498,7 +477,18 @@ def _take_heads(x: Array, index: Array) -> Array:
     return x.reshape(*x.shape[:3], -1, *x.shape[5:])
 
 
-_take_stat = _take_heads
+def _add(total: tuple[Array, ...], grads: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(a + b.astype(a.dtype) for a, b in zip(total, grads, strict=True))
+
+
+def _put(
+    store: tuple[Array, ...], rows: Array, values: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    """Writes blocks ``rows`` of each array; rows beyond the end are dropped."""
+    return tuple(
+        a.at[rows].set(b.astype(a.dtype), mode="drop")
+        for a, b in zip(store, values, strict=True)
+    )
 
 
 def _split_bad(x: Array) -> tuple[Array, Array]:
