@@ -46,7 +46,7 @@ types: $(VENV)/.dev ## check types
 
 .PHONY: contracts
 contracts: $(VENV)/.dev ## check which part imports which
-	$(BIN)/lint-imports --no-logo
+	PYTHONPATH=. $(BIN)/lint-imports --no-logo
 
 .PHONY: wheel
 wheel: $(VENV)/.dev ## build the wheel into dist/
