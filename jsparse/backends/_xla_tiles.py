@@ -369,7 +369,7 @@ class Tiles:
 
         Rows of similar length share a group, so no group waits long for one of its
         rows. One at a time they keep their order: neighbours read the same blocks,
-        which a CPU's cache still holds (a third off the time of 165,175 atoms).
+        which a CPU's cache still holds.
         """
         load = lists[0].counts[0] + lists[1].counts[0]
         n = load.shape[0]
