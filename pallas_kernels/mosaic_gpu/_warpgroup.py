@@ -325,7 +325,6 @@ def _exp2(x):
     return _asm(_f32(), [x], "ex2.approx.ftz.f32 $0, $1;", "=f,f")
 
 
-@functools.cache
 def _shuffle(x: ir.Value, distance: int) -> ir.Value:
     text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;"
     return _asm(_f32(), [x], text, "=f,f", effects=True)
