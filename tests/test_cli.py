@@ -390,6 +390,7 @@ def test_bench_returns_1_for_a_missed_target():
         (["seed"], "unknown case 'seed'"),
         (["seed800", "--against", "fa4"], "unknown peer 'fa4'"),
         (["seed800", "--dtype", "int4"], "dtype 'int4' is unknown"),
+        (["seed800", "--min-ratio", "nan"], "min_ratio is nan; expected"),
         (["--structure", "none.cif"], "none.cif: no such file"),
         (["--render", "none.md"], "none.md: no such file"),
         (["--table", "--records", "none"], "none: there is no such folder"),

@@ -84,6 +84,11 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f"{name} is {value}; expected at least 1.")
+        for name in ("min_ratio", "max_seconds"):
+            value = getattr(self, name)
+            # A NaN would pass every comparison, and so every demand.
+            if value is not None and not value > 0:
+                raise BadInput(f"{name} is {value}; expected a number above 0.")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise BadInput(
                 f"dtype {self.dtype!r} is unknown; expected {', '.join(DTYPES)}."

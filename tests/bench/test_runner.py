@@ -171,6 +171,9 @@ def test_peer_that_is_not_available(monkeypatch):
         {"dtype": "int8"},
         {"against": ("fa4",)},
         {"implementation": "magic"},
+        {"min_ratio": float("nan")},
+        {"max_seconds": float("nan")},
+        {"max_seconds": -1.0},
     ],
 )
 def test_bad_options(options):
