@@ -302,7 +302,7 @@ def bench(
             max_seconds=max_seconds,
         )
         chosen = benchmarks.choose_cases(known, cases or [], structure is not None)
-        made = _folder(folder) if record else contextlib.nullcontext()
+        made = _folder(folder, "--records") if record else contextlib.nullcontext()
         with made:
             found = _measure(chosen, options, folder if record else None, json)
         if json:
@@ -378,9 +378,9 @@ def _names(text: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _folder(folder: Path) -> Iterator[None]:
+def _folder(folder: Path, option: str = "--out") -> Iterator[None]:
     """Makes a folder before the work, and takes it away if there is nothing to keep."""
-    made = report.prepare_folder(folder)
+    made = report.prepare_folder(folder, option)
     try:
         yield
     except BaseException:

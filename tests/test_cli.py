@@ -165,8 +165,8 @@ def test_features_are_the_same_each_time_and_tell_atoms_apart():
         ([SMALL, "--copies", "none"], "copies is 'none'; expected"),
         ([SMALL, "--copies", "7"], "copies=7"),
         ([SMALL, "--repeats", "0"], "repeats is 0; expected"),
-        ([SMALL, "--out", "text.cif"], "text.cif: reports cannot be written"),
-        ([SMALL, "--out", "text.cif/x"], "text.cif/x: reports cannot be written"),
+        ([SMALL, "--out", "text.cif"], "text.cif: files cannot be written"),
+        ([SMALL, "--out", "text.cif/x"], "text.cif/x: files cannot be written"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(here: Path, arguments, message):
@@ -394,9 +394,11 @@ def test_bench_returns_1_for_a_missed_target():
         (["--structure", "none.cif"], "none.cif: no such file"),
         (["--render", "none.md"], "none.md: no such file"),
         (["--table", "--records", "none"], "none: there is no such folder"),
+        (["seed800", "--record", "--records", "x/r"], "another folder with --records"),
     ],
 )
 def test_bad_input_of_bench(here: Path, arguments, message):
+    (here / "x").touch()
     done = call("bench", *arguments)
     assert done.exit_code == 2
     assert message in done.stderr

@@ -9,11 +9,12 @@ from pathlib import Path
 from jsparse.measure import BadInput
 
 
-def prepare_folder(folder: Path) -> list[Path]:
+def prepare_folder(folder: Path, option: str = "--out") -> list[Path]:
     """Makes sure that files can be written to a folder.
 
     Args:
         folder: made if it is missing, with its parents.
+        option: of the command line, that names another folder.
 
     Returns:
         The folders that were made, innermost first.
@@ -34,8 +35,8 @@ def prepare_folder(folder: Path) -> list[Path]:
             pass
     except OSError as err:
         raise BadInput(
-            f"{folder}: reports cannot be written there ({err.strerror or err}). Name "
-            "another folder with --out."
+            f"{folder}: files cannot be written there ({err.strerror or err}). Name "
+            f"another folder with {option}."
         ) from err
     return made
 
