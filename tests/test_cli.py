@@ -207,10 +207,22 @@ def test_debug_shows_the_traceback(here: Path):
 
 
 def test_dense_problem_that_does_not_fit_is_refused(here: Path, monkeypatch):
-    monkeypatch.setattr(_job.measure, "available_memory", lambda: 1_000_000)
+    monkeypatch.setattr(_job.measure, "available_memory", lambda: 2_000_000)
     done = call("run", SMALL, "--implementation", "reference")
     assert done.exit_code == 2
     assert "needs" in done.stderr
+    assert list(here.iterdir()) == []
+
+
+def test_features_that_do_not_fit_are_not_made(here: Path, monkeypatch):
+    def forbidden(*_, **__):
+        raise AssertionError("the features were made")
+
+    monkeypatch.setattr(_job, "project", forbidden)
+    monkeypatch.setattr(_job.measure, "available_memory", lambda: 1_000_000)
+    done = call("run", SMALL)
+    assert done.exit_code == 2
+    assert "602 atoms or tokens: their inputs alone need 1.8 MB" in done.stderr
     assert list(here.iterdir()) == []
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse import measure, patterns
+from jsparse._job import check_channels, check_inputs
 from jsparse.backends import IMPLEMENTATIONS
 from jsparse.bench._cases import (
     CUTOFF,
@@ -157,9 +158,12 @@ def _run_attention(
     dtype = options.dtype or case.dtype
     if (heads, head_dim, dtype) != (case.heads, case.head_dim, case.dtype):
         record["case"] = f"{case.name}-h{heads}-d{head_dim}-{dtype}"
+    check_channels(heads, head_dim)
     with progress.stage(f"{case.name}: pattern"):
         pattern = case.load()
     mask = pattern.mask
+    size = jnp.dtype(dtype).itemsize
+    check_inputs(4 * _SETS, mask.q_len, heads, head_dim, size)
     sets = [_inputs(seed, mask, heads, head_dim, dtype) for seed in range(_SETS)]
     ours = Ours(_implementation(options, sets[0], mask))
     record |= {
