@@ -282,6 +282,8 @@ def bench(
     """Time named cases against peers, keep records, render them as tables."""
     with _guarded(debug):
         folder = records or benchmarks.records_folder(to_write=record)
+        if check and render is None:
+            raise BadInput("--check needs --render FILE, the file to compare.")
         if table or render is not None:
             raise typer.Exit(_render(folder, render, check, json))
         if structure is not None:

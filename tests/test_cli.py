@@ -405,6 +405,7 @@ def test_bench_returns_1_for_a_missed_target():
         (["seed800", "--min-ratio", "nan"], "min_ratio is nan; expected"),
         (["--structure", "none.cif"], "none.cif: no such file"),
         (["--render", "none.md"], "none.md: no such file"),
+        (["--check"], "--check needs --render"),
         (["--table", "--records", "none"], "none: there is no such folder"),
         (["seed800", "--record", "--records", "x/r"], "another folder with --records"),
     ],
