@@ -152,6 +152,8 @@ def _run_job(job: Job, out: Path, debug: bool) -> None:
     """Runs the job and writes its report, whole or not."""
     try:
         job.run()
+        _write_report(job, out)
+        return
     except KeyboardInterrupt:
         job.finish("interrupted")
     except BadInput:
@@ -160,6 +162,10 @@ def _run_job(job: Job, out: Path, debug: bool) -> None:
         job.finish("failed", f"{type(err).__name__}: {err}")
         if debug:
             traceback.print_exc()
+    _write_report(job, out)
+
+
+def _write_report(job: Job, out: Path) -> None:
     with job.progress.stage("report"):
         report.write_report(out, job.result, job.mask)
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import jsparse
 from jsparse import _doctor, _job, cli
+from jsparse.report import _page
 
 DATA = Path(__file__).parents[1] / "examples" / "data"
 SMALL = str(DATA / "1UBI.pdb.gz")
@@ -256,6 +257,33 @@ def test_interrupt_keeps_a_partial_report(here: Path, monkeypatch):
     assert "check" not in result
     page = (here / "jsparse-report" / "report.html").read_text()
     assert "Interrupted. Completed: read, order, mask" in page
+
+
+def test_interrupt_of_the_report_keeps_it(here: Path, monkeypatch):
+    draw, calls = _page.block_map, iter([KeyboardInterrupt])
+
+    def interrupt_once(*arguments):
+        for error in calls:
+            raise error
+        return draw(*arguments)
+
+    monkeypatch.setattr(_page, "block_map", interrupt_once)
+    assert call("run", SMALL, "--repeats", "1").exit_code == 130
+    folder = here / "jsparse-report"
+    result = json.loads((folder / "report.json").read_text())
+    assert result["status"] == "interrupted"
+    assert result["check"]["ok"]
+    assert (folder / "report.html").exists()
+
+
+def test_second_interrupt_leaves_the_numbers(here: Path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_page, "block_map", interrupt)
+    assert call("run", SMALL, "--repeats", "1").exit_code == 130
+    result = json.loads((here / "jsparse-report" / "report.json").read_text())
+    assert result["check"]["ok"]
 
 
 def test_interrupt_of_pattern_leaves_nothing(here: Path, monkeypatch):
