@@ -141,8 +141,12 @@ def run(
         )
         job = Job(config, _progress())
         with _folder(out):
-            _run_job(job, out, debug)
-        _show(job.result, json)
+            try:
+                _run_job(job, out, debug)
+            finally:
+                # Also where the report cannot be written: the disk may be full.
+                if job.result["status"] != "running":
+                    _show(job.result, json)
         if not json:
             _say(f"Report: {out / 'report.html'}")
         _leave(job.result["status"])

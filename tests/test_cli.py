@@ -241,6 +241,18 @@ def test_failure_in_the_middle_keeps_what_was_found(here: Path, monkeypatch):
     assert (here / "jsparse-report" / "pattern.png").exists()
 
 
+def test_full_disk_shows_what_was_found(here: Path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jsparse.report._files.os.replace", full)
+    done = call("run", SMALL, "--repeats", "1")
+    assert done.exit_code == 2
+    assert "report.json: cannot be written (No space left on device)" in done.stderr
+    assert "Right: 256 rows agree" in done.stdout
+    assert list(here.iterdir()) == []
+
+
 # ---------------------------------------------------------------------------- Ctrl-C
 
 

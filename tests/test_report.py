@@ -332,7 +332,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("jsparse.report._files.os.replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(BadInput, match="report.html: cannot be written .No space"):
         report.write_file(file, "new")
     assert file.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
