@@ -9,6 +9,7 @@ else to stderr. The work is done by ``_job.py``, ``_doctor.py``, `jsparse.bench`
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import traceback
@@ -72,6 +73,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.
 
 def main() -> None:
     """Entry point of the ``jsparse`` command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # "10 ?" where a terminal has no Å, rather than nothing at all.
+        sys.stdout.reconfigure(errors="replace")
     try:
         app()
     except SystemExit as end:
@@ -407,8 +411,8 @@ def _guarded(debug: bool) -> Iterator[None]:
     """Turns exceptions into one line on stderr and an exit code."""
     try:
         yield
-    except typer.Exit:
-        raise
+    except (typer.Exit, BrokenPipeError):
+        raise  # the latter if the reader of stdout has left: typer ends quietly
     except KeyboardInterrupt:
         _say("jsparse: interrupted.")
         raise typer.Exit(130) from None

@@ -470,6 +470,32 @@ def test_help_names_every_command():
         assert name in done.stdout
 
 
+def test_stdout_without_unicode():
+    done = subprocess.run(
+        [sys.executable, "-m", "jsparse.cli", "bench", "--list"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "10 ?" in done.stdout
+
+
+def test_reader_of_stdout_that_leaves():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "jsparse.cli", "doctor", "--json"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "try implementations ...\n")
+
+
 def test_the_installed_command():
     command = Path(sys.executable).with_name("jsparse")
     done = subprocess.run(
