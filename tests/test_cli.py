@@ -384,14 +384,22 @@ def test_doctor_returns_1_when_nothing_runs(monkeypatch):
     assert found["reference"]["reason"] == "RuntimeError: the device is on fire"
 
 
-def test_doctor_when_jax_does_not_start(monkeypatch):
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (RuntimeError("Unknown backend: 'x'"), "Unknown backend: 'x'"),
+        (AssertionError(), "no such device"),
+    ],
+)
+def test_jax_that_does_not_start(here: Path, monkeypatch, error, reason):
     def broken():
-        raise RuntimeError("Unknown backend: 'nonesuch'")
+        raise error
 
-    monkeypatch.setattr(_doctor.measure, "machine", broken)
-    done = call("doctor")
-    assert done.exit_code == 1
-    assert "JAX does not start: Unknown backend" in done.stderr
+    monkeypatch.setattr("jsparse.measure._machine.jax.devices", broken)
+    for code, command in ((1, ["doctor"]), (2, ["run", SMALL])):
+        done = call(*command)
+        assert done.exit_code == code
+        assert f"({reason}). Install what it needs" in done.stderr
 
 
 def test_bench_lists_its_cases():
