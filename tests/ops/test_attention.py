@@ -133,6 +133,14 @@ BAD = {
         ValueError,
         "expected 2 or 1 batch entries and 1 or 4 heads",
     ),
+    "block bias with head patterns": (
+        {
+            "mask": lambda v: BlockMask.stack([v["mask"]] * 4, "head"),
+            "bias": BlockBias(np.zeros((1, 4, 12, 16, 32), np.float32)),
+        },
+        ValueError,
+        "expected 2 or 1 batch entries and 1 heads",
+    ),
     "coordinates of other atoms": (
         {"bias": DistanceBias.linear(np.ones(4), np.zeros((T, 3)))},
         ValueError,
