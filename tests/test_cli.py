@@ -87,6 +87,16 @@ def test_run_with_the_reference(here: Path):
     assert found["backend"]["why_not"]["xla"] == "it can, but reference was asked for"
 
 
+@pytest.mark.parametrize("seconds, count", [(0.001, 20), (0.5, 10), (60.0, 3)])
+def test_as_many_calls_are_timed_as_fit(here: Path, monkeypatch, seconds, count):
+    real = _job.measure.time_call
+    monkeypatch.setattr(
+        _job.measure, "time_call", lambda *call: (seconds, real(*call)[1])
+    )
+    found = json.loads(call("run", SMALL, "--json").stdout)
+    assert found["forward"]["run_seconds"]["count"] == count
+
+
 def test_wrong_result_is_said_and_returns_1(here: Path, monkeypatch):
     real = _job.block_sparse_attention
     monkeypatch.setattr(
