@@ -43,10 +43,10 @@ def examine() -> dict[str, Any]:
     result: dict[str, Any] = {"versions": measure.versions()}
     try:
         result["machine"] = measure.machine()
-    except RuntimeError as err:  # JAX found a platform that does not start
+    except measure.BadInput as err:  # JAX found a platform that does not start
         result["machine"] = None
         result["implementations"] = {}
-        result["advice"] = [f"JAX does not start: {err}"]
+        result["advice"] = [str(err)]
     else:
         result["implementations"] = _try_all()
         result["advice"] = _advice()

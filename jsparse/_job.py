@@ -107,12 +107,7 @@ class JobConfig(PatternConfig):
         for name in ("heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} is {getattr(self, name)}; expected at least 1.")
-        if self.heads * self.head_dim > _MAX_CHANNELS:
-            raise BadInput(
-                f"{self.heads} heads of {self.head_dim} are "
-                f"{self.heads * self.head_dim:,} channels for each atom; expected at "
-                f"most {_MAX_CHANNELS:,}, e.g. 4 heads of 32."
-            )
+        check_channels(self.heads, self.head_dim)
         if self.implementation not in ("auto", *IMPLEMENTATIONS):
             raise BadInput(
                 f"implementation {self.implementation!r} is unknown; expected one of "
@@ -206,6 +201,8 @@ class Job:
             )
         mask = self.build_pattern()
         self.result["machine"] = measure.machine()
+        # Of such arrays `project` holds up to six at once.
+        check_inputs(6, len(self.structure), config.heads, config.head_dim)
         with self._stage("features"):
             q, k, v = project(self.structure, config.heads, config.head_dim)
         why_not = support(q, k, v, mask)
@@ -319,6 +316,50 @@ def read_file(file: Path, copies: int | None = 1) -> Structure:
         raise BadInput(str(err)) from err
     except OSError as err:
         raise BadInput(f"{file}: {err.strerror or err}.") from err
+
+
+def check_channels(heads: int, head_dim: int) -> None:
+    """Refuses heads so many or large that no model has them.
+
+    Raises:
+        BadInput: says how many channels there may be.
+
+    Example:
+        >>> check_channels(heads=4, head_dim=32)
+    """
+    if heads * head_dim > _MAX_CHANNELS:
+        raise BadInput(
+            f"{heads} heads of {head_dim} are {heads * head_dim:,} channels for each "
+            f"atom; expected at most {_MAX_CHANNELS:,}, e.g. 4 heads of 32."
+        )
+
+
+def check_inputs(
+    arrays: int, length: int, heads: int, head_dim: int, itemsize: int = 4
+) -> None:
+    """Refuses inputs that would not fit in memory, before they are made.
+
+    Args:
+        arrays: how many there are at once.
+        length: atoms or tokens of each.
+        heads: heads of each.
+        head_dim: channels of each head.
+        itemsize: bytes of a number.
+
+    Raises:
+        BadInput: says how much is needed and how much is free.
+
+    Example:
+        >>> check_inputs(3, length=602, heads=4, head_dim=32)
+    """
+    needed = arrays * length * heads * head_dim * itemsize
+    free = measure.available_memory()
+    if free is not None and needed > free:
+        raise BadInput(
+            f"{heads} heads of {head_dim} for {length:,} atoms or tokens: their inputs "
+            f"alone need {format_bytes(needed)} and {format_bytes(free)} are free. "
+            "Use fewer heads or channels, or a smaller case."
+        )
 
 
 def project(

@@ -9,6 +9,7 @@ else to stderr. The work is done by ``_job.py``, ``_doctor.py``, `jsparse.bench`
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import traceback
@@ -72,6 +73,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.
 
 def main() -> None:
     """Entry point of the ``jsparse`` command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # "10 ?" where a terminal has no Å, rather than nothing at all.
+        sys.stdout.reconfigure(errors="replace")
     try:
         app()
     except SystemExit as end:
@@ -141,8 +145,12 @@ def run(
         )
         job = Job(config, _progress())
         with _folder(out):
-            _run_job(job, out, debug)
-        _show(job.result, json)
+            try:
+                _run_job(job, out, debug)
+            finally:
+                # Also where the report cannot be written: the disk may be full.
+                if job.result["status"] != "running":
+                    _show(job.result, json)
         if not json:
             _say(f"Report: {out / 'report.html'}")
         _leave(job.result["status"])
@@ -152,6 +160,8 @@ def _run_job(job: Job, out: Path, debug: bool) -> None:
     """Runs the job and writes its report, whole or not."""
     try:
         job.run()
+        _write_report(job, out)
+        return
     except KeyboardInterrupt:
         job.finish("interrupted")
     except BadInput:
@@ -160,6 +170,10 @@ def _run_job(job: Job, out: Path, debug: bool) -> None:
         job.finish("failed", f"{type(err).__name__}: {err}")
         if debug:
             traceback.print_exc()
+    _write_report(job, out)
+
+
+def _write_report(job: Job, out: Path) -> None:
     with job.progress.stage("report"):
         report.write_report(out, job.result, job.mask)
 
@@ -282,6 +296,8 @@ def bench(
     """Time named cases against peers, keep records, render them as tables."""
     with _guarded(debug):
         folder = records or benchmarks.records_folder(to_write=record)
+        if check and render is None:
+            raise BadInput("--check needs --render FILE, the file to compare.")
         if table or render is not None:
             raise typer.Exit(_render(folder, render, check, json))
         if structure is not None:
@@ -302,7 +318,7 @@ def bench(
             max_seconds=max_seconds,
         )
         chosen = benchmarks.choose_cases(known, cases or [], structure is not None)
-        made = _folder(folder) if record else contextlib.nullcontext()
+        made = _folder(folder, "--records") if record else contextlib.nullcontext()
         with made:
             found = _measure(chosen, options, folder if record else None, json)
         if json:
@@ -378,9 +394,9 @@ def _names(text: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _folder(folder: Path) -> Iterator[None]:
+def _folder(folder: Path, option: str = "--out") -> Iterator[None]:
     """Makes a folder before the work, and takes it away if there is nothing to keep."""
-    made = report.prepare_folder(folder)
+    made = report.prepare_folder(folder, option)
     try:
         yield
     except BaseException:
@@ -395,8 +411,8 @@ def _guarded(debug: bool) -> Iterator[None]:
     """Turns exceptions into one line on stderr and an exit code."""
     try:
         yield
-    except typer.Exit:
-        raise
+    except (typer.Exit, BrokenPipeError):
+        raise  # the latter if the reader of stdout has left: typer ends quietly
     except KeyboardInterrupt:
         _say("jsparse: interrupted.")
         raise typer.Exit(130) from None

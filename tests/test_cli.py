@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import jsparse
 from jsparse import _doctor, _job, cli
+from jsparse.report import _page
 
 DATA = Path(__file__).parents[1] / "examples" / "data"
 SMALL = str(DATA / "1UBI.pdb.gz")
@@ -84,6 +85,16 @@ def test_run_with_the_reference(here: Path):
     found = json.loads(done.stdout)
     assert found["backend"]["implementation"] == "reference"
     assert found["backend"]["why_not"]["xla"] == "it can, but reference was asked for"
+
+
+@pytest.mark.parametrize("seconds, count", [(0.001, 20), (0.5, 10), (60.0, 3)])
+def test_as_many_calls_are_timed_as_fit(here: Path, monkeypatch, seconds, count):
+    real = _job.measure.time_call
+    monkeypatch.setattr(
+        _job.measure, "time_call", lambda *call: (seconds, real(*call)[1])
+    )
+    found = json.loads(call("run", SMALL, "--json").stdout)
+    assert found["forward"]["run_seconds"]["count"] == count
 
 
 def test_wrong_result_is_said_and_returns_1(here: Path, monkeypatch):
@@ -165,8 +176,8 @@ def test_features_are_the_same_each_time_and_tell_atoms_apart():
         ([SMALL, "--copies", "none"], "copies is 'none'; expected"),
         ([SMALL, "--copies", "7"], "copies=7"),
         ([SMALL, "--repeats", "0"], "repeats is 0; expected"),
-        ([SMALL, "--out", "text.cif"], "text.cif: reports cannot be written"),
-        ([SMALL, "--out", "text.cif/x"], "text.cif/x: reports cannot be written"),
+        ([SMALL, "--out", "text.cif"], "text.cif: files cannot be written"),
+        ([SMALL, "--out", "text.cif/x"], "text.cif/x: files cannot be written"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(here: Path, arguments, message):
@@ -207,10 +218,22 @@ def test_debug_shows_the_traceback(here: Path):
 
 
 def test_dense_problem_that_does_not_fit_is_refused(here: Path, monkeypatch):
-    monkeypatch.setattr(_job.measure, "available_memory", lambda: 1_000_000)
+    monkeypatch.setattr(_job.measure, "available_memory", lambda: 2_000_000)
     done = call("run", SMALL, "--implementation", "reference")
     assert done.exit_code == 2
     assert "needs" in done.stderr
+    assert list(here.iterdir()) == []
+
+
+def test_features_that_do_not_fit_are_not_made(here: Path, monkeypatch):
+    def forbidden(*_, **__):
+        raise AssertionError("the features were made")
+
+    monkeypatch.setattr(_job, "project", forbidden)
+    monkeypatch.setattr(_job.measure, "available_memory", lambda: 1_000_000)
+    done = call("run", SMALL)
+    assert done.exit_code == 2
+    assert "602 atoms or tokens: their inputs alone need 1.8 MB" in done.stderr
     assert list(here.iterdir()) == []
 
 
@@ -226,6 +249,18 @@ def test_failure_in_the_middle_keeps_what_was_found(here: Path, monkeypatch):
     assert result["status"] == "failed"
     assert result["completed"][:3] == ["read", "order", "mask"]
     assert (here / "jsparse-report" / "pattern.png").exists()
+
+
+def test_full_disk_shows_what_was_found(here: Path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jsparse.report._files.os.replace", full)
+    done = call("run", SMALL, "--repeats", "1")
+    assert done.exit_code == 2
+    assert "report.json: cannot be written (No space left on device)" in done.stderr
+    assert "Right: 256 rows agree" in done.stdout
+    assert list(here.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------- Ctrl-C
@@ -244,6 +279,33 @@ def test_interrupt_keeps_a_partial_report(here: Path, monkeypatch):
     assert "check" not in result
     page = (here / "jsparse-report" / "report.html").read_text()
     assert "Interrupted. Completed: read, order, mask" in page
+
+
+def test_interrupt_of_the_report_keeps_it(here: Path, monkeypatch):
+    draw, calls = _page.block_map, iter([KeyboardInterrupt])
+
+    def interrupt_once(*arguments):
+        for error in calls:
+            raise error
+        return draw(*arguments)
+
+    monkeypatch.setattr(_page, "block_map", interrupt_once)
+    assert call("run", SMALL, "--repeats", "1").exit_code == 130
+    folder = here / "jsparse-report"
+    result = json.loads((folder / "report.json").read_text())
+    assert result["status"] == "interrupted"
+    assert result["check"]["ok"]
+    assert (folder / "report.html").exists()
+
+
+def test_second_interrupt_leaves_the_numbers(here: Path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_page, "block_map", interrupt)
+    assert call("run", SMALL, "--repeats", "1").exit_code == 130
+    result = json.loads((here / "jsparse-report" / "report.json").read_text())
+    assert result["check"]["ok"]
 
 
 def test_interrupt_of_pattern_leaves_nothing(here: Path, monkeypatch):
@@ -332,14 +394,22 @@ def test_doctor_returns_1_when_nothing_runs(monkeypatch):
     assert found["reference"]["reason"] == "RuntimeError: the device is on fire"
 
 
-def test_doctor_when_jax_does_not_start(monkeypatch):
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (RuntimeError("Unknown backend: 'x'"), "Unknown backend: 'x'"),
+        (AssertionError(), "no such device"),
+    ],
+)
+def test_jax_that_does_not_start(here: Path, monkeypatch, error, reason):
     def broken():
-        raise RuntimeError("Unknown backend: 'nonesuch'")
+        raise error
 
-    monkeypatch.setattr(_doctor.measure, "machine", broken)
-    done = call("doctor")
-    assert done.exit_code == 1
-    assert "JAX does not start: Unknown backend" in done.stderr
+    monkeypatch.setattr("jsparse.measure._machine.jax.devices", broken)
+    for code, command in ((1, ["doctor"]), (2, ["run", SMALL])):
+        done = call(*command)
+        assert done.exit_code == code
+        assert f"({reason}). Install what it needs" in done.stderr
 
 
 def test_bench_lists_its_cases():
@@ -390,12 +460,16 @@ def test_bench_returns_1_for_a_missed_target():
         (["seed"], "unknown case 'seed'"),
         (["seed800", "--against", "fa4"], "unknown peer 'fa4'"),
         (["seed800", "--dtype", "int4"], "dtype 'int4' is unknown"),
+        (["seed800", "--min-ratio", "nan"], "min_ratio is nan; expected"),
         (["--structure", "none.cif"], "none.cif: no such file"),
         (["--render", "none.md"], "none.md: no such file"),
+        (["--check"], "--check needs --render"),
         (["--table", "--records", "none"], "none: there is no such folder"),
+        (["seed800", "--record", "--records", "x/r"], "another folder with --records"),
     ],
 )
 def test_bad_input_of_bench(here: Path, arguments, message):
+    (here / "x").touch()
     done = call("bench", *arguments)
     assert done.exit_code == 2
     assert message in done.stderr
@@ -412,6 +486,32 @@ def test_help_names_every_command():
     assert done.exit_code == 0
     for name in ("run", "pattern", "doctor", "bench"):
         assert name in done.stdout
+
+
+def test_stdout_without_unicode():
+    done = subprocess.run(
+        [sys.executable, "-m", "jsparse.cli", "bench", "--list"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "10 ?" in done.stdout
+
+
+def test_reader_of_stdout_that_leaves():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "jsparse.cli", "doctor", "--json"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "try implementations ...\n")
 
 
 def test_the_installed_command():

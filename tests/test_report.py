@@ -300,6 +300,17 @@ def test_histogram_of_very_uneven_rows_is_logarithmic(monkeypatch):
     assert [figure.axes[0].get_yscale() for figure in seen] == ["log", "linear"]
 
 
+def test_histogram_counts_in_whole_blocks(monkeypatch):
+    seen = []
+    real = _pictures._png
+    monkeypatch.setattr(
+        _pictures, "_png", lambda figure, dpi: seen.append(figure) or real(figure, dpi)
+    )
+    _pictures.load_histogram(patterns.window(640, left=640, right=640))
+    low, high = seen[0].axes[0].get_xlim()
+    assert [x for x in seen[0].axes[0].get_xticks() if low <= x <= high] == [5]
+
+
 def test_same_picture_is_the_same_bytes():
     assert _pictures.block_map(three_states(), "t") == _pictures.block_map(
         three_states(), "t"
@@ -332,7 +343,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("jsparse.report._files.os.replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(BadInput, match="report.html: cannot be written .No space"):
         report.write_file(file, "new")
     assert file.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

@@ -237,13 +237,14 @@ def _contest_rows(record: Record, direction: str, title: str) -> list[tuple[str,
 
 def _build_table(records: list[Record]) -> str:
     head = (
-        *("case", "atoms", "blocks", "density", "built", "median (min to max)"),
-        "peak memory",
+        *("case", "atoms", "blocks", "density", "built", "order, median"),
+        *("mask, median (min to max)", "peak memory"),
     )
     rows = []
     for record in records:
-        mask, spent = record["mask"], record["seconds"]["radius"]
-        low, middle, high = _times(spent)
+        mask, spent = record["mask"], record["seconds"]
+        order = format_seconds(spent["order"]["median"]) if "order" in spent else ""
+        low, middle, high = _times(spent["radius"])
         rows.append(
             (
                 f"{record['case']}: {record['about']}",
@@ -251,6 +252,7 @@ def _build_table(records: list[Record]) -> str:
                 f"{mask['blocks']:,}",
                 f"{mask['density']:.4f}",
                 record["kind"].removeprefix("mask "),
+                order,
                 f"{middle} ({low} to {high})",
                 format_bytes(record["peak_memory_bytes"]),
             )

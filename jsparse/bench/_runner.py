@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse import measure, patterns
+from jsparse._job import check_channels, check_inputs
 from jsparse.backends import IMPLEMENTATIONS
 from jsparse.bench._cases import (
     CUTOFF,
@@ -84,6 +85,11 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f"{name} is {value}; expected at least 1.")
+        for name in ("min_ratio", "max_seconds"):
+            value = getattr(self, name)
+            # A NaN would pass every comparison, and so every demand.
+            if value is not None and not value > 0:
+                raise BadInput(f"{name} is {value}; expected a number above 0.")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise BadInput(
                 f"dtype {self.dtype!r} is unknown; expected {', '.join(DTYPES)}."
@@ -152,9 +158,12 @@ def _run_attention(
     dtype = options.dtype or case.dtype
     if (heads, head_dim, dtype) != (case.heads, case.head_dim, case.dtype):
         record["case"] = f"{case.name}-h{heads}-d{head_dim}-{dtype}"
+    check_channels(heads, head_dim)
     with progress.stage(f"{case.name}: pattern"):
         pattern = case.load()
     mask = pattern.mask
+    size = jnp.dtype(dtype).itemsize
+    check_inputs(4 * _SETS, mask.q_len, heads, head_dim, size)
     sets = [_inputs(seed, mask, heads, head_dim, dtype) for seed in range(_SETS)]
     ours = Ours(_implementation(options, sets[0], mask))
     record |= {

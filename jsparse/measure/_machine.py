@@ -16,6 +16,8 @@ from typing import Any
 
 import jax
 
+from jsparse.measure._errors import BadInput
+
 PACKAGES = ("jsparse", "jax", "jaxlib", "numpy", "scipy", "flax")
 
 
@@ -48,11 +50,22 @@ def machine() -> dict[str, Any]:
         ``processor``, ``cores`` (that this process may use), ``memory_bytes``,
         ``system``.
 
+    Raises:
+        BadInput: if JAX finds no device it may use.
+
     Example:
         >>> machine()["cores"] >= 1
         True
     """
-    devices = jax.devices()
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as err:  # the latter if no plug-in is there
+        asked = jax.config.jax_platforms
+        raise BadInput(
+            f"JAX does not start on {asked or 'any platform'} "
+            f"({str(err) or 'no such device'}). Install what it needs, e.g. "
+            "jsparse[cuda13], or unset JAX_PLATFORMS."
+        ) from err
     processor = _processor()
     kind = processor if devices[0].platform == "cpu" else devices[0].device_kind
     return {

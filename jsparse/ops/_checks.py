@@ -32,7 +32,7 @@ def canonical(
         TypeError: for a mask that is not a `BlockMask`, or mixed or non-float dtypes.
         ValueError: for shapes that do not fit together.
     """
-    q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    q, k, v = (_as_array(*named) for named in (("q", q), ("k", k), ("v", v)))
     if not isinstance(mask, BlockMask):
         raise TypeError(
             f"{_OP}: mask is a {type(mask).__name__}; expected a BlockMask. Build one "
@@ -73,7 +73,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     """The logits' scale; ``1 / sqrt(D)`` if None."""
     if scale is None:
         return head_dim**-0.5
-    if isinstance(scale, jax.core.Tracer) or np.ndim(scale) != 0:
+    if isinstance(scale, str | complex | jax.core.Tracer) or np.ndim(scale) != 0:
         raise TypeError(
             f"{_OP}: scale is {scale!r}; expected a number known before tracing. "
             "Multiply q by a learned scale instead and pass scale=1.0."
@@ -82,6 +82,15 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"{_OP}: scale={scale}; expected a finite number.")
     return scale
+
+
+def _as_array(name: str, x: Any) -> Array:
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as err:
+        raise TypeError(
+            f"{_OP}: {name} is a {type(x).__name__}; expected an array ({err})."
+        ) from err
 
 
 def _check_arrays(q: Array, k: Array, v: Array) -> None:
@@ -185,7 +194,7 @@ def _batched_bias(bias: Any, q: Array, k: Array, mask: BlockMask) -> Bias | None
         weights, knots = (_unfold(x[None], batch) for x in (bias.weights, bias.knots))
         x, y = coords
         return DistanceBias(weights, x, y, knots, form=bias.form)
-    bias = jnp.asarray(bias)
+    bias = _as_array("bias", bias)
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         raise TypeError(
             f"{_OP}: bias has dtype {bias.dtype}; expected a floating-point type. A "

@@ -41,7 +41,7 @@ def join_groups(
     Raises:
         ValueError: for a mask without groups, another number of arrays, lengths, shapes
             or dtypes that do not fit.
-        TypeError: for a mask whose groups are traced.
+        TypeError: for a mask that is no `BlockMask`, or whose groups are traced.
 
     Example:
         >>> import jax.numpy as jnp
@@ -104,7 +104,7 @@ def split_groups(
 
     Raises:
         ValueError: for a mask without groups, or another length on ``axis``.
-        TypeError: for a mask whose groups are traced.
+        TypeError: for a mask that is no `BlockMask`, or whose groups are traced.
 
     Example:
         >>> import numpy as np
@@ -130,6 +130,11 @@ def _spans(who: str, mask: BlockMask, side: Side) -> tuple[list[tuple[int, int]]
     """Start and length of every group on one side, and the length of all."""
     if side not in ("q", "kv"):
         raise ValueError(f"{who}: side={side!r}; expected 'q' or 'kv'.")
+    if not isinstance(mask, BlockMask):
+        raise TypeError(
+            f"{who}: mask is a {type(mask).__name__}; expected a BlockMask made by "
+            "BlockMask.concatenate."
+        )
     if mask.groups is None:
         raise ValueError(
             f"{who}: {mask!r} has no groups; expected a mask made by "

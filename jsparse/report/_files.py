@@ -9,11 +9,12 @@ from pathlib import Path
 from jsparse.measure import BadInput
 
 
-def prepare_folder(folder: Path) -> list[Path]:
+def prepare_folder(folder: Path, option: str = "--out") -> list[Path]:
     """Makes sure that files can be written to a folder.
 
     Args:
         folder: made if it is missing, with its parents.
+        option: of the command line, that names another folder.
 
     Returns:
         The folders that were made, innermost first.
@@ -34,8 +35,8 @@ def prepare_folder(folder: Path) -> list[Path]:
             pass
     except OSError as err:
         raise BadInput(
-            f"{folder}: reports cannot be written there ({err.strerror or err}). Name "
-            "another folder with --out."
+            f"{folder}: files cannot be written there ({err.strerror or err}). Name "
+            f"another folder with {option}."
         ) from err
     return made
 
@@ -47,12 +48,25 @@ def write_file(file: Path, data: bytes | str) -> None:
         file: replaced if it exists.
         data: text is written as UTF-8.
 
+    Raises:
+        BadInput: if it cannot be written, e.g. on a full disk.
+
     Example:
         >>> write_file(Path("note.txt"), "10 Å")
         >>> Path("note.txt").read_text(encoding="utf-8")
         '10 Å'
     """
     content = data.encode() if isinstance(data, str) else data
+    try:
+        _replace(file, content)
+    except OSError as err:
+        raise BadInput(
+            f"{file}: cannot be written ({err.strerror or err}). Make room, or name "
+            "another folder."
+        ) from err
+
+
+def _replace(file: Path, content: bytes) -> None:
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
     try:
         with os.fdopen(handle, "wb") as out:

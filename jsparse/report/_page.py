@@ -238,6 +238,8 @@ def write_report(folder: Path, result: dict[str, Any], mask: BlockMask | None) -
         result: the data of a job, finished or not.
         mask: its pattern, or None where the job did not come that far.
     """
+    # Before the pictures, which take longer and may be interrupted.
+    write_file(folder / "report.json", to_json(result) + "\n")
     pictures = ""
     if mask is not None:
         title = map_title(result)
@@ -247,7 +249,6 @@ def write_report(folder: Path, result: dict[str, Any], mask: BlockMask | None) -
         pictures = _figure(light, dark, f"Block map: {title}")
         histogram = load_histogram(mask, LIGHT), load_histogram(mask, DARK)
         pictures += _figure(*histogram, "Histogram of the load of query blocks")
-    write_file(folder / "report.json", to_json(result) + "\n")
     write_file(folder / "report.html", page(result, pictures))
 
 

@@ -119,6 +119,7 @@ def load_histogram(mask: BlockMask, theme: Theme = LIGHT) -> bytes:
     axes.hist(load, bins=edges.tolist(), color=theme.states[1], edgecolor=theme.paper)
     axes.axvline(mean, color=theme.accent, label=f"mean {mean:.1f}")
     axes.axvline(high, color=theme.accent, ls="--", label=f"maximum {high}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if high > 4 * mean:
         axes.set_yscale("log")  # else the few heavy rows cannot be seen
     else:

@@ -444,8 +444,8 @@ def _check_finite(atoms: _Atoms, file: Path) -> None:
         raise StructureError(
             f"{file}: {atoms.describe(int(bad[0]))} has coordinates "
             f"{atoms.coords[bad[0]].tolist()}, one of {len(bad):,} atom(s) with a "
-            "missing or non-finite coordinate. Expected numbers in ångström; repair "
-            "or remove them."
+            "coordinate that is missing or not finite in float32. Expected numbers in "
+            "ångström; repair or remove them."
         )
 
 
@@ -479,7 +479,7 @@ def _choose_copies(
     if copies is not None and copies > len(found):
         raise StructureError(
             f"{file}: copies={copies}, but the first biological assembly has "
-            f"{len(found):,}. Ask for at most that many, or None for all."
+            f"{len(found):,}. Ask for at most that many, or for all."
         )
     return found[:copies]
 

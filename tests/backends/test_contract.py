@@ -18,7 +18,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jsparse import BlockBias, BlockMask, DistanceBias, block_sparse_attention
+from jsparse import (
+    BlockBias,
+    BlockMask,
+    DistanceBias,
+    block_sparse_attention,
+    patterns,
+)
 from tests.support import oracle
 from tests.support.cases import CASES, SIZES, Case, biases, make_case, random_mask
 
@@ -197,6 +203,23 @@ def test_sixteen_bits(implementation, dtype):
     for name, x, y in zip(NAMES, found, truth, strict=False):
         limit = 5e-3 if implementation == "reference" else 2.64e-3
         assert error(x, y) <= limit, (name, error(x, y))
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_gradient_of_a_shared_bias_is_summed_in_float32(implementation):
+    # Summed over 256 entries in bfloat16, the error would be four times the limit.
+    rng = np.random.default_rng(6)
+    mask = patterns.window(16, left=16, right=16, block_q=16, block_kv=16)
+    q, k, v, dout = rng.standard_normal((4, 256, 16, 1, 8)).astype(jnp.bfloat16)
+    bias = rng.standard_normal((16, 16)).astype(jnp.bfloat16)
+
+    def gradient(implementation, dtype):
+        *qkv, b, d = (x.astype(dtype) for x in (q, k, v, bias, dout))
+        return run(implementation, *qkv, mask, b, d, jnp.zeros((256, 1, 16)))[-1]
+
+    found = gradient(implementation, jnp.bfloat16)
+    assert found.dtype == jnp.bfloat16
+    assert error(found, gradient("reference", jnp.float32)) <= 4e-3
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)

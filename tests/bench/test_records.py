@@ -62,7 +62,8 @@ def build(**changes: Any) -> dict[str, Any]:
     spread = {"count": 3, "min": 1.0, "median": 2.0, "max": 3.0}
     record = attention(kind="mask on the host", case="built", **changes)
     del record["forward"]
-    return record | {"seconds": {"radius": spread}}
+    order = {"count": 3, "min": 4.0, "median": 5.0, "max": 6.0}
+    return record | {"seconds": {"order": order, "radius": spread}}
 
 
 def test_written_record_is_read_back(tmp_path: Path):
@@ -111,10 +112,15 @@ def test_table_shows_ratio_error_and_memory():
     ):
         assert part in row
     (row,) = [line for line in lines if line.startswith("| built")]
-    assert "2 s (1 s to 3 s)" in row
-    assert "on the host" in row
+    assert "| on the host | 5 s | 2 s (1 s to 3 s) |" in row
     for start in ("| case", "| tiny", "| built"):
         assert any(line.startswith(start) for line in lines)
+
+
+def test_table_of_a_mask_whose_order_is_not_timed():
+    record = build()
+    del record["seconds"]["order"]
+    assert "| on the host |  | 2 s (1 s to 3 s) |" in markdown([record])
 
 
 def test_table_takes_the_newest_of_each_case_and_device():

@@ -130,7 +130,7 @@ def test_peer_that_does_not_fit_is_left_out_or_refused(monkeypatch):
 
 
 def test_peer_left_out_once_stays_out(monkeypatch):
-    free = iter([10**12, 0, 10**12])  # ours, dense, ours again
+    free = iter([10**12, 10**12, 0, 10**12])  # inputs, ours, dense, ours again
     monkeypatch.setattr(_runner.measure, "available_memory", lambda: next(free))
     record = run()
     assert list(record["forward"]) == list(record["forward_backward"]) == ["xla"]
@@ -138,8 +138,21 @@ def test_peer_left_out_once_stays_out(monkeypatch):
 
 
 def test_a_case_that_does_not_fit_is_refused(monkeypatch):
-    monkeypatch.setattr(_runner.measure, "available_memory", lambda: 1000)
+    free = iter([10**12, 1000])  # inputs, ours
+    monkeypatch.setattr(_runner.measure, "available_memory", lambda: next(free))
     with pytest.raises(BadInput, match="tiny: xla, forward: needs"):
+        run()
+
+
+def test_inputs_that_do_not_fit_are_not_made(monkeypatch):
+    def forbidden(*_):
+        raise AssertionError("the inputs were made")
+
+    monkeypatch.setattr(_runner, "_inputs", forbidden)
+    with pytest.raises(BadInput, match="1 heads of 99999 are 99,999 channels"):
+        run(heads=1, head_dim=99999)
+    monkeypatch.setattr(_runner.measure, "available_memory", lambda: 1000)
+    with pytest.raises(BadInput, match=r"need 0.5 MB and 0.0 MB are free"):
         run()
 
 
@@ -171,6 +184,9 @@ def test_peer_that_is_not_available(monkeypatch):
         {"dtype": "int8"},
         {"against": ("fa4",)},
         {"implementation": "magic"},
+        {"min_ratio": float("nan")},
+        {"max_seconds": float("nan")},
+        {"max_seconds": -1.0},
     ],
 )
 def test_bad_options(options):

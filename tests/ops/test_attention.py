@@ -62,6 +62,8 @@ BAD = {
         TypeError,
         "k has dtype int32",
     ),
+    "missing": ({"k": lambda _: None}, TypeError, "k is a NoneType; expected an array"),
+    "text": ({"bias": "none"}, TypeError, "bias is a str; expected an array"),
     "empty": ({"q": cut("q", slice(None), slice(0))}, ValueError, "no axis of size 0"),
     "mixed": (
         {"v": lambda v: v["v"].astype(np.float16)},
@@ -131,6 +133,14 @@ BAD = {
         ValueError,
         "expected 2 or 1 batch entries and 1 or 4 heads",
     ),
+    "block bias with head patterns": (
+        {
+            "mask": lambda v: BlockMask.stack([v["mask"]] * 4, "head"),
+            "bias": BlockBias(np.zeros((1, 4, 12, 16, 32), np.float32)),
+        },
+        ValueError,
+        "expected 2 or 1 batch entries and 1 heads",
+    ),
     "coordinates of other atoms": (
         {"bias": DistanceBias.linear(np.ones(4), np.zeros((T, 3)))},
         ValueError,
@@ -162,6 +172,9 @@ def test_bad_options():
         call({}, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="scale=nan; expected a finite number"):
         call({}, scale=float("nan"))
+    for scale in ("0.5", [1.0, 2.0], 1j):
+        with pytest.raises(TypeError, match="expected a number known before"):
+            call({}, scale=scale)
     with pytest.raises(TypeError, match="known before tracing"):
         jax.jit(lambda s: call({}, scale=s))(1.0)
 

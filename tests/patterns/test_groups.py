@@ -98,6 +98,8 @@ def test_refuses_masks_without_host_groups():
     single = BlockMask.from_blocks([0], [0], q_len=5)
     with pytest.raises(ValueError, match="has no groups; expected a mask made by"):
         split_groups(np.zeros(5), single)
+    with pytest.raises(TypeError, match="mask is a list; expected a BlockMask"):
+        split_groups(np.zeros(5), [2, 3])  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="join_groups: .* has no groups"):
         join_groups([np.zeros(5)], single)
     with pytest.raises(TypeError, match="close over the mask"):

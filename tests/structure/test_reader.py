@@ -468,7 +468,8 @@ def test_a_bad_coordinate_of_a_dropped_atom_does_not_matter(tmp_path):
         ("********", r"columns 39 to 46"),
         ("1.2x", "expected a number"),
         ("nan", r"atom 2 \(chain A, residue SER 5, CA\)"),
-        ("inf", "non-finite"),
+        ("inf", "missing or not finite in float32"),
+        ("1e39", "missing or not finite in float32"),
     ],
 )
 def test_pdb_coordinate_that_is_no_number(tmp_path, bad, match):
