@@ -122,10 +122,10 @@ def rows(values, b, h, first):
     return values[b, h, pl.ds(first, 64)]
 
 
-def apply(elements, columns, fill):
+def apply(elements, columns):
     """The element test, from its definition."""
 
-    def f(x, at):
+    def f(s, at):
         row = at.row + jnp.arange(64)[:, None]
         column = at.column + jnp.arange(columns)[None]
         counts = row < elements.lengths[2 * at.batch]
@@ -142,7 +142,7 @@ def apply(elements, columns, fill):
             counts &= bits.reshape(64, -1)[:, :columns] == 1
         for rule in elements.rules:
             counts &= _allows(rule, at, columns, row, column)
-        return jnp.where(counts, x, fill)
+        return jnp.where(counts, s, -jnp.inf)
 
     return f
 
