@@ -6,7 +6,6 @@ from typing import Any, Literal, cast, overload
 
 import jax.numpy as jnp
 
-from jsparse.backends._contract import HostPattern
 from jsparse.bias import Bias
 from jsparse.ops._checks import canonical, check_scale, describe
 from jsparse.ops._dispatch import choose, refusals
@@ -110,9 +109,9 @@ def block_sparse_attention(
     scale = check_scale(scale, operands.q.shape[-1])
     backend = choose(implementation, describe(operands))
     if backend.differentiable:
-        result = backend.forward(operands, scale, None)
+        result = backend.forward(operands, scale)
     else:
-        result = attend(backend, scale, HostPattern.of(mask), operands)
+        result = attend(backend, scale, operands)
     out, lse = cast(tuple[Array, Array], result)
     if mask.needed_capacity is not None:
         out, lse = _poison_overflow(out, lse, mask)

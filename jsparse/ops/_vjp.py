@@ -17,31 +17,27 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from jsparse.backends._contract import HostPattern, Operands
+from jsparse.backends._contract import Operands
 
 Array = Any
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attend(
-    backend: ModuleType, scale: float, pattern: HostPattern | None, operands: Operands
+    backend: ModuleType, scale: float, operands: Operands
 ) -> tuple[Array, Array]:
-    """Attention through ``backend``; the residuals are operands, out and lse.
-
-    ``pattern`` is the operands' mask where its values are known: as an operand it is
-    traced here.
-    """
-    return _batched_forward(backend, scale, pattern)(operands)
+    """Attention through ``backend``; the residuals are operands, out and lse."""
+    return _batched_forward(backend, scale)(operands)
 
 
-def _attend_fwd(backend, scale, pattern, operands):
-    out, lse = _batched_forward(backend, scale, pattern)(operands)
+def _attend_fwd(backend, scale, operands):
+    out, lse = _batched_forward(backend, scale)(operands)
     return (out, lse), (operands, out, lse)
 
 
-def _attend_bwd(backend, scale, pattern, residuals, cotangents):
+def _attend_bwd(backend, scale, residuals, cotangents):
     operands, out, lse = residuals
-    grads = _batched_backward(backend, scale, pattern)(operands, out, lse, *cotangents)
+    grads = _batched_backward(backend, scale)(operands, out, lse, *cotangents)
     primals = (operands.q, operands.k, operands.v, operands.bias)
     dq, dk, dv, dbias = jax.tree_util.tree_map(_sum_devices, grads, primals)
     no_mask: Any = None
@@ -57,13 +53,11 @@ def _sum_devices(grad: Array, primal: Array) -> Array:
 attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-@functools.lru_cache(maxsize=16)
-def _batched_forward(
-    backend: ModuleType, scale: float, pattern: HostPattern | None
-) -> Callable:
+@functools.cache
+def _batched_forward(backend: ModuleType, scale: float) -> Callable:
     @custom_vmap
     def forward(operands):
-        return backend.forward(operands, scale, pattern)
+        return backend.forward(operands, scale)
 
     @forward.def_vmap
     def rule(axis_size, in_batched, operands):
@@ -73,13 +67,11 @@ def _batched_forward(
     return forward
 
 
-@functools.lru_cache(maxsize=16)
-def _batched_backward(
-    backend: ModuleType, scale: float, pattern: HostPattern | None
-) -> Callable:
+@functools.cache
+def _batched_backward(backend: ModuleType, scale: float) -> Callable:
     @custom_vmap
     def backward(operands, *rows):
-        return backend.backward(operands, scale, pattern, *rows)
+        return backend.backward(operands, scale, *rows)
 
     @backward.def_vmap
     def rule(axis_size, in_batched, operands, *rows):
