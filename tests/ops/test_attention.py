@@ -179,6 +179,27 @@ def test_bad_options():
         jax.jit(lambda s: call({}, scale=s))(1.0)
 
 
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("wide", ["q", "k", "v"])
+def test_float64_beside_float32_is_refused(wide, x64):
+    with (
+        jax.enable_x64(x64),
+        pytest.raises(TypeError, match="dtypes .*float64.*; expected one dtype"),
+    ):
+        call({wide: lambda values: values[wide].astype(np.float64)})
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_numpy_float64_is_read_as_jax_reads_it(x64):
+    values = arguments()
+    wide = {n: values[n].astype(np.float64) for n in "qkv"}
+    with jax.enable_x64(x64):
+        out = call(wide)
+        same = call({n: jnp.asarray(x) for n, x in wide.items()})
+    assert out.dtype == (np.float64 if x64 else np.float32)
+    np.testing.assert_array_equal(out, same)
+
+
 def test_overflow_of_a_concrete_mask_raises_before_anything_runs():
     mask = patterns.window(T, left=1, right=1, kv_len=S, block_q=16, block_kv=32)
     narrow = dataclasses.replace(
