@@ -75,7 +75,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     """The logits' scale; ``1 / sqrt(D)`` if None."""
     if scale is None:
         return head_dim**-0.5
-    if isinstance(scale, str | complex | jax.core.Tracer) or np.ndim(scale) != 0:
+    if isinstance(scale, bool | str | complex | jax.core.Tracer) or np.ndim(scale) != 0:
         raise TypeError(
             f"{_OP}: scale is {scale!r}; expected a number known before tracing. "
             "Multiply q by a learned scale instead and pass scale=1.0."

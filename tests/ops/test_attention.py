@@ -172,7 +172,7 @@ def test_bad_options():
         call({}, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="scale=nan; expected a finite number"):
         call({}, scale=float("nan"))
-    for scale in ("0.5", [1.0, 2.0], 1j):
+    for scale in ("0.5", [1.0, 2.0], 1j, True):
         with pytest.raises(TypeError, match="expected a number known before"):
             call({}, scale=scale)
     with pytest.raises(TypeError, match="known before tracing"):
