@@ -72,11 +72,7 @@ class PatternConfig:
                 f"order {self.order!r} is unknown; expected one of {', '.join(ORDERS)}."
             )
         for name in ("block_q", "block_kv"):
-            value = getattr(self, name)
-            if not 1 <= value <= _MAX_BLOCK:
-                raise BadInput(
-                    f"{name} is {value}; expected 1 to {_MAX_BLOCK} atoms, usually 128."
-                )
+            check_block(name, getattr(self, name))
         try:  # the builder's own words for what a cut-off may be
             patterns.radius(np.zeros((1, 3)), self.cutoff)
         except (TypeError, ValueError) as err:
@@ -316,6 +312,21 @@ def read_file(file: Path, copies: int | None = 1) -> Structure:
         raise BadInput(str(err)) from err
     except OSError as err:
         raise BadInput(f"{file}: {err.strerror or err}.") from err
+
+
+def check_block(name: str, value: int) -> None:
+    """Refuses a block size that no mask of atoms has.
+
+    Raises:
+        BadInput: says which size, and what it may be.
+
+    Example:
+        >>> check_block("block_q", 128)
+    """
+    if not 1 <= value <= _MAX_BLOCK:
+        raise BadInput(
+            f"{name} is {value}; expected 1 to {_MAX_BLOCK} atoms, usually 128."
+        )
 
 
 def check_channels(heads: int, head_dim: int) -> None:

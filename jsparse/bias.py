@@ -9,6 +9,7 @@ them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.patterns import BlockMask
+from jsparse.patterns._neighbors import number
 from jsparse.patterns._rules import squared_distance
 
 Array = Any
@@ -212,6 +214,7 @@ class DistanceBias:
             kv_coords: the keys' coordinates; ``coords`` if not given.
 
         Raises:
+            TypeError: for a distance that is not one number, known before tracing.
             ValueError: for fewer than two entries or a distance that is not positive.
 
         Example:
@@ -227,12 +230,7 @@ class DistanceBias:
                 f"DistanceBias.table: values has shape {shape}; expected [H, n] with "
                 "at least two entries, the first at distance 0."
             )
-        if not np.isfinite(max_distance) or max_distance <= 0:
-            raise ValueError(
-                f"DistanceBias.table: max_distance={max_distance!r}; expected a "
-                "positive number of ångström."
-            )
-        step = max_distance / (shape[1] - 1)
+        step = _positive("table: max_distance", max_distance) / (shape[1] - 1)
         knots = np.append(np.arange(shape[1]) * step, step)
         return cls._make("table", values, knots, coords, kv_coords)
 
@@ -255,6 +253,7 @@ class DistanceBias:
             kv_coords: the keys' coordinates; ``coords`` if not given.
 
         Raises:
+            TypeError: for a width that is not one number, known before tracing.
             ValueError: if weights and centers disagree or the width is not positive.
 
         Example:
@@ -269,11 +268,7 @@ class DistanceBias:
                 f"DistanceBias.gaussian: weights has shape {np.shape(weights)} and "
                 f"centers {np.shape(centers)}; expected [H, n] and [n]."
             )
-        if not np.isfinite(width) or width <= 0:
-            raise ValueError(
-                f"DistanceBias.gaussian: width={width!r}; expected a positive number "
-                "of ångström."
-            )
+        width = _positive("gaussian: width", width)
         knots = jnp.append(jnp.asarray(centers, jnp.float32), jnp.float32(width))
         return cls._make("gaussian", weights, knots, coords, kv_coords)
 
@@ -326,6 +321,23 @@ def _column(slope: Array) -> Array:
             f"DistanceBias: slope has shape {np.shape(slope)}; expected [H] or [1]."
         )
     return jnp.asarray(slope)[:, None]
+
+
+def _positive(name: str, value: float) -> float:
+    try:
+        found = number(value)
+    except (TypeError, ValueError) as err:
+        shape = getattr(value, "shape", ())
+        what = f" has shape {shape}" if shape else f"={value!r}"
+        raise TypeError(
+            f"DistanceBias.{name}{what}; expected one number of ångström, known before "
+            "tracing, for all heads and batch entries."
+        ) from err
+    if not math.isfinite(found) or found <= 0:
+        raise ValueError(
+            f"DistanceBias.{name}={value!r}; expected a positive number of ångström."
+        )
+    return found
 
 
 Bias = Array | BlockBias | DistanceBias

@@ -27,7 +27,7 @@ import jsparse
 from jsparse import bench as benchmarks
 from jsparse import report
 from jsparse._doctor import examine
-from jsparse._job import ORDERS, Job, JobConfig, PatternConfig
+from jsparse._job import ORDERS, Job, JobConfig, PatternConfig, check_block
 from jsparse.backends import IMPLEMENTATIONS
 from jsparse.measure import BadInput, Progress
 from jsparse.report import Facts, to_json, verdict
@@ -134,8 +134,7 @@ def run(
             file=_existing(file),
             copies=_copies(copies),
             cutoff=cutoff,
-            block_q=block if block_q is None else block_q,
-            block_kv=block if block_kv is None else block_kv,
+            **_block_sizes(block, block_q, block_kv),
             order=order,
             heads=heads,
             head_dim=head_dim,
@@ -197,8 +196,7 @@ def pattern(
             file=_existing(file),
             copies=_copies(copies),
             cutoff=cutoff,
-            block_q=block if block_q is None else block_q,
-            block_kv=block if block_kv is None else block_kv,
+            **_block_sizes(block, block_q, block_kv),
             order=order,
         )
         job = Job(config, _progress())
@@ -387,6 +385,16 @@ def _copies(text: str) -> int | None:
     if number < 1:
         raise BadInput(f"copies is {text!r}; expected a number of at least 1, or all.")
     return number
+
+
+def _block_sizes(
+    block: int, block_q: int | None, block_kv: int | None
+) -> dict[str, int]:
+    check_block("block", block)  # or its value would be called block_q
+    return {
+        "block_q": block if block_q is None else block_q,
+        "block_kv": block if block_kv is None else block_kv,
+    }
 
 
 def _names(text: str) -> list[str]:

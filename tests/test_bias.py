@@ -96,6 +96,32 @@ def test_refused(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    "value, what",
+    [
+        (np.ones(3), r" has shape \(3,\)"),
+        ("4.0", "='4.0'"),
+        (True, "=True"),
+        (None, "=None"),
+        ([1.0, 2.0], r"=\[1.0, 2.0\]"),
+    ],
+)
+def test_distances_must_be_one_number(value, what):
+    expected = f"{what}; expected one number of ångström"
+    with pytest.raises(TypeError, match=f"table: max_distance{expected}"):
+        DistanceBias.table(np.ones((2, 5)), value, COORDS)
+    with pytest.raises(TypeError, match=f"gaussian: width{expected}"):
+        DistanceBias.gaussian(np.ones((2, 3)), np.ones(3), value, COORDS)
+
+
+def test_traced_distances_are_refused():
+    def make(width):
+        return DistanceBias.gaussian(np.ones((2, 3)), np.ones(3), width, COORDS)
+
+    with pytest.raises(TypeError, match="known before tracing"):
+        jax.jit(make)(1.0)
+
+
 def test_block_bias_takes_the_masks_blocks():
     rng = np.random.default_rng(4)
     mask = random_mask(rng, (37, 75, 8, 32), 9)

@@ -168,7 +168,8 @@ def test_features_are_the_same_each_time_and_tell_atoms_apart():
         ([SMALL, "--heads", "0"], "heads is 0; expected"),
         ([SMALL, "--head-dim", "-4"], "head_dim is -4; expected"),
         ([SMALL, "--heads", "99999"], "99999 heads of 32"),
-        ([SMALL, "--block", "0"], "block_q is 0; expected"),
+        ([SMALL, "--block", "0"], "block is 0; expected 1 to 1024 atoms"),
+        ([SMALL, "--block-q", "0"], "block_q is 0; expected"),
         ([SMALL, "--block-kv", "5000"], "block_kv is 5000; expected"),
         ([SMALL, "--order", "random"], "order 'random' is unknown"),
         ([SMALL, "--implementation", "magic"], "implementation 'magic' is unknown"),
@@ -351,6 +352,37 @@ def test_control_c_stops_a_running_job(tmp_path: Path):
     assert result["completed"][-1] == "warm up forward"
     assert (tmp_path / "jsparse-report" / "report.html").exists()
     assert (tmp_path / "jsparse-report" / "pattern.png").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_control_c_while_libraries_load_is_one_line():
+    code = """if True:
+        import signal, sys, time
+        from importlib import metadata
+
+        class Slow:
+            def find_spec(self, name, *_):
+                if name == "jax":
+                    print("loading", flush=True)
+                    time.sleep(120)
+
+        # Whoever started the tests may have had SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.meta_path.insert(0, Slow())
+        (command,) = metadata.entry_points(group="console_scripts", name="jsparse")
+        command.load()()
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        said = process.communicate()[1]
+    assert (process.returncode, said) == (130, "jsparse: interrupted.\n")
 
 
 # ------------------------------------------------------------------- other commands

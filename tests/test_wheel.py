@@ -62,14 +62,32 @@ def test_version_is_the_distributions():
 
 
 def test_importing_loads_no_optional_library():
-    code = f"import jsparse, sys; print([m for m in {LAZY} if m in sys.modules])"
+    code = (
+        "from jsparse import *; import sys; "
+        f"print([m for m in {LAZY} if m in sys.modules])"
+    )
     done = run_python(code)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
+def test_public_names_are_loaded_when_they_are_used():
+    done = run_python(
+        "import jsparse, sys; assert 'jax' not in sys.modules; "
+        "names = [n for n in dir(jsparse) if n in jsparse.__all__]; "
+        "assert sorted(names) == sorted(jsparse.__all__); "
+        "from jsparse import *; assert 'jax' in sys.modules; "
+        "from jsparse.ops import block_sparse_attention as op; "
+        "assert block_sparse_attention is jsparse.block_sparse_attention is op; "
+        "assert patterns.BlockMask is BlockMask"
+    )
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError, match="'jsparse' has no attribute 'nonesuch'"):
+        jsparse.nonesuch  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_importing_starts_no_jax_backend():
     # With a platform that does not exist, whatever starts a backend fails.
-    done = run_python("import jsparse", JAX_PLATFORMS="nonesuch")
+    done = run_python("from jsparse import *", JAX_PLATFORMS="nonesuch")
     assert done.returncode == 0, done.stderr
     control = run_python("import jax; jax.devices()", JAX_PLATFORMS="nonesuch")
     assert control.returncode != 0

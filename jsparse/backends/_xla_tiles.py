@@ -262,8 +262,8 @@ class Tiles:
         p = jnp.exp(s - lse[..., None])
         v = _take_heads(self.v, step.j)[:, :, 0]
         dp = self.product("krgmd,krnd->krgmn", _take_heads(self.dout, step.i), v)
-        bad = _take_heads(self.v_bad, step.j)[:, :, :, None, :]
-        dp = jnp.where(bad, jnp.nan, dp)
+        # v has zeros for NaN and infinity: a row that attends to one has out, and so
+        # delta, of NaN, whatever dout is.
         ds = jnp.where(seen, p * (dp - delta[..., None]), 0)
         return jnp.where(seen, p, 0), ds, pullback
 

@@ -111,7 +111,7 @@ def facts(record: Record) -> list[Facts]:
             tables.append(Facts("Left out", ("peer", "why"), left))
         return tables
     rows = [(name, *_times(spent)) for name, spent in record["seconds"].items()]
-    tables.append(Facts("Seconds", ("step", "min", "median", "max"), rows))
+    tables.append(Facts("Time of each step", ("step", "min", "median", "max"), rows))
     return tables
 
 

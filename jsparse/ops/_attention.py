@@ -69,7 +69,9 @@ def block_sparse_attention(
     ``vmap`` is not copied, and its gradient is summed in place.
 
     Args:
-        q: ``[*B, T, H, D]`` float queries.
+        q: ``[*B, T, H, D]`` float queries. As everywhere in JAX, NumPy's float64
+            becomes float32 unless ``jax_enable_x64`` is on; it does not count as the
+            same dtype as float32.
         k: ``[*B, S, K, D]`` keys of the same dtype; K divides H.
         v: ``[*B, S, K, Dv]`` values of the same dtype.
         mask: which blocks and elements are computed. Closed over, the pattern is

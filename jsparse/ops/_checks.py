@@ -32,13 +32,15 @@ def canonical(
         TypeError: for a mask that is not a `BlockMask`, or mixed or non-float dtypes.
         ValueError: for shapes that do not fit together.
     """
-    q, k, v = (_as_array(*named) for named in (("q", q), ("k", k), ("v", v)))
+    given = (q, k, v)
+    q, k, v = (_as_array(*named) for named in zip("qkv", given, strict=True))
     if not isinstance(mask, BlockMask):
         raise TypeError(
             f"{_OP}: mask is a {type(mask).__name__}; expected a BlockMask. Build one "
             "with jsparse.patterns, e.g. patterns.from_dense(mask)."
         )
     _check_arrays(q, k, v)
+    _check_dtypes(given, (q, k, v))
     _check_mask(q, k, mask)
     batch = q.shape[:-3]
     return Operands(
@@ -73,7 +75,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     """The logits' scale; ``1 / sqrt(D)`` if None."""
     if scale is None:
         return head_dim**-0.5
-    if isinstance(scale, str | complex | jax.core.Tracer) or np.ndim(scale) != 0:
+    if isinstance(scale, bool | str | complex | jax.core.Tracer) or np.ndim(scale) != 0:
         raise TypeError(
             f"{_OP}: scale is {scale!r}; expected a number known before tracing. "
             "Multiply q by a learned scale instead and pass scale=1.0."
@@ -113,11 +115,6 @@ def _check_arrays(q: Array, k: Array, v: Array) -> None:
             raise ValueError(
                 f"{_OP}: {name} has shape {x.shape}; expected no axis of size 0."
             )
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(
-            f"{_OP}: q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; expected one "
-            "dtype. Cast them; nothing is converted silently."
-        )
     if not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
         raise ValueError(
             f"{_OP}: q, k, v have batch axes {q.shape[:-3]}, {k.shape[:-3]}, "
@@ -137,6 +134,24 @@ def _check_arrays(q: Array, k: Array, v: Array) -> None:
         raise ValueError(
             f"{_OP}: q has {q.shape[-2]} heads and k has {k.shape[-2]}; expected a "
             "multiple of the key heads, so that each serves equally many query heads."
+        )
+
+
+def _check_dtypes(given: tuple[Any, ...], arrays: tuple[Array, ...]) -> None:
+    """Refuses mixed dtypes, those of NumPy arrays as they were given.
+
+    Unless x64 is on, JAX has made float32 of NumPy's float64 by now. Of all three that
+    is what its users expect; of one it would hide that the others hold less.
+    """
+    dtypes = [
+        (x if isinstance(x, np.ndarray) else array).dtype
+        for x, array in zip(given, arrays, strict=True)
+    ]
+    if len(set(dtypes)) > 1:
+        names = ", ".join(map(str, dtypes))
+        raise TypeError(
+            f"{_OP}: q, k, v have dtypes {names}; expected one dtype. Cast them; "
+            "nothing is converted silently."
         )
 
 

@@ -367,6 +367,8 @@ def count(name: str, value: int, least: int | None) -> int:
     """An integer of at least ``least`` (None: any), or a ValueError with its name."""
     kind = "an integer" if least is None else f"an integer of at least {least}"
     try:
+        if isinstance(value, bool):
+            raise TypeError("a bool is no number")
         number = operator.index(value)
     except TypeError as error:
         raise ValueError(f"{name} is {value!r}; expected {kind}.") from error

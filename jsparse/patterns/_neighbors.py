@@ -35,6 +35,27 @@ _CHUNK = 2**17  # float32 elements of one temporary: stays in the L2 cache
 _MARKS = 2**28  # bytes: one for each block pair of a band of rows
 _QUERIES = 2**21  # neighbours asked for at once
 
+# Kinds of dtype that NumPy and Python turn into real numbers although they are none:
+# bools, complex numbers, times and text.
+_NO_REAL = "bcmMSTU"
+
+
+def number(value: Any) -> float:
+    """One real number as a float; neither a bool nor text, which `float` would read.
+
+    Raises:
+        TypeError: it is something else, has axes or is traced.
+        ValueError: likewise, as NumPy sees it.
+
+    Example:
+        >>> number(10), number(np.float32(0.5))
+        (10.0, 0.5)
+    """
+    array = np.asarray(value)
+    if array.ndim or array.dtype.kind in _NO_REAL:
+        raise TypeError(f"{array.dtype} of shape {array.shape} is no real number")
+    return float(value)
+
 
 def check_coords(name: str, coords: Any) -> np.ndarray:
     """Coordinates as a contiguous float32 array, or a clear error.
@@ -73,7 +94,7 @@ def check_coords(name: str, coords: Any) -> np.ndarray:
             "empty chains or groups before building a pattern."
         )
     try:
-        if given.dtype.kind in "cmM":
+        if given.dtype.kind in _NO_REAL:
             raise TypeError(f"{given.dtype} has no real value in ångström")
         with np.errstate(over="ignore"):
             out = np.ascontiguousarray(given, dtype=np.float32)
@@ -112,7 +133,7 @@ def check_cutoff(name: str, cutoff: Any) -> float:
         10.0
     """
     try:
-        value = float(cutoff)
+        value = number(cutoff)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"{name} is {cutoff!r}; expected one distance in ångström, e.g. 10.0."
@@ -144,6 +165,8 @@ def check_block(name: str, block: Any) -> int:
         128
     """
     try:
+        if isinstance(block, bool):
+            raise TypeError("a bool is no size")
         value = operator.index(block)
     except TypeError as error:
         raise TypeError(

@@ -156,8 +156,9 @@ def read_structure(
     total, atoms = len(keep), atoms.pick(keep)
     if not len(atoms.coords):
         raise StructureError(
-            f"{file}: none of the {total:,} atoms of model {model} is left. Waters and "
-            "hydrogens are dropped unless waters=True, hydrogens=True."
+            f"{file}: none of the {total:,} atoms of model {model} is left: waters and "
+            "hydrogens are dropped. Expected at least one other atom; take another "
+            "file (from Python, read_structure can keep them)."
         )
     _check_finite(atoms, file)
 

@@ -172,11 +172,32 @@ def test_bad_options():
         call({}, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="scale=nan; expected a finite number"):
         call({}, scale=float("nan"))
-    for scale in ("0.5", [1.0, 2.0], 1j):
+    for scale in ("0.5", [1.0, 2.0], 1j, True):
         with pytest.raises(TypeError, match="expected a number known before"):
             call({}, scale=scale)
     with pytest.raises(TypeError, match="known before tracing"):
         jax.jit(lambda s: call({}, scale=s))(1.0)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("wide", ["q", "k", "v"])
+def test_float64_beside_float32_is_refused(wide, x64):
+    with (
+        jax.enable_x64(x64),
+        pytest.raises(TypeError, match="dtypes .*float64.*; expected one dtype"),
+    ):
+        call({wide: lambda values: values[wide].astype(np.float64)})
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_numpy_float64_is_read_as_jax_reads_it(x64):
+    values = arguments()
+    wide = {n: values[n].astype(np.float64) for n in "qkv"}
+    with jax.enable_x64(x64):
+        out = call(wide)
+        same = call({n: jnp.asarray(x) for n, x in wide.items()})
+    assert out.dtype == (np.float64 if x64 else np.float32)
+    np.testing.assert_array_equal(out, same)
 
 
 def test_overflow_of_a_concrete_mask_raises_before_anything_runs():

@@ -239,6 +239,7 @@ def test_random_draws_every_block_equally_often():
         (lambda: patterns.from_dense(np.ones((0, 4, 4), bool)), r"shape \(0, 4, 4\)"),
         (lambda: patterns.from_dense(np.ones((4, 4))), r"dtype float64; expected bool"),
         (lambda: patterns.from_dense(np.ones((4, 4), bool), block_q=0), "block_q=0"),
+        (lambda: patterns.window(4, left=True, right=1), r"left is True; expected"),
         (lambda: patterns.window(0, left=1, right=1), r"window: q_len=0"),
         (lambda: patterns.window(4, left=-1, right=1), r"window: left is -1; expected"),
         (

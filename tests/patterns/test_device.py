@@ -308,6 +308,8 @@ def test_radius_refuses_bad_types():
         device.radius(x.astype(complex), 1.0, capacity=1)
     with pytest.raises(TypeError, match="cutoff has dtype bool"):
         device.radius(x, True, capacity=1)
+    with pytest.raises(TypeError, match="cutoff has dtype <U2; expected a real number"):
+        device.radius(x, "10", capacity=1)
     with pytest.raises(TypeError, match=r"q_length .* float"):
         device.radius(x, 1.0, capacity=1, q_length=3.0)
     with pytest.raises(ValueError, match="known when the function is traced"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tracemalloc
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -276,6 +278,7 @@ def test_nearest_in_several_chunks_is_the_same(monkeypatch):
         (5, ValueError, "k is 5, but there are only 4 key points"),
         (0, ValueError, "k is 0; expected at least 1"),
         (1.5, TypeError, "k is 1.5; expected a whole number"),
+        (True, TypeError, "k is True; expected a whole number"),
     ],
 )
 def test_nearest_refuses_a_bad_k(k, error, words):
@@ -291,6 +294,8 @@ def test_nearest_refuses_a_bad_k(k, error, words):
         (np.zeros((0, 3)), ValueError, "no atom; expected at least one"),
         ([[1, 2, 3], [1, 2]], ValueError, "not a rectangular array"),
         ([["a", "b", "c"]], TypeError, "has dtype <U1"),
+        ([["1", "2", "3"]], TypeError, "has dtype <U1"),
+        (np.zeros((2, 3), bool), TypeError, "has dtype bool"),
         (np.zeros((2, 3), complex), TypeError, "has dtype complex128"),
         ([[0, 0, 0], [1, np.nan, 2]], ValueError, r"at atom 1: \[1.0, nan, 2.0\]"),
         ([[0, 0, -np.inf]], ValueError, r"at atom 0: \[0.0, 0.0, -inf\]"),
@@ -319,10 +324,28 @@ def test_bad_cutoffs_are_refused(cutoff):
         check_cutoff("radius: cutoff", cutoff)
 
 
-@pytest.mark.parametrize("cutoff", ["far", None, np.zeros(2)])
+@pytest.mark.parametrize(
+    "cutoff",
+    [
+        *("far", "10", b"10", np.array("10"), None, True, np.True_, 1j),
+        *(np.zeros(2), np.array([10.0]), [10.0], [[1], [2, 3]]),
+    ],
+)
 def test_cutoffs_that_are_no_number_are_refused(cutoff):
     with pytest.raises(TypeError, match=r"radius: cutoff is .* expected one distance"):
         check_cutoff("radius: cutoff", cutoff)
+
+
+@pytest.mark.parametrize(
+    "cutoff", [10, 10.0, np.int8(10), np.float16(10), np.array(10.0), jnp.float32(10)]
+)
+def test_numbers_of_any_type_are_cutoffs(cutoff):
+    assert check_cutoff("radius: cutoff", cutoff) == 10.0
+
+
+def test_traced_cutoffs_are_refused():
+    with pytest.raises(TypeError, match="expected one distance"):
+        jax.jit(lambda x: check_cutoff("radius: cutoff", x))(10.0)
 
 
 def test_bad_block_sizes_are_refused():

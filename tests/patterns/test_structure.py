@@ -331,6 +331,8 @@ OK = np.eye(3)
         (lambda: patterns.knn(OK, 4), r"knn: k=4, but there are 3 keys"),
         (lambda: patterns.knn(OK, 0), r"knn: k is 0; expected"),
         (lambda: patterns.knn(OK, untyped(1.5)), r"knn: k is 1.5"),
+        (lambda: patterns.knn(OK, True), r"knn: k is True"),
+        (lambda: patterns.contacts([[0, 1]], q_len=untyped("4")), r"q_len='4'"),
         (lambda: patterns.neighbors([0, 1]), r"neighbors: index has shape \(2,\)"),
         (lambda: patterns.neighbors([[0.0]]), r"dtype float64"),
         (lambda: patterns.neighbors(np.zeros((0, 4), int)), r"shape \(0, 4\)"),
@@ -366,6 +368,13 @@ OK = np.eye(3)
 def test_builders_refuse(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("cutoff", ["10", True])
+@pytest.mark.parametrize("build", [patterns.radius, patterns.order])
+def test_cutoffs_must_be_numbers(build, cutoff):
+    with pytest.raises(TypeError, match=f"{build.__name__}: cutoff is {cutoff!r}; exp"):
+        build(OK, cutoff)
 
 
 @pytest.mark.parametrize("build", [patterns.radius, patterns.knn])

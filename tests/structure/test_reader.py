@@ -377,7 +377,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     [
         (b"", "is empty"),
         (b" \n\n", "is empty"),
-        (gzip.compress(b""), "is empty"),
+        (gzip.compress(b"", mtime=0), "is empty"),
         (b"hello, this is no structure\n", "begins with b'hello"),
         (b"\x89PNG\r\n\x1a\n" + bytes(64), "PNG"),
         (b"BZh91AY&SY", "bzip2"),
@@ -490,7 +490,8 @@ def test_non_ascii_names_are_refused(tmp_path):
 
 def test_nothing_left(tmp_path):
     path = write(tmp_path, mmcif([atom("O", (0, 0, 0), residue="HOH")]))
-    refuse(path, "none of the 1 atoms of model 0 is left")
+    # The commands show this too, and have no such options.
+    refuse(path, r"none of the 1 atoms of model 0 is left: waters [^=]* other atom")
     assert len(read_structure(path, waters=True)) == 1
 
 
