@@ -262,6 +262,14 @@ def bench(
         str | None, typer.Option(help="float32, bfloat16 or float16.")
     ] = None,
     implementation: Implementation = "auto",
+    traced: Annotated[
+        bool,
+        typer.Option(
+            "--traced",
+            help="Pass our mask into the compiled call, as where one compilation "
+            "serves many structures; kernels then cannot plan ahead.",
+        ),
+    ] = False,
     record: Annotated[
         bool, typer.Option("--record", help="Write a record of each case.")
     ] = False,
@@ -294,6 +302,8 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Time named cases against peers, keep records, render them as tables."""
+    # Peers in a process of their own need room: XLA would take most of a GPU at once.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with _guarded(debug):
         folder = records or benchmarks.records_folder(to_write=record)
         if check and render is None:
@@ -314,6 +324,7 @@ def bench(
             head_dim=head_dim,
             dtype=dtype,
             implementation=implementation,
+            traced=traced,
             min_ratio=min_ratio,
             max_seconds=max_seconds,
         )

@@ -458,7 +458,8 @@ def test_bench_returns_1_for_a_missed_target():
     [
         ([], "name at least one case"),
         (["seed"], "unknown case 'seed'"),
-        (["seed800", "--against", "fa4"], "unknown peer 'fa4'"),
+        (["seed800", "--against", "fa9"], "unknown peer 'fa9'; expected dense, fa4"),
+        (["seed800", "--against", "cudnn"], "'cudnn' cannot run here: it needs"),
         (["seed800", "--dtype", "int4"], "dtype 'int4' is unknown"),
         (["seed800", "--min-ratio", "nan"], "min_ratio is nan; expected"),
         (["--structure", "none.cif"], "none.cif: no such file"),

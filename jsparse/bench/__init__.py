@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from jsparse.bench._cases import all_cases as all_cases
 from jsparse.bench._cases import choose_cases as choose_cases
+from jsparse.bench._contract import Peer as Peer
 from jsparse.bench._peers import PEERS as PEERS
-from jsparse.bench._peers import Peer as Peer
 from jsparse.bench._records import facts as facts
 from jsparse.bench._records import markdown as markdown
 from jsparse.bench._records import read_records as read_records

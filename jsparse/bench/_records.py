@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jsparse.bench._contract import EVERY
 from jsparse.measure import BadInput
 from jsparse.report import (
     Facts,
@@ -27,7 +28,11 @@ END = "<!-- bench:end -->"
 
 Record = dict[str, Any]
 
-_DIRECTIONS = {"forward": "forward", "forward_backward": "forward + backward"}
+DIRECTIONS = {
+    "forward": "forward",
+    "backward": "backward",
+    "forward_backward": "forward + backward",
+}
 
 
 def records_folder(to_write: bool = False) -> Path:
@@ -103,7 +108,7 @@ def facts(record: Record) -> list[Facts]:
     if record["kind"] == "attention":
         tables += [
             _contest_facts(record, direction, title)
-            for direction, title in _DIRECTIONS.items()
+            for direction, title in DIRECTIONS.items()
             if direction in record
         ]
         if record["left_out"]:
@@ -116,20 +121,49 @@ def facts(record: Record) -> list[Facts]:
 
 
 def _contest_facts(record: Record, direction: str, title: str) -> Facts:
+    with_rate = record["device"]["platform"] != "cpu"
     rows = []
     for name, found in record[direction].items():
         ratio = found.get("ratio")
+        rate = (format_rate(found["gflops_per_second"]),) if with_rate else ()
         rows.append(
             (
-                name,
+                _label(name, found),
                 *_times(found["seconds"]),
                 "" if ratio is None else f"{ratio['median']:.2f}",
+                *rate,
                 f"{_worst(found):.1e}",
-                format_bytes(found["temporary_bytes"]),
+                _memory(found),
             )
         )
-    columns = ("", "min", "median", "max", "time / ours", "largest error", "memory")
+    columns = (
+        *("", "min", "median", "max", "time / ours"),
+        *(("useful work",) if with_rate else ()),
+        *("largest error", "memory"),
+    )
     return Facts(f"{record['case']}: {title}", columns, rows, 0)
+
+
+def format_rate(gflops: float) -> str:
+    """A rate of useful operations.
+
+    Example:
+        >>> format_rate(62.59), format_rate(446_123.0)
+        ('62.6 GFLOP/s', '446 TFLOP/s')
+    """
+    if gflops >= 1e3:
+        return f"{gflops / 1e3:.3g} TFLOP/s"
+    return f"{gflops:.3g} GFLOP/s"
+
+
+def _label(name: str, found: Record) -> str:
+    """A contender's name, and whether it computes every pair: another result."""
+    return f"{name} (dense)" if found.get("computes") == EVERY else name
+
+
+def _memory(found: Record) -> str:
+    size = found["temporary_bytes"]
+    return "" if size is None else format_bytes(size)
 
 
 def _times(spent: dict[str, float]) -> tuple[str, str, str]:
@@ -199,7 +233,7 @@ def _contest_table(records: list[Record]) -> str:
     )
     rows = []
     for record in records:
-        for direction, title in _DIRECTIONS.items():
+        for direction, title in DIRECTIONS.items():
             rows += _contest_rows(record, direction, title)
     return _grid(head, rows)
 
@@ -209,11 +243,11 @@ def _contest_rows(record: Record, direction: str, title: str) -> list[tuple[str,
     if not results:
         return []
     ours = results[record["ours"]]
-    time = format_seconds(ours["seconds"]["median"])
+    time = _time_cell(record, record["ours"], ours)
     shape = "H{heads} D{head_dim} {dtype}".format(**record["input"])
     label = f"{record['case']}: {record['about']}, {shape}"
     start = (label, f"{record['mask']['density']:.4f}", title)
-    error, memory = _worst(ours), ours["temporary_bytes"]
+    error = _worst(ours)
     rows = []
     for name, found in results.items():
         if name == record["ours"]:
@@ -222,17 +256,24 @@ def _contest_rows(record: Record, direction: str, title: str) -> list[tuple[str,
         rows.append(
             (
                 *start,
-                f"{record['ours']} {time}",
-                f"{name} {format_seconds(found['seconds']['median'])}",
+                time,
+                _time_cell(record, name, found),
                 f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
                 f"{format_error(error)} / {format_error(_worst(found))}",
-                f"{format_bytes(memory)} / {format_bytes(found['temporary_bytes'])}",
+                f"{_memory(ours)} / {_memory(found)}",
             )
         )
     if not rows:
-        alone = (f"{record['ours']} {time}", "", "", format_error(error))
-        rows.append((*start, *alone, format_bytes(memory)))
+        rows.append((*start, time, "", "", format_error(error), _memory(ours)))
     return rows
+
+
+def _time_cell(record: Record, name: str, found: Record) -> str:
+    """Name and time; on a GPU, where useful work is what limits, its rate too."""
+    time = f"{_label(name, found)} {format_seconds(found['seconds']['median'])}"
+    if record["device"]["platform"] == "cpu":
+        return time
+    return f"{time}, {format_rate(found['gflops_per_second'])}"
 
 
 def _build_table(records: list[Record]) -> str:

@@ -1,15 +1,17 @@
 """How a case is measured.
 
-Ours and the peers run in one process on the same inputs, in turns whose order
-alternates, so that a machine that slows down slows both. Inputs are drawn fresh from a
-standard normal distribution. What is quoted is the ratio of the times of one round.
+Ours and the peers run on the same inputs, in turns whose order alternates, so that a
+machine that slows down slows both. Inputs are drawn fresh from a standard normal
+distribution. On a GPU the time of a pass is the sum of its kernels' times, on a CPU the
+wall clock's. What is quoted is the ratio of the times of one round.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,18 +31,36 @@ from jsparse.bench._cases import (
     HostMaskCase,
     Pattern,
 )
+from jsparse.bench._contract import (
+    CALLS,
+    EVERY,
+    Call,
+    Contender,
+    Direction,
+    DoesNotFit,
+    Inputs,
+    Peer,
+    Task,
+)
+from jsparse.bench._jax_peers import Ours
 from jsparse.bench._patterns import BLOCK
-from jsparse.bench._peers import PEERS, Ours, Peer
+from jsparse.bench._peers import PEERS
 from jsparse.measure import BadInput, Progress
 from jsparse.ops import support
 from jsparse.patterns import BlockMask
-from jsparse.report import format_bytes
 
 Array = Any
 DTYPES = ("float32", "bfloat16", "float16")
 
 _SETS = 2  # of inputs, used in turns
+_FEWER = 8  # times fewer rows are checked where every pair counts
+_REASON = 500  # characters of a failure that are kept
 _TIMER = "wall clock; of a compiled call, with its inputs on the device"
+_KERNEL_TIMER = (
+    f"CUPTI; sum of kernel times, mean of {CALLS} calls a round, with the inputs on "
+    "the device; copies and memsets are not counted"
+)
+_WORK = {"forward": 1.0, "backward": 2.5, "forward_backward": 3.5}
 
 
 @dataclass(frozen=True)
@@ -55,6 +75,7 @@ class Options:
         head_dim: in place of the case's own.
         dtype: in place of the case's own.
         implementation: ours, or ``"auto"``.
+        traced: whether the mask is an argument of our compiled call.
         min_ratio: a peer's time / ours must be at least this.
         max_seconds: our median time must be at most this.
 
@@ -69,6 +90,7 @@ class Options:
     head_dim: int | None = None
     dtype: str | None = None
     implementation: str = "auto"
+    traced: bool = False
     min_ratio: float | None = None
     max_seconds: float | None = None
 
@@ -144,6 +166,9 @@ def run_case(case: Case, options: Options, progress: Progress) -> dict[str, Any]
     else:
         _run_device_mask(case, options, progress, record)
     record["peak_memory_bytes"] = measure.peak_memory()
+    on_device = measure.peak_device_memory()
+    if on_device is not None:
+        record["peak_device_memory_bytes"] = on_device
     return record
 
 
@@ -165,10 +190,13 @@ def _run_attention(
     size = jnp.dtype(dtype).itemsize
     check_inputs(4 * _SETS, mask.q_len, heads, head_dim, size)
     sets = [_inputs(seed, mask, heads, head_dim, dtype) for seed in range(_SETS)]
-    ours = Ours(_implementation(options, sets[0], mask))
+    ours = Ours(_implementation(options, sets[0], mask), options.traced)
+    kernels = record["device"]["platform"] == "gpu"
     record |= {
         "kind": "attention",
         "ours": ours.name,
+        "pattern": "static" if ours.static else "traced",
+        "timer": _KERNEL_TIMER if kernels else _TIMER,
         "mask": mask.summary() | {"order": pattern.order},
         "input": {
             "distribution": "standard normal",
@@ -179,22 +207,31 @@ def _run_attention(
         },
         "left_out": {},
     }
-    peers, strict = _peers(options, record)
-    contest = _Contest(record, pattern, sets, [ours, *peers], strict, progress)
-    flops = measure.useful_flops(mask.num_blocks, BLOCK, BLOCK, heads, head_dim)
-    contest.run("forward", options.repeats, flops)
-    if options.backward:
-        contest.run("forward_backward", options.repeats, 3.5 * flops)
+    peers, strict = _peers(options, mask, record)
+    contest = _Contest(
+        record, pattern, Task(mask, sets, kernels), [ours, *peers], strict, progress
+    )
+    with contest:
+        for direction in _directions(options, kernels):
+            contest.run(direction, options.repeats)
     _judge(record, options)
+
+
+def _directions(options: Options, kernels: bool) -> tuple[Direction, ...]:
+    """On a GPU the backward pass is timed alone: kernels do not overlap there."""
+    if not options.backward:
+        return ("forward",)
+    return ("forward", "backward" if kernels else "forward_backward")
 
 
 def _inputs(
     seed: int, mask: BlockMask, heads: int, head_dim: int, dtype: str
-) -> tuple[Array, ...]:
+) -> Inputs:
     """q, k, v and a cotangent of the output."""
     keys = jax.random.split(jax.random.key(seed), 4)
     shape = (mask.q_len, heads, head_dim)
-    return tuple(jax.random.normal(key, shape, jnp.dtype(dtype)) for key in keys)
+    q, k, v, dout = (jax.random.normal(key, shape, jnp.dtype(dtype)) for key in keys)
+    return q, k, v, dout
 
 
 def _implementation(options: Options, arrays: Any, mask: BlockMask) -> str:
@@ -210,126 +247,205 @@ def _implementation(options: Options, arrays: Any, mask: BlockMask) -> str:
     return name
 
 
-def _peers(options: Options, record: dict[str, Any]) -> tuple[list[Peer], bool]:
+def _peers(
+    options: Options, mask: BlockMask, record: dict[str, Any]
+) -> tuple[list[Peer], bool]:
     """The peers that can run, and whether each of them was asked for by name."""
     strict = options.against is not None
     chosen = []
     for name in PEERS if options.against is None else options.against:
-        reason = PEERS[name].available()
+        reason = PEERS[name].available() or PEERS[name].why_not(mask)
         if reason is None:
             chosen.append(PEERS[name])
         elif strict:
             raise BadInput(f"peer {name!r} cannot run here: {reason}.")
         else:
             record["left_out"][name] = reason
+    packages = {package for peer in chosen for package in peer.packages}
+    for package in sorted(packages):
+        version = measure.installed_version(package)
+        if version is not None:
+            record["versions"][package] = version
     return chosen, strict
 
 
 class _Contest:
-    """Contenders on one pattern; the first is ours."""
+    """Contenders on one pattern; the first is ours. Close it, or use ``with``."""
 
     def __init__(
         self,
         record: dict[str, Any],
         pattern: Pattern,
-        sets: Sequence[tuple[Array, ...]],
-        contenders: list[Peer],
+        task: Task,
+        peers: list[Peer],
         strict: bool,
         progress: Progress,
     ):
-        self.record, self.pattern, self.sets = record, pattern, sets
-        self.contenders, self.strict, self.progress = contenders, strict, progress
+        self.record, self.pattern, self.task = record, pattern, task
+        self.ours, self.strict, self.progress = peers[0], strict, progress
+        self.peers = {peer.name: peer for peer in peers}
         self.rows = measure.choose_rows(pattern.mask.q_len)
-        self.allowed = pattern.allowed(self.rows)
-        self.prepared: dict[str, Any] = {}
+        self.contenders: dict[str, Contender] = {}
 
-    def run(self, direction: str, repeats: int, flops: float) -> None:
+    def __enter__(self) -> _Contest:
+        for name, peer in list(self.peers.items()):
+            entered = self._try(name, "start", lambda peer=peer: peer.enter(self.task))
+            if entered is not None:
+                self.contenders[name] = entered
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for contender in self.contenders.values():
+            contender.close()
+
+    def run(self, direction: Direction, repeats: int) -> None:
         """Compiles, checks and times every contender; fills ``record[direction]``."""
-        calls = {}
-        for peer in list(self.contenders):
-            compiled = self._compile(peer, direction)
-            if compiled is not None:
-                calls[peer.name] = compiled
+        calls: dict[str, Call] = {}
         results = self.record[direction] = {}
-        for name, compiled in calls.items():
+        for name in list(self.contenders):
+            call = self._ready(name, direction)
+            if call is not None:
+                calls[name] = call
+        for name in list(calls):
+            errors = self._errors(name, calls[name], direction)
+            if errors is None:
+                del calls[name]
+                continue
             results[name] = {
-                "compile_seconds": compiled.seconds,
-                "temporary_bytes": compiled.temporary_bytes,
-                "errors": self._errors(name, compiled, direction),
+                "computes": self.peers[name].computes,
+                "compile_seconds": calls[name].compile_seconds,
+                "temporary_bytes": calls[name].temporary_bytes,
+                "errors": errors,
             }
+        self._conclude(results, self._rounds(direction, calls, repeats), direction)
+
+    def _rounds(
+        self, direction: Direction, calls: dict[str, Call], repeats: int
+    ) -> dict[str, list[float]]:
+        """Times in turns whose order alternates; of contenders that did not fail."""
+        count = CALLS if self.task.kernels else 1
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         title = f"{self.record['case']}: {direction.replace('_', ' + ')}"
         with self.progress.stage(title, total=repeats * len(calls)) as step:
             for n in range(repeats):
                 turn = list(calls) if n % 2 == 0 else list(calls)[::-1]
                 for name in turn:
-                    arguments = self._arguments(name, direction, n % len(self.sets))
-                    spent, _ = measure.time_call(calls[name].call, *arguments)
-                    seconds[name].append(spent)
+                    which = n % len(self.task.sets)
+                    times = self._try(
+                        *(name, direction),
+                        lambda name=name, which=which: calls[name].times(which, count),
+                    )
+                    if times is None:
+                        del calls[name], seconds[name]
+                    else:
+                        seconds[name].append(float(np.mean(times)))
                     step()
-        ours = seconds[self.contenders[0].name]
+        return seconds
+
+    def _conclude(
+        self,
+        results: dict[str, Any],
+        seconds: dict[str, list[float]],
+        direction: Direction,
+    ) -> None:
+        """Fills in times, rates and ratios; drops who failed on the way."""
+        for name in set(results) - set(seconds):
+            del results[name]
+        ours = seconds[self.ours.name]
         for name, spent in seconds.items():
-            results[name]["seconds"] = _spread(spent)
-            results[name]["rounds"] = spent
-            if spent is ours:
-                rate = flops / results[name]["seconds"]["median"] / 1e9
-                results[name]["gflops_per_second"] = rate
-            else:
-                results[name]["ratio"] = _spread(np.divide(spent, ours))
+            found = results[name]
+            found["seconds"] = _spread(spent)
+            found["rounds"] = spent
+            flops = _WORK[direction] * self._flops(self.peers[name].computes)
+            rate = flops / found["seconds"]["median"] / 1e9
+            found["gflops_per_second"] = rate
+            if spent is not ours:
+                found["ratio"] = _spread(np.divide(spent, ours))
+                found["ours_over_peer"] = _spread(np.divide(ours, spent))
 
-    def _compile(self, peer: Peer, direction: str) -> measure.Compiled | None:
-        """Compiles from shapes alone; None if a peer nobody named needs too much."""
-        q, k, v, dout = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in self.sets[0])
-        shapes = (q, k, v, peer.describe(self.pattern.mask))
-        title = f"compile {peer.name}, {direction.replace('_', ' + ')}"
+    def _flops(self, computes: str) -> int:
+        """Of the forward pass; useful ones, so what a mask throws away is none."""
+        mask, shape = self.pattern.mask, self.record["input"]
+        every = mask.num_q_blocks * mask.num_kv_blocks
+        blocks = every if computes == EVERY else mask.num_blocks
+        return measure.useful_flops(
+            *(blocks, mask.block_q, mask.block_kv),
+            *(shape["heads"], shape["head_dim"]),
+        )
+
+    def _ready(self, name: str, direction: Direction) -> Call | None:
+        title = f"compile {name}, {direction.replace('_', ' + ')}"
         with self.progress.stage(f"{self.record['case']}: {title}"):
-            if direction == "forward":
-                compiled = measure.compile_call(peer.forward, *shapes)
-            else:
-                compiled = measure.compile_call(peer.backward, *shapes, dout)
-        needed, free = compiled.total_bytes, measure.available_memory()
-        if peer.name not in self.prepared:
-            # The pattern exists on the host and on the device for a moment.
-            needed += compiled.total_bytes - compiled.temporary_bytes
-        if free is not None and needed > free:
-            reason = f"needs {format_bytes(needed)}, {format_bytes(free)} are free"
-            if peer is self.contenders[0] or self.strict:
-                raise BadInput(
-                    f"{self.record['case']}: {peer.name}, {direction}: {reason}. "
-                    "Choose a smaller case, fewer heads, --no-backward, or "
-                    "--against none."
-                )
-            self.record["left_out"][peer.name] = f"{direction}: {reason}"
-            self.contenders.remove(peer)
-            return None
-        if peer.name not in self.prepared:
-            self.prepared[peer.name] = peer.prepare(self.pattern.mask)
-        return compiled
-
-    def _arguments(self, name: str, direction: str, n: int) -> tuple[Any, ...]:
-        q, k, v, dout = self.sets[n]
-        pattern = self.prepared[name]
-        return (q, k, v, pattern, *(() if direction == "forward" else (dout,)))
+            return self._try(
+                name, direction, lambda: self.contenders[name].ready(direction)
+            )
 
     def _errors(
-        self, name: str, compiled: measure.Compiled, direction: str
-    ) -> dict[str, Any]:
+        self, name: str, call: Call, direction: Direction
+    ) -> dict[str, Any] | None:
         """Errors of the output and of dq on some rows; this call also warms up."""
-        title = f"{self.record['case']}: check {name}"
-        with self.progress.stage(title):
-            arguments = self._arguments(name, direction, 0)
-            _, result = measure.time_call(compiled.call, *arguments)
-            q, k, v, dout = self.sets[0]
-            if direction == "forward":
-                values = {"out": (result, None)}
-            else:
-                values = {"out": (result[0], None), "dq": (result[1], dout)}
+        rows, expected = self._expected(self.peers[name].computes)
+        with self.progress.stage(f"{self.record['case']}: check {name}"):
+            found = self._try(name, direction, lambda: call.rows(rows))
+            if found is None:
+                return None
             return {
-                what: measure.check_rows(
-                    value, self.rows, q, k, v, self.allowed, dout=cotangent
-                ).to_dict()
-                for what, (value, cotangent) in values.items()
+                what: expected(what).check(value).to_dict()
+                for what, value in found.items()
             }
+
+    @functools.cache  # noqa: B019 (the contest is short-lived; contenders share these)
+    def _expected(self, computes: str) -> tuple[np.ndarray, Any]:
+        """Rows to look at, and what they should be; the same for many contenders."""
+        rows, kv_len = self.rows, self.pattern.mask.kv_len
+        if computes == EVERY:
+            # Each of these rows takes as long as many of a sparse pattern.
+            rows = rows[::_FEWER]
+            allowed = (np.broadcast_to(np.True_, (len(rows), kv_len)),)
+        else:
+            allowed = self.pattern.allowed(rows)
+        q, k, v, dout = map(np.asarray, self.task.sets[0])
+
+        @functools.cache
+        def expected(what: str) -> measure.ExpectedRows:
+            cotangent = None if what == "out" else dout
+            return measure.expect_rows(rows, q, k, v, allowed, q.dtype, dout=cotangent)
+
+        return rows, expected
+
+    def _try[T](self, name: str, where: str, action: Callable[[], T]) -> T | None:
+        """What the action gives, or None if a peer cannot go on and is left out.
+
+        A failure of ours is raised. So is one for want of memory of a peer that was
+        asked for; any other failure of such a peer counts as missed.
+        """
+        if name == self.ours.name:
+            try:
+                return action()
+            except DoesNotFit as err:
+                raise self._no_room(name, where, err) from err
+        try:
+            return action()
+        except DoesNotFit as err:
+            if self.strict:
+                raise self._no_room(name, where, err) from err
+            reason = str(err)
+        except Exception as err:  # noqa: BLE001 (other people's code; kept in the record)
+            reason = " ".join(f"{type(err).__name__}: {err}".split())[:_REASON]
+            if self.strict:
+                self.record["missed"].append(
+                    f"{self.record['case']}, {where}: {name} failed: {reason}"
+                )
+        self.record["left_out"][name] = f"{where}: {reason}"
+        if name in self.contenders:
+            self.contenders.pop(name).close()
+        return None
+
+    def _no_room(self, name: str, where: str, err: DoesNotFit) -> BadInput:
+        return BadInput(
+            f"{self.record['case']}: {name}, {where}: {err}. Choose a smaller case, "
+            "fewer heads, --no-backward, or --against none."
+        )
 
 
 def _spread(values: Any) -> dict[str, float]:
@@ -348,7 +464,7 @@ def _judge(record: dict[str, Any], options: Options) -> None:
         "min_ratio": options.min_ratio,
         "max_seconds": options.max_seconds,
     }
-    for direction in ("forward", "forward_backward"):
+    for direction in _WORK:
         for name, found in record.get(direction, {}).items():
             where = f"{record['case']}, {direction}, {name}"
             for what, check in found["errors"].items():
