@@ -230,7 +230,10 @@ def doctor(json: Json = False, debug: Debug = False) -> None:
 def bench(
     cases: Annotated[
         list[str] | None,
-        typer.Argument(help="Names of cases, or 'all'; see --list."),
+        typer.Argument(
+            help="Names of cases, or 'all'; see --list. With --targets, names of "
+            "their groups."
+        ),
     ] = None,
     list_: Annotated[
         bool, typer.Option("--list", help="List the cases and leave.")
@@ -285,6 +288,14 @@ def bench(
         float | None,
         typer.Option(help="Exit with 1 if our median time is more than this."),
     ] = None,
+    targets: Annotated[
+        bool,
+        typer.Option(
+            "--targets",
+            help="Print what the newest records say of each target, and leave; exit "
+            "with 1 unless all are met.",
+        ),
+    ] = False,
     table: Annotated[
         bool, typer.Option("--table", help="Print the newest records as Markdown.")
     ] = False,
@@ -310,6 +321,8 @@ def bench(
             raise BadInput("--check needs --render FILE, the file to compare.")
         if table or render is not None:
             raise typer.Exit(_render(folder, render, check, json))
+        if targets:
+            raise typer.Exit(_targets(folder, cases or [], json))
         if structure is not None:
             structure = _existing(structure)
         known = benchmarks.all_cases(structure, _copies(copies), order)
@@ -367,6 +380,16 @@ def _render(folder: Path, file: Path | None, check: bool, json: bool) -> int:
         return 0
     _say(f"{file}: the table is out of date. Run: jsparse bench --render {file}")
     return 1
+
+
+def _targets(folder: Path, groups: list[str], json: bool) -> int:
+    chosen = benchmarks.choose_targets(groups)
+    found = benchmarks.judge_targets(chosen, benchmarks.read_records(folder))
+    if json:
+        print(to_json([outcome.to_dict() for outcome in found]))
+    else:
+        _print_tables(benchmarks.targets_tables(found))
+    return 0 if all(outcome.verdict == "met" for outcome in found) else 1
 
 
 def _list_cases(known: dict[str, Any], json: bool) -> None:

@@ -453,10 +453,22 @@ def test_bench_returns_1_for_a_missed_target():
     assert "more than the 1e-09 s demanded" in done.stderr
 
 
+def test_bench_prints_targets():
+    done = call("bench", "--targets", "mosaic_forward")
+    assert done.exit_code == 1
+    assert "mosaic_forward, H100: 0 of 7 met" in done.stdout
+    assert "seed800" in done.stdout
+    done = call("bench", "--targets", "--json")
+    found = json.loads(done.stdout)
+    assert {"group", "case", "verdict", "ratio", "limit"} <= set(found[0])
+    assert len({line["group"] for line in found}) == 5
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ([], "name at least one case"),
+        (["--targets", "seed800"], "unknown group of targets 'seed800'"),
         (["seed"], "unknown case 'seed'"),
         (["seed800", "--against", "fa9"], "unknown peer 'fa9'; expected dense, fa4"),
         (["seed800", "--against", "cudnn"], "'cudnn' cannot run here: it needs"),

@@ -4,9 +4,10 @@ Called by ``jsparse bench``; it computes with the public operation only.
 
 * ``_patterns.py``: block lists, and ``data/`` for those that come from a structure;
 * ``_cases.py``: what is measured, by name;
-* ``_peers.py``: what it is measured against;
+* ``_peers.py``: what it is measured against; ``_contract.py``: what a peer must do;
 * ``_runner.py``: how it is measured;
-* ``_records.py``: ``records/``, one JSON file for each run, and Markdown tables.
+* ``_records.py``: ``records/``, one JSON file for each run, and Markdown tables;
+* ``_targets.py``: what the records should say.
 """
 
 from __future__ import annotations
@@ -23,3 +24,6 @@ from jsparse.bench._records import render_into as render_into
 from jsparse.bench._records import write_record as write_record
 from jsparse.bench._runner import Options as Options
 from jsparse.bench._runner import run_case as run_case
+from jsparse.bench._targets import choose_targets as choose_targets
+from jsparse.bench._targets import judge_targets as judge_targets
+from jsparse.bench._targets import targets_tables as targets_tables
