@@ -255,6 +255,14 @@ def bench(
         bool, typer.Option(help="Measure forward + backward as well.")
     ] = True,
     repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
+    latency: Annotated[
+        bool,
+        typer.Option(
+            "--latency",
+            help="Spread of 100 calls in place of ratios; without cases, "
+            f"{', '.join(benchmarks.LATENCY_CASES)}.",
+        ),
+    ] = False,
     heads: Annotated[
         int | None, typer.Option(help="Heads, in place of the case's own.")
     ] = None,
@@ -333,6 +341,7 @@ def bench(
             against=None if against is None else tuple(_names(against)),
             backward=backward,
             repeats=repeats,
+            latency=latency,
             heads=heads,
             head_dim=head_dim,
             dtype=dtype,
@@ -341,6 +350,8 @@ def bench(
             min_ratio=min_ratio,
             max_seconds=max_seconds,
         )
+        if latency and not cases and structure is None:
+            cases = list(benchmarks.LATENCY_CASES)
         chosen = benchmarks.choose_cases(known, cases or [], structure is not None)
         made = _folder(folder, "--records") if record else contextlib.nullcontext()
         with made:

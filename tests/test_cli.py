@@ -453,6 +453,16 @@ def test_bench_returns_1_for_a_missed_target():
     assert "more than the 1e-09 s demanded" in done.stderr
 
 
+def test_bench_latency(here: Path):
+    done = call(
+        *("bench", "1ubi_h4_d32", "--structure", SMALL, "--latency"),
+        *("--against", "none", "--no-backward"),
+    )
+    assert done.exit_code == 0, done.stderr
+    assert "forward, 100 calls" in done.stdout
+    assert "P95" in done.stdout
+
+
 def test_bench_prints_targets():
     done = call("bench", "--targets", "mosaic_forward")
     assert done.exit_code == 1

@@ -5,13 +5,15 @@ Called by ``jsparse bench``; it computes with the public operation only.
 * ``_patterns.py``: block lists, and ``data/`` for those that come from a structure;
 * ``_cases.py``: what is measured, by name;
 * ``_peers.py``: what it is measured against; ``_contract.py``: what a peer must do;
-* ``_runner.py``: how it is measured;
+* ``_runner.py``: how it is measured, with ``_contest.py`` for attention and
+  ``_builds.py`` for masks;
 * ``_records.py``: ``records/``, one JSON file for each run, and Markdown tables;
 * ``_targets.py``: what the records should say.
 """
 
 from __future__ import annotations
 
+from jsparse.bench._cases import LATENCY_CASES as LATENCY_CASES
 from jsparse.bench._cases import all_cases as all_cases
 from jsparse.bench._cases import choose_cases as choose_cases
 from jsparse.bench._contract import Peer as Peer

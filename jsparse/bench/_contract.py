@@ -40,12 +40,10 @@ class Task:
     Attributes:
         mask: which blocks are computed, on the host.
         sets: inputs, used in turns.
-        kernels: whether the sum of kernel times on a GPU counts, or the wall clock.
     """
 
     mask: BlockMask
     sets: Sequence[Inputs]
-    kernels: bool
 
 
 class Call(Protocol):
@@ -68,8 +66,12 @@ class Call(Protocol):
         """
         ...
 
-    def times(self, n: int, count: int) -> list[float]:
-        """Seconds of ``count`` calls with the n-th inputs."""
+    def times(self, n: int, count: int, kernels: bool) -> list[float]:
+        """Seconds of ``count`` calls with the n-th inputs.
+
+        With ``kernels``, of each call the sum of its kernels' times on a GPU; else the
+        wall clock's, until the results are ready.
+        """
         ...
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from jsparse import measure
 from jsparse.bench._contract import (
     BLOCKS,
+    CALLS,
     EVERY,
     MASKED,
     Array,
@@ -228,7 +229,7 @@ class JaxContender:
             for *qkv, dout in self.task.sets
         ]
         names = ("out",) if direction == "forward" else ("out", "dq")
-        return JaxCall(compiled, sets, names, self.task.kernels)
+        return JaxCall(compiled, sets, names)
 
     def _ready_backward(self, shapes: Any) -> JaxCall:
         """The backward pass alone: what the forward pass keeps is an argument."""
@@ -239,7 +240,7 @@ class JaxContender:
             _, pull = measure.time_call(compiled.call, *qkv, pattern)
             sets.append((pull, dout))
         backward = self._compile(lambda pull, dout: pull(dout), sets[0])
-        return JaxCall(backward, sets, ("dq",), self.task.kernels)
+        return JaxCall(backward, sets, ("dq",))
 
     def close(self) -> None:
         """See `Contender.close`."""
@@ -288,7 +289,6 @@ class JaxCall:
     compiled: measure.Compiled
     sets: list[Any]
     names: tuple[str, ...]
-    kernels: bool
 
     @property
     def compile_seconds(self) -> float:
@@ -307,14 +307,17 @@ class JaxCall:
         found = zip(self.names, results, strict=False)
         return {name: np.asarray(value[rows]) for name, value in found}
 
-    def times(self, n: int, count: int) -> list[float]:
+    def times(self, n: int, count: int, kernels: bool) -> list[float]:
         """See `Call.times`."""
-        arguments = self.sets[n]
-        if self.kernels:
-            return measure.kernel_times(self.compiled.call, *arguments, count=count)
-        return [
-            measure.time_call(self.compiled.call, *arguments)[0] for _ in range(count)
-        ]
+        call, arguments = self.compiled.call, self.sets[n]
+        if not kernels:
+            return [measure.time_call(call, *arguments)[0] for _ in range(count)]
+        seconds: list[float] = []
+        while len(seconds) < count:
+            # All results of a batch are held at once.
+            batch = min(CALLS, count - len(seconds))
+            seconds += measure.kernel_times(call, *arguments, count=batch)
+        return seconds
 
 
 def _shape(x: Array) -> jax.ShapeDtypeStruct:

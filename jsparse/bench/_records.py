@@ -35,6 +35,10 @@ DIRECTIONS = {
 }
 
 
+_BESIDE = ("latency",)
+_TIMERS = {"wall": "wall clock", "kernels": "kernels"}
+
+
 def records_folder(to_write: bool = False) -> Path:
     """The records that the package ships.
 
@@ -63,7 +67,9 @@ def write_record(record: Record, folder: Path) -> Path:
     stamp = re.sub(r"[^0-9TZ]", "", record["date"].replace("+00:00", "Z"))
     name = _slug(device["device"])
     where = f"{device['platform']}-{name}-{device['cores']}cores"
-    file = folder / f"{record['case']}.{where}.{stamp}.json"
+    # Records of the same case that say something else.
+    kind = f"-{record['kind']}" if record["kind"] in _BESIDE else ""
+    file = folder / f"{record['case']}{kind}.{where}.{stamp}.json"
     write_file(file, to_json(record) + "\n")
     return file
 
@@ -105,9 +111,10 @@ def facts(record: Record) -> list[Facts]:
     if mask["order"] is not None:
         rows.insert(3, ("order", mask["order"]))
     tables = [Facts(record["case"], (), rows)]
-    if record["kind"] == "attention":
+    if record["kind"] in ("attention", *_BESIDE):
+        table = _contest_facts if record["kind"] == "attention" else _latency_facts
         tables += [
-            _contest_facts(record, direction, title)
+            table(record, direction, title)
             for direction, title in DIRECTIONS.items()
             if direction in record
         ]
@@ -142,6 +149,26 @@ def _contest_facts(record: Record, direction: str, title: str) -> Facts:
         *("largest error", "memory"),
     )
     return Facts(f"{record['case']}: {title}", columns, rows, 0)
+
+
+def _latency_facts(record: Record, direction: str, title: str) -> Facts:
+    columns = ("", "", "min", "P50", "P95", "P99", "max", "useful work")
+    rows = _latency_rows(record, direction)
+    return Facts(f"{record['case']}: {title}, 100 calls", columns, rows)
+
+
+def _latency_rows(record: Record, direction: str) -> list[tuple[str, ...]]:
+    rows = []
+    for name, found in record.get(direction, {}).items():
+        for timer, label in _TIMERS.items():
+            if timer not in found:
+                continue
+            times = [found[timer][n] for n in ("min", "p50", "p95", "p99", "max")]
+            # The rate is that of the last timer.
+            last = timer == [key for key in _TIMERS if key in found][-1]
+            rate = format_rate(found["gflops_per_second"]) if last else ""
+            rows.append((_label(name, found), label, *map(format_seconds, times), rate))
+    return rows
 
 
 def format_rate(gflops: float) -> str:
@@ -207,9 +234,10 @@ def markdown(records: Sequence[Record]) -> str:
         >>> markdown([])
         'No benchmark was recorded yet.'
     """
-    newest: dict[str, dict[str, Record]] = {}
+    newest: dict[str, dict[tuple[str, str], Record]] = {}
     for record in records:
-        newest.setdefault(_device(record), {})[record["case"]] = record
+        beside = record["kind"] if record["kind"] in _BESIDE else ""
+        newest.setdefault(_device(record), {})[record["case"], beside] = record
     if not newest:
         return "No benchmark was recorded yet."
     parts = []
@@ -218,9 +246,12 @@ def markdown(records: Sequence[Record]) -> str:
         jax = ", ".join(sorted({record["versions"]["jax"] for record in chosen}))
         parts.append(f"**{device}**, JAX {jax}")
         contests = [r for r in chosen if r["kind"] == "attention"]
-        builds = [r for r in chosen if r["kind"] != "attention"]
+        latencies = [r for r in chosen if r["kind"] == "latency"]
+        builds = [r for r in chosen if r["kind"].startswith("mask")]
         if contests:
             parts.append(_contest_table(contests))
+        if latencies:
+            parts.append(_latency_table(latencies))
         if builds:
             parts.append(_build_table(builds))
     return "\n\n".join(parts)
@@ -274,6 +305,20 @@ def _time_cell(record: Record, name: str, found: Record) -> str:
     if record["device"]["platform"] == "cpu":
         return time
     return f"{time}, {format_rate(found['gflops_per_second'])}"
+
+
+def _latency_table(records: list[Record]) -> str:
+    head = (
+        *("case", "blocks", "pass", "who", "timer", "min", "P50", "P95", "P99"),
+        *("max", "useful work"),
+    )
+    rows = [
+        (record["case"], f"{record['mask']['blocks']:,}", title, *row)
+        for record in sorted(records, key=lambda r: r["mask"]["blocks"])
+        for direction, title in DIRECTIONS.items()
+        for row in _latency_rows(record, direction)
+    ]
+    return _grid(head, rows)
 
 
 def _build_table(records: list[Record]) -> str:

@@ -9,41 +9,32 @@ wall clock's. What is quoted is the ratio of the times of one round.
 from __future__ import annotations
 
 import datetime
-import functools
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jsparse import measure, patterns
+from jsparse import measure
 from jsparse._job import check_channels, check_inputs
 from jsparse.backends import IMPLEMENTATIONS
+from jsparse.bench._builds import build_on_device, build_on_host
 from jsparse.bench._cases import (
-    CUTOFF,
     AttentionCase,
     Case,
-    DeviceMaskCase,
     HostMaskCase,
-    Pattern,
 )
+from jsparse.bench._contest import WORK, Contest
 from jsparse.bench._contract import (
     CALLS,
-    EVERY,
-    Call,
-    Contender,
     Direction,
-    DoesNotFit,
     Inputs,
     Peer,
     Task,
 )
 from jsparse.bench._jax_peers import Ours
-from jsparse.bench._patterns import BLOCK
 from jsparse.bench._peers import PEERS
 from jsparse.measure import BadInput, Progress
 from jsparse.ops import support
@@ -52,15 +43,14 @@ from jsparse.patterns import BlockMask
 Array = Any
 DTYPES = ("float32", "bfloat16", "float16")
 
+LATENCY_CALLS = 100
+
 _SETS = 2  # of inputs, used in turns
-_FEWER = 8  # times fewer rows are checked where every pair counts
-_REASON = 500  # characters of a failure that are kept
 _TIMER = "wall clock; of a compiled call, with its inputs on the device"
 _KERNEL_TIMER = (
     f"CUPTI; sum of kernel times, mean of {CALLS} calls a round, with the inputs on "
     "the device; copies and memsets are not counted"
 )
-_WORK = {"forward": 1.0, "backward": 2.5, "forward_backward": 3.5}
 
 
 @dataclass(frozen=True)
@@ -71,6 +61,7 @@ class Options:
         against: names of peers; None for all that are available and fit in memory.
         backward: whether to measure forward + backward.
         repeats: timed rounds.
+        latency: whether to measure how times are spread, in place of ratios.
         heads: in place of the case's own.
         head_dim: in place of the case's own.
         dtype: in place of the case's own.
@@ -86,6 +77,7 @@ class Options:
     against: tuple[str, ...] | None = None
     backward: bool = True
     repeats: int = 5
+    latency: bool = False
     heads: int | None = None
     head_dim: int | None = None
     dtype: str | None = None
@@ -161,10 +153,18 @@ def run_case(case: Case, options: Options, progress: Progress) -> dict[str, Any]
     measure.reset_peak_memory()
     if isinstance(case, AttentionCase):
         _run_attention(case, options, progress, record)
-    elif isinstance(case, HostMaskCase):
-        _run_host_mask(case, options, progress, record)
+    elif options.latency:
+        raise BadInput(
+            f"case {case.name!r} builds a mask; expected an attention case for "
+            "--latency."
+        )
     else:
-        _run_device_mask(case, options, progress, record)
+        if isinstance(case, HostMaskCase):
+            build_on_host(case, options.repeats, progress, record)
+        else:
+            build_on_device(case, options.repeats, progress, record)
+        record["demanded"] = {"max_seconds": options.max_seconds}
+        _judge_seconds(record, options, record["seconds"]["radius"]["median"])
     record["peak_memory_bytes"] = measure.peak_memory()
     on_device = measure.peak_device_memory()
     if on_device is not None:
@@ -208,13 +208,18 @@ def _run_attention(
         "left_out": {},
     }
     peers, strict = _peers(options, mask, record)
-    contest = _Contest(
-        record, pattern, Task(mask, sets, kernels), [ours, *peers], strict, progress
-    )
-    with contest:
+    task, contenders = Task(mask, sets), [ours, *peers]
+    with Contest(record, pattern, task, contenders, strict, progress) as contest:
         for direction in _directions(options, kernels):
-            contest.run(direction, options.repeats)
-    _judge(record, options)
+            if options.latency:
+                contest.spread_out(direction, LATENCY_CALLS, kernels)
+            else:
+                contest.compare(direction, options.repeats, kernels)
+    if options.latency:
+        record["kind"] = "latency"
+        _judge_errors(record)
+    else:
+        _judge(record, options)
 
 
 def _directions(options: Options, kernels: bool) -> tuple[Direction, ...]:
@@ -269,217 +274,21 @@ def _peers(
     return chosen, strict
 
 
-class _Contest:
-    """Contenders on one pattern; the first is ours. Close it, or use ``with``."""
-
-    def __init__(
-        self,
-        record: dict[str, Any],
-        pattern: Pattern,
-        task: Task,
-        peers: list[Peer],
-        strict: bool,
-        progress: Progress,
-    ):
-        self.record, self.pattern, self.task = record, pattern, task
-        self.ours, self.strict, self.progress = peers[0], strict, progress
-        self.peers = {peer.name: peer for peer in peers}
-        self.rows = measure.choose_rows(pattern.mask.q_len)
-        self.contenders: dict[str, Contender] = {}
-
-    def __enter__(self) -> _Contest:
-        for name, peer in list(self.peers.items()):
-            entered = self._try(name, "start", lambda peer=peer: peer.enter(self.task))
-            if entered is not None:
-                self.contenders[name] = entered
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for contender in self.contenders.values():
-            contender.close()
-
-    def run(self, direction: Direction, repeats: int) -> None:
-        """Compiles, checks and times every contender; fills ``record[direction]``."""
-        calls: dict[str, Call] = {}
-        results = self.record[direction] = {}
-        for name in list(self.contenders):
-            call = self._ready(name, direction)
-            if call is not None:
-                calls[name] = call
-        for name in list(calls):
-            errors = self._errors(name, calls[name], direction)
-            if errors is None:
-                del calls[name]
-                continue
-            results[name] = {
-                "computes": self.peers[name].computes,
-                "compile_seconds": calls[name].compile_seconds,
-                "temporary_bytes": calls[name].temporary_bytes,
-                "errors": errors,
-            }
-        self._conclude(results, self._rounds(direction, calls, repeats), direction)
-
-    def _rounds(
-        self, direction: Direction, calls: dict[str, Call], repeats: int
-    ) -> dict[str, list[float]]:
-        """Times in turns whose order alternates; of contenders that did not fail."""
-        count = CALLS if self.task.kernels else 1
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
-        title = f"{self.record['case']}: {direction.replace('_', ' + ')}"
-        with self.progress.stage(title, total=repeats * len(calls)) as step:
-            for n in range(repeats):
-                turn = list(calls) if n % 2 == 0 else list(calls)[::-1]
-                for name in turn:
-                    which = n % len(self.task.sets)
-                    times = self._try(
-                        *(name, direction),
-                        lambda name=name, which=which: calls[name].times(which, count),
-                    )
-                    if times is None:
-                        del calls[name], seconds[name]
-                    else:
-                        seconds[name].append(float(np.mean(times)))
-                    step()
-        return seconds
-
-    def _conclude(
-        self,
-        results: dict[str, Any],
-        seconds: dict[str, list[float]],
-        direction: Direction,
-    ) -> None:
-        """Fills in times, rates and ratios; drops who failed on the way."""
-        for name in set(results) - set(seconds):
-            del results[name]
-        ours = seconds[self.ours.name]
-        for name, spent in seconds.items():
-            found = results[name]
-            found["seconds"] = _spread(spent)
-            found["rounds"] = spent
-            flops = _WORK[direction] * self._flops(self.peers[name].computes)
-            rate = flops / found["seconds"]["median"] / 1e9
-            found["gflops_per_second"] = rate
-            if spent is not ours:
-                found["ratio"] = _spread(np.divide(spent, ours))
-                found["ours_over_peer"] = _spread(np.divide(ours, spent))
-
-    def _flops(self, computes: str) -> int:
-        """Of the forward pass; useful ones, so what a mask throws away is none."""
-        mask, shape = self.pattern.mask, self.record["input"]
-        every = mask.num_q_blocks * mask.num_kv_blocks
-        blocks = every if computes == EVERY else mask.num_blocks
-        return measure.useful_flops(
-            *(blocks, mask.block_q, mask.block_kv),
-            *(shape["heads"], shape["head_dim"]),
-        )
-
-    def _ready(self, name: str, direction: Direction) -> Call | None:
-        title = f"compile {name}, {direction.replace('_', ' + ')}"
-        with self.progress.stage(f"{self.record['case']}: {title}"):
-            return self._try(
-                name, direction, lambda: self.contenders[name].ready(direction)
-            )
-
-    def _errors(
-        self, name: str, call: Call, direction: Direction
-    ) -> dict[str, Any] | None:
-        """Errors of the output and of dq on some rows; this call also warms up."""
-        rows, expected = self._expected(self.peers[name].computes)
-        with self.progress.stage(f"{self.record['case']}: check {name}"):
-            found = self._try(name, direction, lambda: call.rows(rows))
-            if found is None:
-                return None
-            return {
-                what: expected(what).check(value).to_dict()
-                for what, value in found.items()
-            }
-
-    @functools.cache  # noqa: B019 (the contest is short-lived; contenders share these)
-    def _expected(self, computes: str) -> tuple[np.ndarray, Any]:
-        """Rows to look at, and what they should be; the same for many contenders."""
-        rows, kv_len = self.rows, self.pattern.mask.kv_len
-        if computes == EVERY:
-            # Each of these rows takes as long as many of a sparse pattern.
-            rows = rows[::_FEWER]
-            allowed = (np.broadcast_to(np.True_, (len(rows), kv_len)),)
-        else:
-            allowed = self.pattern.allowed(rows)
-        q, k, v, dout = map(np.asarray, self.task.sets[0])
-
-        @functools.cache
-        def expected(what: str) -> measure.ExpectedRows:
-            cotangent = None if what == "out" else dout
-            return measure.expect_rows(rows, q, k, v, allowed, q.dtype, dout=cotangent)
-
-        return rows, expected
-
-    def _try[T](self, name: str, where: str, action: Callable[[], T]) -> T | None:
-        """What the action gives, or None if a peer cannot go on and is left out.
-
-        A failure of ours is raised. So is one for want of memory of a peer that was
-        asked for; any other failure of such a peer counts as missed.
-        """
-        if name == self.ours.name:
-            try:
-                return action()
-            except DoesNotFit as err:
-                raise self._no_room(name, where, err) from err
-        try:
-            return action()
-        except DoesNotFit as err:
-            if self.strict:
-                raise self._no_room(name, where, err) from err
-            reason = str(err)
-        except Exception as err:  # noqa: BLE001 (other people's code; kept in the record)
-            reason = " ".join(f"{type(err).__name__}: {err}".split())[:_REASON]
-            if self.strict:
-                self.record["missed"].append(
-                    f"{self.record['case']}, {where}: {name} failed: {reason}"
-                )
-        self.record["left_out"][name] = f"{where}: {reason}"
-        if name in self.contenders:
-            self.contenders.pop(name).close()
-        return None
-
-    def _no_room(self, name: str, where: str, err: DoesNotFit) -> BadInput:
-        return BadInput(
-            f"{self.record['case']}: {name}, {where}: {err}. Choose a smaller case, "
-            "fewer heads, --no-backward, or --against none."
-        )
-
-
-def _spread(values: Any) -> dict[str, float]:
-    x = np.asarray(values, np.float64)
-    return {
-        "count": len(x),
-        "min": float(x.min()),
-        "median": float(np.median(x)),
-        "max": float(x.max()),
-    }
-
-
 def _judge(record: dict[str, Any], options: Options) -> None:
     """Lists what is wrong or was not reached."""
     record["demanded"] = {
         "min_ratio": options.min_ratio,
         "max_seconds": options.max_seconds,
     }
-    for direction in _WORK:
-        for name, found in record.get(direction, {}).items():
-            where = f"{record['case']}, {direction}, {name}"
-            for what, check in found["errors"].items():
-                if name == record["ours"] and not check["ok"]:
-                    record["missed"].append(
-                        f"{where}: {what} is wrong: error {check['max_error']:.1e}, at "
-                        f"most {check['tolerance']:.1e} is rounding."
-                    )
-            ratio = found.get("ratio")
-            least = options.min_ratio
-            if ratio and least is not None and ratio["median"] < least:
-                record["missed"].append(
-                    f"{where}: its time / ours is {ratio['median']:.2f}, less than the "
-                    f"{least:g} demanded."
-                )
+    _judge_errors(record)
+    least = options.min_ratio
+    for where, _, found in _results(record):
+        ratio = found.get("ratio")
+        if ratio and least is not None and ratio["median"] < least:
+            record["missed"].append(
+                f"{where}: its time / ours is {ratio['median']:.2f}, less than the "
+                f"{least:g} demanded."
+            )
     if options.min_ratio is not None and len(record["forward"]) < 2:
         record["missed"].append(
             f"{record['case']}: no peer ran, so no ratio of {options.min_ratio:g} was "
@@ -489,103 +298,27 @@ def _judge(record: dict[str, Any], options: Options) -> None:
     _judge_seconds(record, options, median)
 
 
+def _judge_errors(record: dict[str, Any]) -> None:
+    """Lists which of our results are wrong."""
+    for where, name, found in _results(record):
+        for what, check in found["errors"].items():
+            if name == record["ours"] and not check["ok"]:
+                record["missed"].append(
+                    f"{where}: {what} is wrong: error {check['max_error']:.1e}, at "
+                    f"most {check['tolerance']:.1e} is rounding."
+                )
+
+
+def _results(record: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Where, whose, and what was found."""
+    for direction in WORK:
+        for name, found in record.get(direction, {}).items():
+            yield f"{record['case']}, {direction}, {name}", name, found
+
+
 def _judge_seconds(record: dict[str, Any], options: Options, median: float) -> None:
     most = options.max_seconds
     if most is not None and median > most:
         record["missed"].append(
             f"{record['case']}: {median:.3g} s, more than the {most:g} s demanded."
         )
-
-
-# --------------------------------------------------------------------------- masks
-
-
-def _run_host_mask(
-    case: HostMaskCase, options: Options, progress: Progress, record: dict[str, Any]
-) -> None:
-    """Times `order` and `radius`, the latter in each order that was tried."""
-    with progress.stage(f"{case.name}: read"):
-        coords = case.coords()
-    sizes = {"block_q": BLOCK, "block_kv": BLOCK}
-    spent: dict[str, list[float]] = {"order": [], "radius": [], "radius_file_order": []}
-    with progress.stage(f"{case.name}: build", total=options.repeats) as step:
-        for _ in range(options.repeats):
-            start = time.perf_counter()
-            ordering = patterns.order(coords, CUTOFF, method=case.order, **sizes)
-            spent["order"].append(time.perf_counter() - start)
-            placed = ordering.apply(coords)
-            for name, points in (("radius", placed), ("radius_file_order", coords)):
-                start = time.perf_counter()
-                built = patterns.radius(points, CUTOFF, **sizes)
-                spent[name].append(time.perf_counter() - start)
-                if name == "radius":
-                    mask = built
-            step()
-    record |= {
-        "kind": "mask on the host",
-        "cutoff": CUTOFF,
-        "mask": mask.summary() | {"order": ordering.method},
-        "orders": ordering.table(),
-        "seconds": {name: _spread(values) for name, values in spent.items()},
-    }
-    record["demanded"] = {"max_seconds": options.max_seconds}
-    _judge_seconds(record, options, record["seconds"]["radius"]["median"])
-
-
-def _run_device_mask(
-    case: DeviceMaskCase, options: Options, progress: Progress, record: dict[str, Any]
-) -> None:
-    """Times `patterns.device.radius` under ``jit``; capacity is taken from the host."""
-    with progress.stage(f"{case.name}: order"):
-        coords = case.coords()
-        sizes = {"block_q": BLOCK, "block_kv": BLOCK}
-        ordering = patterns.order(coords, CUTOFF, method=case.order, **sizes)
-        placed = ordering.apply(coords)
-        host = patterns.radius(placed, CUTOFF, **sizes)
-    capacity = -(-host.summary()["row_max"] // 8) * 8
-
-    def build(points: Array) -> BlockMask:
-        return patterns.device.radius(points, CUTOFF, capacity=capacity, **sizes)
-
-    points = jnp.asarray(placed)
-    with progress.stage(f"{case.name}: compile"):
-        compiled = measure.compile_call(build, points)
-        _, mask = measure.time_call(compiled.call, points)
-        mask.check()
-    seconds = []
-    with progress.stage(f"{case.name}: build", total=options.repeats) as step:
-        for _ in range(options.repeats):
-            seconds.append(measure.time_call(compiled.call, points)[0])
-            step()
-    wrong = _different_blocks(mask, host, placed)
-    record |= {
-        "kind": "mask on the device",
-        "cutoff": CUTOFF,
-        "mask": mask.summary() | {"order": ordering.method},
-        "capacity": capacity,
-        "wrong_blocks": wrong,
-        "compile_seconds": compiled.seconds,
-        "temporary_bytes": compiled.temporary_bytes,
-        "seconds": {"radius": _spread(seconds)},
-    }
-    if wrong:
-        record["missed"].append(
-            f"{record['case']}: {wrong} blocks differ from the mask of the host."
-        )
-    record["demanded"] = {"max_seconds": options.max_seconds}
-    _judge_seconds(record, options, record["seconds"]["radius"]["median"])
-
-
-def _different_blocks(mask: BlockMask, host: BlockMask, coords: np.ndarray) -> int:
-    """Blocks that only one of two masks lists, but for those at the very cut-off.
-
-    Both list a block whose closest atoms lie at the cut-off to within rounding, or not.
-    """
-    differ = (mask.block_states() != 0) != (host.block_states() != 0)
-    count = 0
-    for row, column in np.argwhere(differ[0, 0]):
-        a = coords[row * BLOCK : (row + 1) * BLOCK].astype(np.float64)
-        b = coords[column * BLOCK : (column + 1) * BLOCK].astype(np.float64)
-        closest = np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1).min())
-        count += abs(closest - CUTOFF) > 1e-4
-    return int(count)

@@ -107,9 +107,9 @@ class TorchCall:
         """See `Call.rows`."""
         return self.worker.ask("rows", self.direction, rows)
 
-    def times(self, n: int, count: int) -> list[float]:
+    def times(self, n: int, count: int, kernels: bool) -> list[float]:
         """See `Call.times`."""
-        return self.worker.ask("times", self.direction, n, count)
+        return self.worker.ask("times", self.direction, n, count, kernels)
 
 
 class Worker:

@@ -104,17 +104,18 @@ class Session:
         chosen = value[self.torch.from_numpy(rows).to(self.device)]
         return {name: chosen.float().cpu().numpy()}
 
-    def times(self, direction: str, n: int, count: int) -> list[float]:
+    def times(self, direction: str, n: int, count: int, kernels: bool) -> list[float]:
         """Seconds of ``count`` calls with the n-th set, after one more to warm up."""
         call = self.calls[direction][n]
         call()
         self._wait()
-        if self.device == "cuda":
+        if kernels:
             return self._kernel_times(call, count)
         seconds = []
         for _ in range(count):
             start = time.perf_counter()
             call()
+            self._wait()
             seconds.append(time.perf_counter() - start)
         return seconds
 

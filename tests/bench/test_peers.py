@@ -177,7 +177,7 @@ def test_session_gives_rows_and_gradients(monkeypatch, dtype):
         assert list(found) == [what]
         check = expected.check(found[what])
         assert check.norm_error < (1e-5 if dtype == jnp.float32 else 2e-2)
-        times = session.times(direction, 1, 3)
+        times = session.times(direction, 1, 3, False)
         assert len(times) == 3
         assert min(times) > 0
     session.drop()
@@ -201,18 +201,18 @@ def test_torch_contest_asks_the_process(monkeypatch):
     monkeypatch.setattr(_torch_peers, "Worker", Echo)
     peer = _torch_peers.TorchPeer("flex", ("torch",), "pip install torch", ())
     q, k, v, dout = map(jnp.asarray, arrays())
-    task = Task(PATTERN.mask, [(q, k, v, dout)] * 2, kernels=True)
+    task = Task(PATTERN.mask, [(q, k, v, dout)] * 2)
     contender = peer.enter(task)
     assert asked[0] == ("made", "flex", "cuda")
     assert [question[0] for question in asked[1:]] == ["start", *["take"] * 8]
     call = contender.ready("backward")
     assert (call.compile_seconds, call.temporary_bytes) == (1.5, 100)
     assert call.rows(ROWS)["out"] is ROWS
-    assert call.times(1, 10) == [2.0]
+    assert call.times(1, 10, True) == [2.0]
     contender.close()
     assert asked[-3:] == [
         ("rows", "backward", ROWS),
-        ("times", "backward", 1, 10),
+        ("times", "backward", 1, 10, True),
         ("drop",),
     ]
     peer.enter(task)

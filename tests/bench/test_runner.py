@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsparse.bench import PEERS, Options, _runner, run_case
+from jsparse.bench import PEERS, Options, _builds, _runner, run_case
 from jsparse.bench._cases import (
     AttentionCase,
     DeviceMaskCase,
@@ -64,9 +64,9 @@ def test_turns_alternate(monkeypatch):
     turns = []
     real = JaxCall.times
 
-    def spy(call, n, count):
+    def spy(call, n, count, kernels):
         turns.append((call.temporary_bytes, n, count))
-        return real(call, n, count)
+        return real(call, n, count, kernels)
 
     monkeypatch.setattr(JaxCall, "times", spy)
     record = run(backward=False, repeats=4)
@@ -108,6 +108,36 @@ def test_gpus_are_timed_by_kernels_and_backward_alone(kernels):
         dense = record[direction]["dense"]
         ratios = np.divide(found["rounds"], dense["rounds"])
         assert dense["ours_over_peer"]["median"] == pytest.approx(np.median(ratios))
+
+
+def test_latency_is_a_record_of_its_own(kernels, monkeypatch):
+    monkeypatch.setattr(_runner, "LATENCY_CALLS", 12)
+    record = run(latency=True, against=("dense",))
+    assert record["kind"] == "latency"
+    assert record["missed"] == []
+    assert kernels == [10, 2] * 4
+    for direction in ("forward", "backward"):
+        for found in record[direction].values():
+            for timer in ("wall", "kernels"):
+                assert found[timer]["count"] == 12
+                assert found[timer]["min"] <= found[timer]["p50"] <= found[timer]["max"]
+            assert "ratio" not in found
+    work = 4 * 8 * 128 * 128 * 2 * 16
+    found = record["forward"]["xla"]
+    rate = work / found["kernels"]["p50"] / 1e9
+    assert found["gflops_per_second"] == pytest.approx(rate)
+
+
+def test_latency_on_a_cpu_has_no_kernels(monkeypatch):
+    monkeypatch.setattr(_runner, "LATENCY_CALLS", 3)
+    record = run(latency=True, against=(), backward=False)
+    assert "kernels" not in record["forward"]["xla"]
+
+
+def test_latency_needs_attention():
+    case = HostMaskCase("m", "a test", functools.partial(ball, 2000), "auto")
+    with pytest.raises(BadInput, match="expected an attention case for --latency"):
+        run(case, latency=True)
 
 
 class Everything(JaxPeer):
@@ -191,7 +221,7 @@ def test_static_patterns_are_closed_over():
     for traced in (False, True):
         ours = Planned("mosaic_gpu", traced=traced)
         assert ours.static is not traced
-        contender = ours.enter(Task(mask, sets, kernels=False))
+        contender = ours.enter(Task(mask, sets))
         rows = np.arange(3)
         assert list(contender.ready("backward").rows(rows)) == ["dq"]
         assert list(contender.ready("forward").rows(rows)) == ["out"]
@@ -359,9 +389,9 @@ def test_device_mask_case(monkeypatch):
     assert record["wrong_blocks"] == 0
     assert record["missed"] == []
 
-    real = _runner.patterns.device.radius
+    real = _builds.patterns.device.radius
     monkeypatch.setattr(
-        _runner.patterns.device,
+        _builds.patterns.device,
         "radius",
         lambda points, cutoff, **rest: real(points, cutoff * 0.7, **rest),
     )
