@@ -263,6 +263,14 @@ def bench(
             f"{', '.join(benchmarks.LATENCY_CASES)}.",
         ),
     ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="Hardware counters of our kernels, read by Nsight Compute, in place "
+            "of ratios.",
+        ),
+    ] = False,
     heads: Annotated[
         int | None, typer.Option(help="Heads, in place of the case's own.")
     ] = None,
@@ -341,7 +349,7 @@ def bench(
             against=None if against is None else tuple(_names(against)),
             backward=backward,
             repeats=repeats,
-            latency=latency,
+            kind=_kind(latency, profile),
             heads=heads,
             head_dim=head_dim,
             dtype=dtype,
@@ -391,6 +399,12 @@ def _render(folder: Path, file: Path | None, check: bool, json: bool) -> int:
         return 0
     _say(f"{file}: the table is out of date. Run: jsparse bench --render {file}")
     return 1
+
+
+def _kind(latency: bool, profile: bool) -> Any:
+    if latency and profile:
+        raise BadInput("--latency and --profile were given; expected one of them.")
+    return "latency" if latency else "profile" if profile else "attention"
 
 
 def _targets(folder: Path, groups: list[str], json: bool) -> int:

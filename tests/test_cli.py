@@ -478,6 +478,8 @@ def test_bench_prints_targets():
     "arguments, message",
     [
         ([], "name at least one case"),
+        (["seed800", "--profile"], "--profile cannot run here: it needs an NVIDIA"),
+        (["seed800", "--profile", "--latency"], "expected one of them"),
         (["--targets", "seed800"], "unknown group of targets 'seed800'"),
         (["seed"], "unknown case 'seed'"),
         (["seed800", "--against", "fa9"], "unknown peer 'fa9'; expected dense, fa4"),

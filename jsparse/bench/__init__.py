@@ -8,6 +8,7 @@ Called by ``jsparse bench``; it computes with the public operation only.
 * ``_runner.py``: how it is measured, with ``_contest.py`` for attention and
   ``_builds.py`` for masks;
 * ``_records.py``: ``records/``, one JSON file for each run, and Markdown tables;
+* ``_profile.py``: hardware counters;
 * ``_targets.py``: what the records should say.
 """
 

@@ -35,7 +35,8 @@ DIRECTIONS = {
 }
 
 
-_BESIDE = ("latency",)
+_BESIDE = ("latency", "profile")
+_COUNTERS = ("tensor", "SM", "memory", "occupancy", "read", "written")
 _TIMERS = {"wall": "wall clock", "kernels": "kernels"}
 
 
@@ -111,10 +112,9 @@ def facts(record: Record) -> list[Facts]:
     if mask["order"] is not None:
         rows.insert(3, ("order", mask["order"]))
     tables = [Facts(record["case"], (), rows)]
-    if record["kind"] in ("attention", *_BESIDE):
-        table = _contest_facts if record["kind"] == "attention" else _latency_facts
+    if record["kind"] in _PASS_FACTS:
         tables += [
-            table(record, direction, title)
+            _PASS_FACTS[record["kind"]](record, direction, title)
             for direction, title in DIRECTIONS.items()
             if direction in record
         ]
@@ -149,6 +149,37 @@ def _contest_facts(record: Record, direction: str, title: str) -> Facts:
         *("largest error", "memory"),
     )
     return Facts(f"{record['case']}: {title}", columns, rows, 0)
+
+
+def _profile_facts(record: Record, direction: str, title: str) -> Facts:
+    columns = ("kernel", "time", *_COUNTERS)
+    rows = [(_short(row[0]), *row[1:]) for row in _profile_rows(record, direction)]
+    return Facts(f"{record['case']}: {title}, counters", columns, rows)
+
+
+def _profile_rows(record: Record, direction: str) -> list[tuple[str, ...]]:
+    rows = []
+    for found in record.get(direction, []):
+        time = found["seconds"]
+        percents = [found[f"{n}_percent"] for n in ("tensor", "sm", "dram")]
+        occupancy = found["occupancy_percent"]
+        rows.append(
+            (
+                found["kernel"],
+                "" if time is None else format_seconds(time),
+                *("" if x is None else f"{x:.1f} %" for x in (*percents, occupancy)),
+                *(
+                    "" if x is None else format_bytes(x)
+                    for x in (found["dram_read_bytes"], found["dram_write_bytes"])
+                ),
+            )
+        )
+    return rows
+
+
+def _short(name: str) -> str:
+    """The name of a kernel without its signature."""
+    return name.split("(")[0].split("<")[0][-40:]
 
 
 def _latency_facts(record: Record, direction: str, title: str) -> Facts:
@@ -218,6 +249,12 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+_PASS_FACTS = {
+    "attention": _contest_facts,
+    "latency": _latency_facts,
+    "profile": _profile_facts,
+}
+
 # ------------------------------------------------------------------------ Markdown
 
 
@@ -247,11 +284,14 @@ def markdown(records: Sequence[Record]) -> str:
         parts.append(f"**{device}**, JAX {jax}")
         contests = [r for r in chosen if r["kind"] == "attention"]
         latencies = [r for r in chosen if r["kind"] == "latency"]
+        profiles = [r for r in chosen if r["kind"] == "profile"]
         builds = [r for r in chosen if r["kind"].startswith("mask")]
         if contests:
             parts.append(_contest_table(contests))
         if latencies:
             parts.append(_latency_table(latencies))
+        if profiles:
+            parts.append(_profile_table(profiles))
         if builds:
             parts.append(_build_table(builds))
     return "\n\n".join(parts)
@@ -317,6 +357,18 @@ def _latency_table(records: list[Record]) -> str:
         for record in sorted(records, key=lambda r: r["mask"]["blocks"])
         for direction, title in DIRECTIONS.items()
         for row in _latency_rows(record, direction)
+    ]
+    return _grid(head, rows)
+
+
+def _profile_table(records: list[Record]) -> str:
+    """Shares of the GPU's peaks that our kernels reach."""
+    head = ("case", "pass", "kernel", "time", *_COUNTERS)
+    rows = [
+        (record["case"], title, _short(row[0]), *row[1:])
+        for record in records
+        for direction, title in DIRECTIONS.items()
+        for row in _profile_rows(record, direction)
     ]
     return _grid(head, rows)
 

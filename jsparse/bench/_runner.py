@@ -12,7 +12,7 @@ import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,7 @@ from jsparse import measure
 from jsparse._job import check_channels, check_inputs
 from jsparse.backends import IMPLEMENTATIONS
 from jsparse.bench._builds import build_on_device, build_on_host
-from jsparse.bench._cases import (
-    AttentionCase,
-    Case,
-    HostMaskCase,
-)
+from jsparse.bench._cases import AttentionCase, Case, HostMaskCase, all_cases
 from jsparse.bench._contest import WORK, Contest
 from jsparse.bench._contract import (
     CALLS,
@@ -34,8 +30,9 @@ from jsparse.bench._contract import (
     Peer,
     Task,
 )
-from jsparse.bench._jax_peers import Ours
+from jsparse.bench._jax_peers import Ours, no_gpu
 from jsparse.bench._peers import PEERS
+from jsparse.bench._profile import Pass, of_the_pass, profile_pass
 from jsparse.measure import BadInput, Progress
 from jsparse.ops import support
 from jsparse.patterns import BlockMask
@@ -61,7 +58,8 @@ class Options:
         against: names of peers; None for all that are available and fit in memory.
         backward: whether to measure forward + backward.
         repeats: timed rounds.
-        latency: whether to measure how times are spread, in place of ratios.
+        kind: of record: ``"attention"`` compares, ``"latency"`` measures how times are
+            spread, ``"profile"`` reads hardware counters.
         heads: in place of the case's own.
         head_dim: in place of the case's own.
         dtype: in place of the case's own.
@@ -77,7 +75,7 @@ class Options:
     against: tuple[str, ...] | None = None
     backward: bool = True
     repeats: int = 5
-    latency: bool = False
+    kind: Literal["attention", "latency", "profile"] = "attention"
     heads: int | None = None
     head_dim: int | None = None
     dtype: str | None = None
@@ -153,10 +151,10 @@ def run_case(case: Case, options: Options, progress: Progress) -> dict[str, Any]
     measure.reset_peak_memory()
     if isinstance(case, AttentionCase):
         _run_attention(case, options, progress, record)
-    elif options.latency:
+    elif options.kind != "attention":
         raise BadInput(
             f"case {case.name!r} builds a mask; expected an attention case for "
-            "--latency."
+            f"--{options.kind}."
         )
     else:
         if isinstance(case, HostMaskCase):
@@ -193,7 +191,7 @@ def _run_attention(
     ours = Ours(_implementation(options, sets[0], mask), options.traced)
     kernels = record["device"]["platform"] == "gpu"
     record |= {
-        "kind": "attention",
+        "kind": options.kind,
         "ours": ours.name,
         "pattern": "static" if ours.static else "traced",
         "timer": _KERNEL_TIMER if kernels else _TIMER,
@@ -207,19 +205,46 @@ def _run_attention(
         },
         "left_out": {},
     }
+    if options.kind == "profile":
+        del sets  # the child makes its own
+        _run_profile(case, options, progress, record)
+        return
     peers, strict = _peers(options, mask, record)
     task, contenders = Task(mask, sets), [ours, *peers]
     with Contest(record, pattern, task, contenders, strict, progress) as contest:
         for direction in _directions(options, kernels):
-            if options.latency:
+            if options.kind == "latency":
                 contest.spread_out(direction, LATENCY_CALLS, kernels)
             else:
                 contest.compare(direction, options.repeats, kernels)
-    if options.latency:
-        record["kind"] = "latency"
+    if options.kind == "latency":
         _judge_errors(record)
     else:
         _judge(record, options)
+
+
+def _run_profile(
+    case: AttentionCase, options: Options, progress: Progress, record: dict[str, Any]
+) -> None:
+    """Fills in the counters of each pass; results are checked by the other runs."""
+    reason = no_gpu()
+    if reason is not None:
+        raise BadInput(f"--profile cannot run here: {reason}.")
+    if case.name not in all_cases():
+        raise BadInput(
+            f"case {case.name!r} is of a structure file; expected a named case for "
+            "--profile, see --list."
+        )
+    shape = record["input"]
+    record["timer"] = "ncu --clock-control none; means of a kernel's launches"
+    for direction in _directions(options, True):
+        what = Pass(
+            *(case.name, direction, record["ours"], options.traced),
+            *(shape["heads"], shape["head_dim"], shape["dtype"]),
+        )
+        title = f"{record['case']}: counters, {direction}"
+        with progress.stage(title):
+            record[direction] = of_the_pass(profile_pass(what))
 
 
 def _directions(options: Options, kernels: bool) -> tuple[Direction, ...]:

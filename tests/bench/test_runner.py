@@ -112,7 +112,7 @@ def test_gpus_are_timed_by_kernels_and_backward_alone(kernels):
 
 def test_latency_is_a_record_of_its_own(kernels, monkeypatch):
     monkeypatch.setattr(_runner, "LATENCY_CALLS", 12)
-    record = run(latency=True, against=("dense",))
+    record = run(kind="latency", against=("dense",))
     assert record["kind"] == "latency"
     assert record["missed"] == []
     assert kernels == [10, 2] * 4
@@ -130,14 +130,14 @@ def test_latency_is_a_record_of_its_own(kernels, monkeypatch):
 
 def test_latency_on_a_cpu_has_no_kernels(monkeypatch):
     monkeypatch.setattr(_runner, "LATENCY_CALLS", 3)
-    record = run(latency=True, against=(), backward=False)
+    record = run(kind="latency", against=(), backward=False)
     assert "kernels" not in record["forward"]["xla"]
 
 
 def test_latency_needs_attention():
     case = HostMaskCase("m", "a test", functools.partial(ball, 2000), "auto")
     with pytest.raises(BadInput, match="expected an attention case for --latency"):
-        run(case, latency=True)
+        run(case, kind="latency")
 
 
 class Everything(JaxPeer):
