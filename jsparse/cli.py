@@ -304,6 +304,13 @@ def bench(
         float | None,
         typer.Option(help="Exit with 1 if our median time is more than this."),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw the newest records into this folder, and leave: rates.png, "
+            "density.png."
+        ),
+    ] = None,
     targets: Annotated[
         bool,
         typer.Option(
@@ -337,6 +344,9 @@ def bench(
             raise BadInput("--check needs --render FILE, the file to compare.")
         if table or render is not None:
             raise typer.Exit(_render(folder, render, check, json))
+        if plot is not None:
+            _plot(folder, plot, json)
+            return
         if targets:
             raise typer.Exit(_targets(folder, cases or [], json))
         if structure is not None:
@@ -399,6 +409,18 @@ def _render(folder: Path, file: Path | None, check: bool, json: bool) -> int:
         return 0
     _say(f"{file}: the table is out of date. Run: jsparse bench --render {file}")
     return 1
+
+
+def _plot(records: Path, out: Path, json: bool) -> None:
+    found = benchmarks.plots(benchmarks.read_records(records))
+    with _folder(out, "--plot"):
+        for name, picture in found.items():
+            report.write_file(out / name, picture)
+    if json:
+        print(to_json([str(out / name) for name in found]))
+        return
+    for name in found:
+        _say(f"Picture: {out / name}")
 
 
 def _kind(latency: bool, profile: bool) -> Any:

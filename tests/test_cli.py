@@ -463,6 +463,14 @@ def test_bench_latency(here: Path):
     assert "P95" in done.stdout
 
 
+def test_bench_plots(here: Path):
+    done = call("bench", "--plot", "p")
+    assert done.exit_code == 0, done.stderr
+    assert "Picture: p/rates.png" in done.stderr
+    assert (here / "p" / "rates.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads(call("bench", "--plot", "p", "--json").stdout) == ["p/rates.png"]
+
+
 def test_bench_prints_targets():
     done = call("bench", "--targets", "mosaic_forward")
     assert done.exit_code == 1

@@ -9,6 +9,7 @@ Called by ``jsparse bench``; it computes with the public operation only.
   ``_builds.py`` for masks;
 * ``_records.py``: ``records/``, one JSON file for each run, and Markdown tables;
 * ``_profile.py``: hardware counters;
+* ``_plots.py``: pictures of the records;
 * ``_targets.py``: what the records should say.
 """
 
@@ -19,6 +20,7 @@ from jsparse.bench._cases import all_cases as all_cases
 from jsparse.bench._cases import choose_cases as choose_cases
 from jsparse.bench._contract import Peer as Peer
 from jsparse.bench._peers import PEERS as PEERS
+from jsparse.bench._plots import plots as plots
 from jsparse.bench._records import facts as facts
 from jsparse.bench._records import markdown as markdown
 from jsparse.bench._records import read_records as read_records
