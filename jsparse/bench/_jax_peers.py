@@ -328,7 +328,7 @@ DENSE_KERNELS = (
     DenseKernel("cudnn", cudnn, (), "", ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12")),
     DenseKernel("tokamax", tokamax, ("tokamax",), "pip install tokamax", ("tokamax",)),
     DenseKernel(
-        *("fa3", fa3, ("flash_attn3_jax",)),
+        *("fa3", fa3, ("flash_attn3_jax", "einops")),
         *("pip install flash-attn3-jax", ("flash-attn3-jax",)),
     ),
 )

@@ -187,10 +187,15 @@ def _contenders(records: Sequence[Record]) -> list[str]:
 
 
 def _rates(record: Record, direction: str) -> dict[str, float]:
+    """Useful GFLOP/s of each; older records have those of ours only."""
+    named = _named(record, direction)
+    if _OURS not in named:
+        return {}
+    ours = named[_OURS]
+    work = ours["gflops_per_second"] * ours["seconds"]["median"]
     return {
-        name: found["gflops_per_second"]
-        for name, found in _named(record, direction).items()
-        if "gflops_per_second" in found
+        name: found.get("gflops_per_second", work / found["seconds"]["median"])
+        for name, found in named.items()
     }
 
 

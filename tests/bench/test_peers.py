@@ -33,7 +33,7 @@ def arrays(dtype=jnp.float32):
         ("fa4", ["torch", "flash_attn"], "pip install torch flash-attn-4"),
         ("flex", ["torch"], "pip install torch"),
         ("tokamax", ["tokamax"], "pip install tokamax"),
-        ("fa3", ["flash_attn3_jax"], "pip install flash-attn3-jax"),
+        ("fa3", ["flash_attn3_jax", "einops"], "pip install flash-attn3-jax"),
     ],
 )
 def test_peers_say_what_is_not_installed(monkeypatch, name, modules, install):

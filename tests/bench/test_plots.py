@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from jsparse.bench import _plots, plots
+from jsparse.bench import _plots, plots, read_records, records_folder
 from jsparse.measure import BadInput
 
 DENSE = {"cudnn": 8.6e-3, "tokamax": 9.1e-3, "fa3": 11.2e-3}
@@ -109,9 +109,16 @@ def test_newest_of_the_gpu_is_drawn(monkeypatch):
 
 
 def test_shipped_records_are_drawn():
-    from jsparse.bench import read_records, records_folder
-
     assert "rates.png" in plots(read_records(records_folder()))
+
+
+def test_rates_of_records_that_have_ours_only():
+    old = record("seed800", 0.2)
+    ours, peer = (old["forward"][name] for name in ("mosaic_gpu", "fa4"))
+    rate = peer.pop("gflops_per_second")
+    assert _plots._rates(old, "forward")["fa4"] == pytest.approx(rate)
+    assert _plots._rates(old, "forward")["ours"] == ours["gflops_per_second"]
+    assert _plots._rates(old, "forward_backward") == {}
 
 
 def test_nothing_to_draw():
