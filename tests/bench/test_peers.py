@@ -105,6 +105,18 @@ def test_kernels_of_a_profile():
         _torch_worker.sums([], 1)
 
 
+@pytest.mark.parametrize("logs", [[4], [3, 2, 2]])
+def test_kernels_that_do_not_divide_are_timed_call_by_call(monkeypatch, logs):
+    given = iter(logs)
+
+    def found(self, call, count):
+        return [(float(n), 1e6) for n in range(next(given))]
+
+    session = object.__new__(_torch_worker.Session)
+    monkeypatch.setattr(_torch_worker.Session, "_kernels", found)
+    assert session._kernel_times(lambda: None, 2) == [2.0, 2.0]
+
+
 # ------------------------------------------------------------------------ the process
 
 

@@ -72,10 +72,27 @@ def test_kernel_times_are_those_of_cupti(monkeypatch, found, expected):
     assert asked == [(compiled.call, 2)]
 
 
+def test_calls_whose_kernels_differ_are_timed_one_by_one(monkeypatch):
+    from jax.experimental.mosaic.gpu import profiler
+
+    times = iter([1.0, 2.0, 3.0])
+
+    def measure(call, *, iterations):
+        if iterations > 1:
+            raise RuntimeError("Kernel names are not consistent across iterations")
+        return lambda *args: (None, next(times))
+
+    monkeypatch.setattr(profiler, "measure", measure)
+    found = kernel_times(jnp.tanh, jnp.ones(3), count=3)
+    assert found == pytest.approx([1e-3, 2e-3, 3e-3])
+
+
 def test_a_cpu_has_no_kernel_times(monkeypatch):
     from jax.experimental.mosaic.gpu import profiler
 
-    nothing = lambda call, iterations: lambda *args: (None, None)  # noqa: E731
+    def nothing(call, iterations):
+        return lambda *args: (None, None)
+
     monkeypatch.setattr(profiler, "measure", nothing)
     with pytest.raises(RuntimeError, match="CUPTI saw no kernels"):
         kernel_times(jnp.tanh, jnp.ones(3))
