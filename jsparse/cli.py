@@ -252,7 +252,10 @@ def bench(
         ),
     ] = None,
     backward: Annotated[
-        bool, typer.Option(help="Measure forward + backward as well.")
+        bool,
+        typer.Option(
+            help="Measure the backward pass as well, on a CPU with the forward pass."
+        ),
     ] = True,
     repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
     latency: Annotated[

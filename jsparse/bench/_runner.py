@@ -189,6 +189,8 @@ def _run_attention(
     check_inputs(4 * _SETS, mask.q_len, heads, head_dim, size)
     sets = [_inputs(seed, mask, heads, head_dim, dtype) for seed in range(_SETS)]
     ours = Ours(_implementation(options, sets[0], mask), options.traced)
+    if options.traced:
+        record["case"] += "-traced"
     kernels = record["device"]["platform"] == "gpu"
     record |= {
         "kind": options.kind,

@@ -237,6 +237,11 @@ def test_overrides_make_another_case():
     assert record["missed"] == []
 
 
+def test_a_traced_mask_makes_another_case():
+    record = run(traced=True, backward=False, against=())
+    assert (record["case"], record["pattern"]) == ("tiny-traced", "traced")
+
+
 def test_wrong_results_are_missed(monkeypatch):
     real = Ours.forward
     monkeypatch.setattr(Ours, "forward", lambda *a: real(*a) * 1.01)
