@@ -183,8 +183,13 @@ def git_commit(folder: Path) -> dict[str, Any] | None:
         folder: a folder of the package.
 
     Returns:
-        ``hash`` and ``dirty``: whether a tracked file differs from the commit.
+        ``hash`` and ``dirty``: whether a tracked file differs from the commit. For
+        files that were copied out of a checkout, the variable ``JSPARSE_COMMIT`` of the
+        environment names the commit, and its word is taken.
     """
+    named = os.environ.get("JSPARSE_COMMIT")
+    if named:
+        return {"hash": named, "dirty": False}
     if not any((parent / ".git").exists() for parent in (folder, *folder.parents)):
         return None
 

@@ -74,6 +74,13 @@ def test_control_group_limits_memory(tmp_path: Path):
     assert _group_memory(tmp_path) is None
 
 
+def test_commit_of_files_that_were_copied(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("JSPARSE_COMMIT", "1234abcd")
+    assert git_commit(tmp_path) == {"hash": "1234abcd", "dirty": False}
+    monkeypatch.setenv("JSPARSE_COMMIT", "")
+    assert git_commit(tmp_path) is None
+
+
 def test_commit_of_a_checkout(tmp_path: Path):
     def git(*arguments: str) -> str:
         identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
