@@ -190,7 +190,7 @@ def missing(modules: tuple[str, ...], install: str) -> str | None:
     if not absent:
         return None
     verb = "is" if len(absent) == 1 else "are"
-    return f"{' and '.join(absent)} {verb} not installed: {install}"
+    return f"{', '.join(absent)} {verb} not installed: {install}"
 
 
 def no_gpu() -> str | None:

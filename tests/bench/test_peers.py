@@ -44,7 +44,7 @@ def test_peers_say_what_is_not_installed(monkeypatch, name, modules, install):
     verb = "is" if len(modules) == 1 else "are"
     reason = PEERS[name].available()
     assert reason is not None
-    assert reason.startswith(f"{' and '.join(modules)} {verb} not installed: {install}")
+    assert reason.startswith(f"{', '.join(modules)} {verb} not installed: {install}")
 
 
 @pytest.mark.parametrize("name", ["fa4", "flex", "cudnn", "tokamax", "fa3"])
