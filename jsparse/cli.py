@@ -228,7 +228,10 @@ def doctor(json: Json = False, debug: Debug = False) -> None:
 def bench(
     cases: Annotated[
         list[str] | None,
-        typer.Argument(help="Names of cases, or 'all'; see --list."),
+        typer.Argument(
+            help="Names of cases, or 'all'; see --list. With --targets, names of "
+            "their groups."
+        ),
     ] = None,
     list_: Annotated[
         bool, typer.Option("--list", help="List the cases and leave.")
@@ -247,9 +250,28 @@ def bench(
         ),
     ] = None,
     backward: Annotated[
-        bool, typer.Option(help="Measure forward + backward as well.")
+        bool,
+        typer.Option(
+            help="Measure the backward pass as well, on a CPU with the forward pass."
+        ),
     ] = True,
     repeats: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
+    latency: Annotated[
+        bool,
+        typer.Option(
+            "--latency",
+            help="Spread of 100 calls in place of ratios; without cases, "
+            f"{', '.join(benchmarks.LATENCY_CASES)}.",
+        ),
+    ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="Hardware counters of our kernels, read by Nsight Compute, in place "
+            "of ratios.",
+        ),
+    ] = False,
     heads: Annotated[
         int | None, typer.Option(help="Heads, in place of the case's own.")
     ] = None,
@@ -260,6 +282,14 @@ def bench(
         str | None, typer.Option(help="float32, bfloat16 or float16.")
     ] = None,
     implementation: Implementation = "auto",
+    traced: Annotated[
+        bool,
+        typer.Option(
+            "--traced",
+            help="Pass our mask into the compiled call, as where one compilation "
+            "serves many structures; kernels then cannot plan ahead.",
+        ),
+    ] = False,
     record: Annotated[
         bool, typer.Option("--record", help="Write a record of each case.")
     ] = False,
@@ -275,6 +305,21 @@ def bench(
         float | None,
         typer.Option(help="Exit with 1 if our median time is more than this."),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw the newest records into this folder, and leave: rates.png, "
+            "density.png."
+        ),
+    ] = None,
+    targets: Annotated[
+        bool,
+        typer.Option(
+            "--targets",
+            help="Print what the newest records say of each target, and leave; exit "
+            "with 1 unless all are met.",
+        ),
+    ] = False,
     table: Annotated[
         bool, typer.Option("--table", help="Print the newest records as Markdown.")
     ] = False,
@@ -292,12 +337,19 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Time named cases against peers, keep records, render them as tables."""
+    # Peers in a process of their own need room: XLA would take most of a GPU at once.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with _guarded(debug):
         folder = records or benchmarks.records_folder(to_write=record)
         if check and render is None:
             raise BadInput("--check needs --render FILE, the file to compare.")
         if table or render is not None:
             raise typer.Exit(_render(folder, render, check, json))
+        if plot is not None:
+            _plot(folder, plot, json)
+            return
+        if targets:
+            raise typer.Exit(_targets(folder, cases or [], json))
         if structure is not None:
             structure = _existing(structure)
         known = benchmarks.all_cases(structure, _copies(copies), order)
@@ -308,13 +360,17 @@ def bench(
             against=None if against is None else tuple(_names(against)),
             backward=backward,
             repeats=repeats,
+            kind=_kind(latency, profile),
             heads=heads,
             head_dim=head_dim,
             dtype=dtype,
             implementation=implementation,
+            traced=traced,
             min_ratio=min_ratio,
             max_seconds=max_seconds,
         )
+        if latency and not cases and structure is None:
+            cases = list(benchmarks.LATENCY_CASES)
         chosen = benchmarks.choose_cases(known, cases or [], structure is not None)
         made = _folder(folder, "--records") if record else contextlib.nullcontext()
         with made:
@@ -354,6 +410,34 @@ def _render(folder: Path, file: Path | None, check: bool, json: bool) -> int:
         return 0
     _say(f"{file}: the table is out of date. Run: jsparse bench --render {file}")
     return 1
+
+
+def _plot(records: Path, out: Path, json: bool) -> None:
+    found = benchmarks.plots(benchmarks.read_records(records))
+    with _folder(out, "--plot"):
+        for name, picture in found.items():
+            report.write_file(out / name, picture)
+    if json:
+        print(to_json([str(out / name) for name in found]))
+        return
+    for name in found:
+        _say(f"Picture: {out / name}")
+
+
+def _kind(latency: bool, profile: bool) -> Any:
+    if latency and profile:
+        raise BadInput("--latency and --profile were given; expected one of them.")
+    return "latency" if latency else "profile" if profile else "attention"
+
+
+def _targets(folder: Path, groups: list[str], json: bool) -> int:
+    chosen = benchmarks.choose_targets(groups)
+    found = benchmarks.judge_targets(chosen, benchmarks.read_records(folder))
+    if json:
+        print(to_json([outcome.to_dict() for outcome in found]))
+    else:
+        _print_tables(benchmarks.targets_tables(found))
+    return 0 if all(outcome.verdict == "met" for outcome in found) else 1
 
 
 def _list_cases(known: dict[str, Any], json: bool) -> None:

@@ -485,12 +485,45 @@ def test_bench_returns_1_for_a_missed_target():
     assert "more than the 1e-09 s demanded" in done.stderr
 
 
+def test_bench_latency(here: Path):
+    done = call(
+        *("bench", "1ubi_h4_d32", "--structure", SMALL, "--latency"),
+        *("--against", "none", "--no-backward"),
+    )
+    assert done.exit_code == 0, done.stderr
+    assert "forward, 100 calls" in done.stdout
+    assert "P95" in done.stdout
+
+
+def test_bench_plots(here: Path):
+    done = call("bench", "--plot", "p")
+    assert done.exit_code == 0, done.stderr
+    assert "Picture: p/rates.png" in done.stderr
+    assert (here / "p" / "rates.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads(call("bench", "--plot", "p", "--json").stdout) == ["p/rates.png"]
+
+
+def test_bench_prints_targets():
+    done = call("bench", "--targets", "mosaic_forward")
+    assert done.exit_code == 1
+    assert "mosaic_forward, H100: 0 of 7 met" in done.stdout
+    assert "seed800" in done.stdout
+    done = call("bench", "--targets", "--json")
+    found = json.loads(done.stdout)
+    assert {"group", "case", "verdict", "ratio", "limit"} <= set(found[0])
+    assert len({line["group"] for line in found}) == 5
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ([], "name at least one case"),
+        (["seed800", "--profile"], "--profile cannot run here: it needs an NVIDIA"),
+        (["seed800", "--profile", "--latency"], "expected one of them"),
+        (["--targets", "seed800"], "unknown group of targets 'seed800'"),
         (["seed"], "unknown case 'seed'"),
-        (["seed800", "--against", "fa4"], "unknown peer 'fa4'"),
+        (["seed800", "--against", "fa9"], "unknown peer 'fa9'; expected dense, fa4"),
+        (["seed800", "--against", "cudnn"], "'cudnn' cannot run here: it needs"),
         (["seed800", "--dtype", "int4"], "dtype 'int4' is unknown"),
         (["seed800", "--min-ratio", "nan"], "min_ratio is nan; expected"),
         (["--structure", "none.cif"], "none.cif: no such file"),

@@ -207,14 +207,14 @@ def test_single_blocks_of_a_large_map_do_not_vanish():
 def test_map_beyond_the_limit_is_averaged_and_says_so(monkeypatch):
     monkeypatch.setattr(_pictures, "MAX_BLOCKS", 8)
     titles = []
-    real = _pictures._figure
+    real = _pictures.new_figure
 
     def spy(*arguments):
         figure, axes = real(*arguments)
         titles.append(axes)
         return figure, axes
 
-    monkeypatch.setattr(_pictures, "_figure", spy)
+    monkeypatch.setattr(_pictures, "new_figure", spy)
     mask = patterns.window(20 * 4, left=4, right=4, block_q=4, block_kv=4)
     _pictures.block_map(mask, "t")
     text = titles[0].get_title()
@@ -223,13 +223,13 @@ def test_map_beyond_the_limit_is_averaged_and_says_so(monkeypatch):
 
 def test_axes_are_named_with_units(monkeypatch):
     seen = []
-    real = _pictures._png
+    real = _pictures.to_png
 
     def spy(figure, dpi):
         seen.append(figure)
         return real(figure, dpi)
 
-    monkeypatch.setattr(_pictures, "_png", spy)
+    monkeypatch.setattr(_pictures, "to_png", spy)
     mask = three_states()
     _pictures.block_map(mask, "t")
     _pictures.load_histogram(mask)
@@ -247,9 +247,11 @@ def test_axes_are_named_with_units(monkeypatch):
 def test_nothing_is_cut_off(monkeypatch):
     """Every text lies inside its picture."""
     seen = []
-    real = _pictures._png
+    real = _pictures.to_png
     monkeypatch.setattr(
-        _pictures, "_png", lambda figure, dpi: seen.append(figure) or real(figure, dpi)
+        _pictures,
+        "to_png",
+        lambda figure, dpi: seen.append(figure) or real(figure, dpi),
     )
     large = BlockMask.from_blocks([0, 1600], [1600, 3], q_len=128 * 1601)
     for mask in (three_states(), large):
@@ -288,9 +290,11 @@ def test_loads_count_partial_and_full_blocks():
 
 def test_histogram_of_very_uneven_rows_is_logarithmic(monkeypatch):
     seen = []
-    real = _pictures._png
+    real = _pictures.to_png
     monkeypatch.setattr(
-        _pictures, "_png", lambda figure, dpi: seen.append(figure) or real(figure, dpi)
+        _pictures,
+        "to_png",
+        lambda figure, dpi: seen.append(figure) or real(figure, dpi),
     )
     rows = [0] * 100 + list(range(1, 100))
     cols = [*range(100), *range(1, 100)]
@@ -302,9 +306,11 @@ def test_histogram_of_very_uneven_rows_is_logarithmic(monkeypatch):
 
 def test_histogram_counts_in_whole_blocks(monkeypatch):
     seen = []
-    real = _pictures._png
+    real = _pictures.to_png
     monkeypatch.setattr(
-        _pictures, "_png", lambda figure, dpi: seen.append(figure) or real(figure, dpi)
+        _pictures,
+        "to_png",
+        lambda figure, dpi: seen.append(figure) or real(figure, dpi),
     )
     _pictures.load_histogram(patterns.window(640, left=640, right=640))
     low, high = seen[0].axes[0].get_xlim()

@@ -24,6 +24,13 @@ from jsparse.patterns import BlockMask
 
 CUTOFF = 10.0  # ångström, of every pattern made of coordinates
 
+LATENCY_CASES = ("seed800", "seed1600", "seed3200")
+"""80 % of the blocks are empty; the work doubles."""
+
+SWEEP = "sweep16k_d64_p"
+"""How the names of the cases begin that differ in density only."""
+
+_SWEEP_PERCENT = (1, 2, 5, 10, 20, 50, 100)
 _ATOM_DENSITY = 0.04  # heavy atoms per cubic ångström in a ribosome's neighbourhoods
 
 
@@ -164,6 +171,14 @@ def _block_cases() -> list[Case]:
             lambda: _patterns.random_tiles(63, 800),
         ),
         (
+            *("seed1600", "89 x 89 blocks, 1600 of them", 1, 64, "float16"),
+            lambda: _patterns.random_tiles(89, 1600),
+        ),
+        (
+            *("seed3200", "126 x 126 blocks, 3200 of them", 1, 64, "float16"),
+            lambda: _patterns.random_tiles(126, 3200),
+        ),
+        (
             *("seed100k", "800 x 800 blocks, 160 per row", 1, 64, "float16"),
             lambda: _patterns.uniform(800, 160),
         ),
@@ -178,6 +193,14 @@ def _block_cases() -> list[Case]:
         (
             *("graph16k_h16_d128", "26 random blocks per row"),
             *(16, 128, "bfloat16", lambda: _patterns.uniform(128, 26)),
+        ),
+        *(
+            (
+                *(f"{SWEEP}{percent:02}", f"band and far blocks, {percent} % of all"),
+                *(16, 64, "bfloat16"),
+                functools.partial(_patterns.band_at_density, 128, percent),
+            )
+            for percent in _SWEEP_PERCENT
         ),
     ]
     return [

@@ -59,6 +59,26 @@ def band_and_random(rows: int, band: int, extra: int, seed: int = 0) -> Columns:
     return out
 
 
+def band_at_density(rows: int, percent: int, seed: int = 0) -> Columns:
+    """About ``percent`` of all blocks: in each row half in a band, half far ones.
+
+    Example:
+        >>> sum(len(columns) for columns in band_at_density(128, 5))
+        819
+        >>> [len(columns) for columns in band_at_density(3, 100)]
+        [3, 3, 3]
+    """
+    rng = np.random.default_rng(seed)
+    ends = [row * rows * percent // 100 for row in range(rows + 1)]
+    out = []
+    for row, count in enumerate(np.diff(ends).tolist()):
+        nearest_first = np.argsort(np.abs(np.arange(rows) - row), kind="stable")
+        near = -(-count // 2)
+        far = rng.choice(nearest_first[near:], count - near, replace=False)
+        out.append(np.sort(np.concatenate([nearest_first[:near], far])))
+    return out
+
+
 def diagonal(rows: int) -> Columns:
     """Only the diagonal.
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jsparse.bench._contract import EVERY
 from jsparse.measure import BadInput
 from jsparse.report import (
     Facts,
@@ -27,7 +28,16 @@ END = "<!-- bench:end -->"
 
 Record = dict[str, Any]
 
-_DIRECTIONS = {"forward": "forward", "forward_backward": "forward + backward"}
+DIRECTIONS = {
+    "forward": "forward",
+    "backward": "backward",
+    "forward_backward": "forward + backward",
+}
+
+
+_BESIDE = ("latency", "profile")
+_COUNTERS = ("tensor", "SM", "memory", "occupancy", "read", "written")
+_TIMERS = {"wall": "wall clock", "kernels": "kernels"}
 
 
 def records_folder(to_write: bool = False) -> Path:
@@ -58,7 +68,9 @@ def write_record(record: Record, folder: Path) -> Path:
     stamp = re.sub(r"[^0-9TZ]", "", record["date"].replace("+00:00", "Z"))
     name = _slug(device["device"])
     where = f"{device['platform']}-{name}-{device['cores']}cores"
-    file = folder / f"{record['case']}.{where}.{stamp}.json"
+    # Records of the same case that say something else.
+    kind = f"-{record['kind']}" if record["kind"] in _BESIDE else ""
+    file = folder / f"{record['case']}{kind}.{where}.{stamp}.json"
     write_file(file, to_json(record) + "\n")
     return file
 
@@ -100,10 +112,10 @@ def facts(record: Record) -> list[Facts]:
     if mask["order"] is not None:
         rows.insert(3, ("order", mask["order"]))
     tables = [Facts(record["case"], (), rows)]
-    if record["kind"] == "attention":
+    if record["kind"] in _PASS_FACTS:
         tables += [
-            _contest_facts(record, direction, title)
-            for direction, title in _DIRECTIONS.items()
+            _PASS_FACTS[record["kind"]](record, direction, title)
+            for direction, title in DIRECTIONS.items()
             if direction in record
         ]
         if record["left_out"]:
@@ -116,20 +128,100 @@ def facts(record: Record) -> list[Facts]:
 
 
 def _contest_facts(record: Record, direction: str, title: str) -> Facts:
+    with_rate = record["device"]["platform"] != "cpu"
     rows = []
     for name, found in record[direction].items():
         ratio = found.get("ratio")
+        rate = (format_rate(found["gflops_per_second"]),) if with_rate else ()
         rows.append(
             (
-                name,
+                _label(name, found),
                 *_times(found["seconds"]),
                 "" if ratio is None else f"{ratio['median']:.2f}",
+                *rate,
                 f"{_worst(found):.1e}",
-                format_bytes(found["temporary_bytes"]),
+                _memory(found),
             )
         )
-    columns = ("", "min", "median", "max", "time / ours", "largest error", "memory")
+    columns = (
+        *("", "min", "median", "max", "time / ours"),
+        *(("useful work",) if with_rate else ()),
+        *("largest error", "memory"),
+    )
     return Facts(f"{record['case']}: {title}", columns, rows, 0)
+
+
+def _profile_facts(record: Record, direction: str, title: str) -> Facts:
+    columns = ("kernel", "time", *_COUNTERS)
+    rows = [(_short(row[0]), *row[1:]) for row in _profile_rows(record, direction)]
+    return Facts(f"{record['case']}: {title}, counters", columns, rows)
+
+
+def _profile_rows(record: Record, direction: str) -> list[tuple[str, ...]]:
+    rows = []
+    for found in record.get(direction, []):
+        time = found["seconds"]
+        percents = [found[f"{n}_percent"] for n in ("tensor", "sm", "dram")]
+        occupancy = found["occupancy_percent"]
+        rows.append(
+            (
+                found["kernel"],
+                "" if time is None else format_seconds(time),
+                *("" if x is None else f"{x:.1f} %" for x in (*percents, occupancy)),
+                *(
+                    "" if x is None else format_bytes(x)
+                    for x in (found["dram_read_bytes"], found["dram_write_bytes"])
+                ),
+            )
+        )
+    return rows
+
+
+def _short(name: str) -> str:
+    """The name of a kernel without its signature."""
+    return name.split("(")[0].split("<")[0][-40:]
+
+
+def _latency_facts(record: Record, direction: str, title: str) -> Facts:
+    columns = ("", "", "min", "P50", "P95", "P99", "max", "useful work")
+    rows = _latency_rows(record, direction)
+    return Facts(f"{record['case']}: {title}, 100 calls", columns, rows)
+
+
+def _latency_rows(record: Record, direction: str) -> list[tuple[str, ...]]:
+    rows = []
+    for name, found in record.get(direction, {}).items():
+        for timer, label in _TIMERS.items():
+            if timer not in found:
+                continue
+            times = [found[timer][n] for n in ("min", "p50", "p95", "p99", "max")]
+            # The rate is that of the last timer.
+            last = timer == [key for key in _TIMERS if key in found][-1]
+            rate = format_rate(found["gflops_per_second"]) if last else ""
+            rows.append((_label(name, found), label, *map(format_seconds, times), rate))
+    return rows
+
+
+def format_rate(gflops: float) -> str:
+    """A rate of useful operations.
+
+    Example:
+        >>> format_rate(62.59), format_rate(446_123.0)
+        ('62.6 GFLOP/s', '446 TFLOP/s')
+    """
+    if gflops >= 1e3:
+        return f"{gflops / 1e3:.3g} TFLOP/s"
+    return f"{gflops:.3g} GFLOP/s"
+
+
+def _label(name: str, found: Record) -> str:
+    """A contender's name, and whether it computes every pair: another result."""
+    return f"{name} (dense)" if found.get("computes") == EVERY else name
+
+
+def _memory(found: Record) -> str:
+    size = found["temporary_bytes"]
+    return "" if size is None else format_bytes(size)
 
 
 def _times(spent: dict[str, float]) -> tuple[str, str, str]:
@@ -157,6 +249,12 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+_PASS_FACTS = {
+    "attention": _contest_facts,
+    "latency": _latency_facts,
+    "profile": _profile_facts,
+}
+
 # ------------------------------------------------------------------------ Markdown
 
 
@@ -173,9 +271,10 @@ def markdown(records: Sequence[Record]) -> str:
         >>> markdown([])
         'No benchmark was recorded yet.'
     """
-    newest: dict[str, dict[str, Record]] = {}
+    newest: dict[str, dict[tuple[str, str], Record]] = {}
     for record in records:
-        newest.setdefault(_device(record), {})[record["case"]] = record
+        beside = record["kind"] if record["kind"] in _BESIDE else ""
+        newest.setdefault(_device(record), {})[record["case"], beside] = record
     if not newest:
         return "No benchmark was recorded yet."
     parts = []
@@ -184,9 +283,15 @@ def markdown(records: Sequence[Record]) -> str:
         jax = ", ".join(sorted({record["versions"]["jax"] for record in chosen}))
         parts.append(f"**{device}**, JAX {jax}")
         contests = [r for r in chosen if r["kind"] == "attention"]
-        builds = [r for r in chosen if r["kind"] != "attention"]
+        latencies = [r for r in chosen if r["kind"] == "latency"]
+        profiles = [r for r in chosen if r["kind"] == "profile"]
+        builds = [r for r in chosen if r["kind"].startswith("mask")]
         if contests:
             parts.append(_contest_table(contests))
+        if latencies:
+            parts.append(_latency_table(latencies))
+        if profiles:
+            parts.append(_profile_table(profiles))
         if builds:
             parts.append(_build_table(builds))
     return "\n\n".join(parts)
@@ -199,7 +304,7 @@ def _contest_table(records: list[Record]) -> str:
     )
     rows = []
     for record in records:
-        for direction, title in _DIRECTIONS.items():
+        for direction, title in DIRECTIONS.items():
             rows += _contest_rows(record, direction, title)
     return _grid(head, rows)
 
@@ -209,11 +314,11 @@ def _contest_rows(record: Record, direction: str, title: str) -> list[tuple[str,
     if not results:
         return []
     ours = results[record["ours"]]
-    time = format_seconds(ours["seconds"]["median"])
+    time = _time_cell(record, record["ours"], ours)
     shape = "H{heads} D{head_dim} {dtype}".format(**record["input"])
     label = f"{record['case']}: {record['about']}, {shape}"
     start = (label, f"{record['mask']['density']:.4f}", title)
-    error, memory = _worst(ours), ours["temporary_bytes"]
+    error = _worst(ours)
     rows = []
     for name, found in results.items():
         if name == record["ours"]:
@@ -222,17 +327,50 @@ def _contest_rows(record: Record, direction: str, title: str) -> list[tuple[str,
         rows.append(
             (
                 *start,
-                f"{record['ours']} {time}",
-                f"{name} {format_seconds(found['seconds']['median'])}",
+                time,
+                _time_cell(record, name, found),
                 f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
                 f"{format_error(error)} / {format_error(_worst(found))}",
-                f"{format_bytes(memory)} / {format_bytes(found['temporary_bytes'])}",
+                f"{_memory(ours)} / {_memory(found)}",
             )
         )
     if not rows:
-        alone = (f"{record['ours']} {time}", "", "", format_error(error))
-        rows.append((*start, *alone, format_bytes(memory)))
+        rows.append((*start, time, "", "", format_error(error), _memory(ours)))
     return rows
+
+
+def _time_cell(record: Record, name: str, found: Record) -> str:
+    """Name and time; on a GPU, where useful work is what limits, its rate too."""
+    time = f"{_label(name, found)} {format_seconds(found['seconds']['median'])}"
+    if record["device"]["platform"] == "cpu":
+        return time
+    return f"{time}, {format_rate(found['gflops_per_second'])}"
+
+
+def _latency_table(records: list[Record]) -> str:
+    head = (
+        *("case", "blocks", "pass", "who", "timer", "min", "P50", "P95", "P99"),
+        *("max", "useful work"),
+    )
+    rows = [
+        (record["case"], f"{record['mask']['blocks']:,}", title, *row)
+        for record in sorted(records, key=lambda r: r["mask"]["blocks"])
+        for direction, title in DIRECTIONS.items()
+        for row in _latency_rows(record, direction)
+    ]
+    return _grid(head, rows)
+
+
+def _profile_table(records: list[Record]) -> str:
+    """Shares of the GPU's peaks that our kernels reach."""
+    head = ("case", "pass", "kernel", "time", *_COUNTERS)
+    rows = [
+        (record["case"], title, _short(row[0]), *row[1:])
+        for record in records
+        for direction, title in DIRECTIONS.items()
+        for row in _profile_rows(record, direction)
+    ]
+    return _grid(head, rows)
 
 
 def _build_table(records: list[Record]) -> str:

@@ -48,7 +48,7 @@ def machine() -> dict[str, Any]:
     Returns:
         ``platform`` (``"cpu"``, ``"gpu"``), ``device``, ``devices`` (their number),
         ``processor``, ``cores`` (that this process may use), ``memory_bytes``,
-        ``system``.
+        ``system``; of a GPU also ``runtime``: the versions that XLA was loaded with.
 
     Raises:
         BadInput: if JAX finds no device it may use.
@@ -67,8 +67,9 @@ def machine() -> dict[str, Any]:
             "jsparse[cuda13], or unset JAX_PLATFORMS."
         ) from err
     processor = _processor()
-    kind = processor if devices[0].platform == "cpu" else devices[0].device_kind
-    return {
+    on_cpu = devices[0].platform == "cpu"
+    kind = processor if on_cpu else devices[0].device_kind
+    found = {
         "platform": devices[0].platform,
         "device": kind,
         "devices": len(devices),
@@ -77,6 +78,9 @@ def machine() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",
     }
+    if not on_cpu:
+        found["runtime"] = " ".join(devices[0].client.platform_version.split())
+    return found
 
 
 def _cores() -> int:
@@ -120,9 +124,12 @@ def reset_peak_memory() -> bool:
 def available_memory() -> int | None:
     """Bytes that a new array may take without swapping; None if that is unknown.
 
-    The smaller of what the system has free and what the process's control group
-    (a container's limit) still allows.
+    Of the GPU, where JAX computes on one. Else the smaller of what the system has free
+    and what the process's control group (a container's limit) still allows.
     """
+    stats = _device_memory()
+    if stats is not None:
+        return max(0, stats["bytes_limit"] - stats["bytes_in_use"])
     free = _proc_bytes(Path("/proc/meminfo"), "MemAvailable")
     if free is None:
         if installed_version("psutil") is None:
@@ -132,6 +139,20 @@ def available_memory() -> int | None:
         return int(psutil.virtual_memory().available)
     group = _group_memory(Path("/sys/fs/cgroup"))
     return free if group is None else min(free, group)
+
+
+def peak_device_memory() -> int | None:
+    """The most memory JAX has held on its GPU since the start; None without a GPU."""
+    stats = _device_memory()
+    return None if stats is None else stats["peak_bytes_in_use"]
+
+
+def _device_memory() -> dict[str, int] | None:
+    """What XLA's allocator says of the GPU; None on a CPU, or if it does not count."""
+    if jax.default_backend() != "gpu":
+        return None
+    stats = jax.local_devices()[0].memory_stats()
+    return stats if stats and "bytes_limit" in stats else None
 
 
 def _group_memory(folder: Path) -> int | None:
@@ -162,8 +183,13 @@ def git_commit(folder: Path) -> dict[str, Any] | None:
         folder: a folder of the package.
 
     Returns:
-        ``hash`` and ``dirty``: whether a tracked file differs from the commit.
+        ``hash`` and ``dirty``: whether a tracked file differs from the commit. For
+        files that were copied out of a checkout, the variable ``JSPARSE_COMMIT`` of the
+        environment names the commit, and its word is taken.
     """
+    named = os.environ.get("JSPARSE_COMMIT")
+    if named:
+        return {"hash": named, "dirty": False}
     if not any((parent / ".git").exists() for parent in (folder, *folder.parents)):
         return None
 

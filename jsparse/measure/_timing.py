@@ -1,8 +1,9 @@
 """Compiling and timing one call.
 
-Times are wall-clock seconds around one compiled call whose inputs are on the device,
-until its outputs are ready. XLA cannot be interrupted, so calls run in a thread and the
-main thread waits where Ctrl-C reaches it.
+`time_call` gives wall-clock seconds around one compiled call whose inputs are on the
+device, until its outputs are ready. `kernel_times` gives what CUPTI saw a GPU spend in
+kernels, without the gaps between them. XLA cannot be interrupted, so calls that may be
+long run in a thread and the main thread waits where Ctrl-C reaches it.
 """
 
 from __future__ import annotations
@@ -90,6 +91,41 @@ def time_call(call: Callable[..., Any], *args: Any) -> tuple[float, Any]:
         return time.perf_counter() - start, out
 
     return in_background(work)
+
+
+def kernel_times(call: Callable[..., Any], *args: Any, count: int = 10) -> list[float]:
+    """Seconds that a GPU spends in the kernels of a call, for each of ``count`` calls.
+
+    The call is made once more before, to warm up. Copies and memsets are not counted.
+    Nothing else in this process may use CUPTI meanwhile, a profiler for instance.
+
+    Args:
+        call: compiled, see `compile_call`.
+        args: what it was compiled for.
+        count: how many calls.
+
+    Returns:
+        Sums of kernel times, in the order of the calls.
+
+    Raises:
+        RuntimeError: if CUPTI is not there, or saw no kernels, as on a CPU.
+    """
+    from jax.experimental.mosaic.gpu import profiler
+
+    found: Any
+    try:
+        _, found = profiler.measure(call, iterations=count)(*args)
+    except RuntimeError:
+        # The log of all calls cannot be divided among them: one log for each.
+        found = [profiler.measure(call, iterations=1)(*args)[1] for _ in range(count)]
+        found = None if None in found else found
+    if found is None:
+        raise RuntimeError(
+            "CUPTI saw no kernels; expected those of a compiled call on a GPU. Time "
+            "calls on a CPU with time_call."
+        )
+    milliseconds = [found] if isinstance(found, float) else found
+    return [1e-3 * float(value) for value in milliseconds]
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:

@@ -22,5 +22,10 @@ from jsparse.report._page import map_title as map_title
 from jsparse.report._page import to_json as to_json
 from jsparse.report._page import verdict as verdict
 from jsparse.report._page import write_report as write_report
+from jsparse.report._pictures import LIGHT as LIGHT
+from jsparse.report._pictures import Theme as Theme
+from jsparse.report._pictures import add_legend as add_legend
 from jsparse.report._pictures import block_map as block_map
 from jsparse.report._pictures import load_histogram as load_histogram
+from jsparse.report._pictures import paint as paint
+from jsparse.report._pictures import to_png as to_png

@@ -201,10 +201,15 @@ def format_seconds(value: float) -> str:
     Example:
         >>> format_seconds(0.01234), format_seconds(12.34), format_seconds(123.4)
         ('12.3 ms', '12.3 s', '123 s')
+        >>> format_seconds(12.34e-6)
+        '12.3 µs'
     """
     if value >= 100:
         return f"{value:.0f} s"
-    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value * 1e6:.3g} µs"
 
 
 def format_bytes(value: int) -> str:

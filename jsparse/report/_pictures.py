@@ -73,7 +73,7 @@ def block_map(mask: BlockMask, title: str, theme: Theme = LIGHT) -> bytes:
     height, width = (_SIDE * max(n / longer, 0.25) for n in (nq, nk))
     # At least one pixel for each cell, or single blocks would vanish.
     dpi = int(min(300, max(150, 1.05 * longer / step / _SIDE)))
-    figure, axes = _figure(width + 2.7, height + 2.0, theme)
+    figure, axes = new_figure(width + 2.7, height + 2.0, theme)
     _place(figure, axes, (1.0, 1.0, width, height))
     extent = (-0.5, nk - 0.5, nq - 0.5, -0.5)
     style = {"extent": extent, "aspect": "auto", "interpolation_stage": "rgba"}
@@ -90,7 +90,7 @@ def block_map(mask: BlockMask, title: str, theme: Theme = LIGHT) -> bytes:
     _atom_axes(axes, mask, theme)
     head = f"{title}\n{mask.num_blocks:,} of {nq * nk:,} blocks computed, "
     axes.set_title(f"{head}density {mask.density:.4f}; {caption}", pad=12, fontsize=9)
-    return _png(figure, dpi)
+    return to_png(figure, dpi)
 
 
 def load_histogram(mask: BlockMask, theme: Theme = LIGHT) -> bytes:
@@ -114,7 +114,7 @@ def load_histogram(mask: BlockMask, theme: Theme = LIGHT) -> bytes:
     low, high, mean = int(load.min()), int(load.max()), float(load.mean())
     step = max(1, -(-(high - low + 1) // 60))
     edges = np.arange(low, high + step + 1, step) - 0.5
-    figure, axes = _figure(8.6, 3.4, theme)
+    figure, axes = new_figure(8.6, 3.4, theme)
     _place(figure, axes, (1.0, 0.65, 7.2, 2.35))
     axes.hist(load, bins=edges.tolist(), color=theme.states[1], edgecolor=theme.paper)
     axes.axvline(mean, color=theme.accent, label=f"mean {mean:.1f}")
@@ -135,8 +135,8 @@ def load_histogram(mask: BlockMask, theme: Theme = LIGHT) -> bytes:
         color=theme.ink,
     )
     above = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 2}
-    _legend(axes, theme, **above)
-    return _png(figure, 150)
+    add_legend(axes, theme, **above)
+    return to_png(figure, 150)
 
 
 def row_loads(mask: BlockMask) -> np.ndarray:
@@ -148,18 +148,19 @@ def row_loads(mask: BlockMask) -> np.ndarray:
 # ------------------------------------------------------------------------ drawing
 
 
-def _figure(width: float, height: float, theme: Theme) -> tuple[Any, Any]:
+def new_figure(width: float, height: float, theme: Theme) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), facecolor=theme.paper)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(facecolor=theme.paper)
-    _paint(axes, theme)
+    paint(axes, theme)
     return figure, axes
 
 
-def _paint(axes: Any, theme: Theme) -> None:
+def paint(axes: Any, theme: Theme) -> None:
+    """Gives ticks, labels and frame of axes the colour of the text."""
     axes.tick_params(colors=theme.ink, labelsize=8)
     for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
         text.set_color(theme.ink)
@@ -187,7 +188,7 @@ def _draw_states(axes: Any, mask: BlockMask, theme: Theme, style: dict) -> None:
     ]
     names = [f"{s.name.lower()}: {counts[s]:,}" for s in BlockState]
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 3}
-    _legend(axes, theme, handles, names, **below)
+    add_legend(axes, theme, handles, names, **below)
 
 
 def _draw_shares(
@@ -207,7 +208,7 @@ def _draw_shares(
     bar = figure.add_axes((0, 0, 1, 1))
     _place(figure, bar, (1.0 + size[0] + 0.95, 1.0, 0.15, size[1]))
     figure.colorbar(picture, cax=bar).set_label("share of blocks computed", fontsize=9)
-    _paint(bar, theme)
+    paint(bar, theme)
 
 
 def block_shares(mask: BlockMask, step: int) -> np.ndarray:
@@ -256,7 +257,7 @@ def _atom_axes(axes: Any, mask: BlockMask, theme: Theme) -> None:
                 lambda a, b=block: a / b - 0.5,
             ),
         )
-        _paint(other, theme)
+        paint(other, theme)
         axis = other.xaxis if along_x else other.yaxis
         axis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
         axis.set_major_formatter(comma)
@@ -269,13 +270,15 @@ def _atom_axes(axes: Any, mask: BlockMask, theme: Theme) -> None:
         axis.set_major_formatter(comma)
 
 
-def _legend(axes: Any, theme: Theme, *entries: Any, **where: Any) -> None:
+def add_legend(axes: Any, theme: Theme, *entries: Any, **where: Any) -> None:
+    """Puts a legend on axes, or on a figure."""
     legend = axes.legend(*entries, fontsize=8, frameon=False, **where)
     for text in legend.get_texts():
         text.set_color(theme.ink)
 
 
-def _png(figure: Any, dpi: int) -> bytes:
+def to_png(figure: Any, dpi: int) -> bytes:
+    """A figure as the bytes of a PNG file."""
     out = io.BytesIO()
     # Without the software tag the same picture is the same bytes.
     figure.savefig(out, format="png", dpi=dpi, metadata={"Software": None})

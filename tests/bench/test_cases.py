@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jsparse.bench import all_cases, choose_cases
+from jsparse.bench import LATENCY_CASES, all_cases, choose_cases
 from jsparse.bench._cases import AttentionCase, ball, of_blocks, of_coords
 from jsparse.measure import BadInput
 
@@ -24,6 +24,19 @@ EXPECTED = {
     "diag100k": (102400, 1, 64, "float16", "49a67d0814217e08"),
     "graph32k_h16_d64": (32768, 16, 64, "bfloat16", "5e5e1c515dcd70ff"),
     "graph16k_h16_d128": (16384, 16, 128, "bfloat16", "ed351df0e8c32055"),
+}
+
+# Ours alone: the number of blocks, and the same of the lists.
+OWN = {
+    "seed1600": (1600, "b5e6d4be26dbc657"),
+    "seed3200": (3200, "227e1b98422a1fe6"),
+    "sweep16k_d64_p01": (163, "ee817b6a678a6eab"),
+    "sweep16k_d64_p02": (327, "ce53195d173b34c8"),
+    "sweep16k_d64_p05": (819, "d001354504a88f6b"),
+    "sweep16k_d64_p10": (1638, "7ba3bcf4f5ba304d"),
+    "sweep16k_d64_p20": (3276, "f44c555b5c3a805f"),
+    "sweep16k_d64_p50": (8192, "502fa67710a0b54a"),
+    "sweep16k_d64_p100": (16384, "039a874aa686c19c"),
 }
 
 
@@ -48,7 +61,22 @@ def test_lists_are_those_of_the_peers(name: str):
 def test_every_attention_case_is_expected():
     cases = all_cases().values()
     names = {case.name for case in cases if isinstance(case, AttentionCase)}
-    assert names == set(EXPECTED)
+    assert names == {*EXPECTED, *OWN}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_lists_stay_as_they_are(name: str):
+    case = all_cases()[name]
+    assert isinstance(case, AttentionCase)
+    mask = case.load().mask
+    assert (mask.num_blocks, digest(mask)) == OWN[name]
+
+
+def test_latency_cases_are_as_empty_as_each_other():
+    for name in LATENCY_CASES:
+        case = all_cases()[name]
+        assert isinstance(case, AttentionCase)
+        assert round(case.load().mask.density, 2) == 0.2
 
 
 def test_block_elements_agree_with_the_mask():

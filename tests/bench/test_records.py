@@ -66,6 +66,61 @@ def build(**changes: Any) -> dict[str, Any]:
     return record | {"seconds": {"order": order, "radius": spread}}
 
 
+def latency(**changes: Any) -> dict[str, Any]:
+    times = {
+        "count": 100,
+        "min": 16e-6,
+        "p50": 17e-6,
+        "p95": 18e-6,
+        "p99": 19e-6,
+        "max": 2e-3,
+    }
+    sides = {
+        name: {
+            "computes": computes,
+            "errors": {"out": {"max_error": 1e-6, "ok": True}},
+            "wall": times,
+            "kernels": times | {"p50": 9e-6},
+            "gflops_per_second": 446_000.0,
+        }
+        for name, computes in (("mosaic_gpu", "blocks"), ("cudnn", "all"))
+    }
+    record = attention(kind="latency", forward=sides, ours="mosaic_gpu", **changes)
+    return record
+
+
+def test_latency_stands_beside_the_comparison_of_a_case(tmp_path: Path):
+    file = write_record(latency(), tmp_path)
+    assert file.name.startswith("tiny-latency.cpu-")
+    text = markdown([attention(), latency()])
+    rows = [line for line in text.splitlines() if line.startswith("| tiny")]
+    assert len(rows) == 1 + 4
+    assert "4.00 (2.00 to 8.00)" in rows[0]
+    assert rows[1] == (
+        "| tiny | 8 | forward | mosaic_gpu | wall clock | 16 µs | 17 µs | 18 µs | "
+        "19 µs | 2 ms |  |"
+    )
+    assert "| cudnn (dense) | kernels | 16 µs | 9 µs |" in rows[4]
+    assert rows[4].endswith("| 446 TFLOP/s |")
+    (table,) = [t for t in facts(latency()) if "100 calls" in t.title]
+    assert [len(row) for row in table.rows] == [len(table.columns)] * 4
+
+
+def test_gpu_records_show_rates_and_who_is_dense():
+    record = copy.deepcopy(attention())
+    record["device"] |= {"platform": "gpu", "device": "NVIDIA H100 80GB HBM3"}
+    for name, computes, rate in (("xla", "blocks", 400e3), ("dense", "all", 500e3)):
+        found = dict(record["forward"][name])
+        found |= {"computes": computes, "gflops_per_second": rate}
+        record["forward"][name] = found
+    record["forward"]["dense"]["temporary_bytes"] = None
+    (row,) = [r for r in markdown([record]).splitlines() if r.startswith("| tiny")]
+    assert "| xla 200 ms, 400 TFLOP/s | dense (dense) 200 ms, 500 TFLOP/s |" in row
+    assert row.endswith("| 1.0 MB /  |")
+    (table,) = [t for t in facts(record) if t.title == "tiny: forward"]
+    assert "500 TFLOP/s" in table.rows[1]
+
+
 def test_written_record_is_read_back(tmp_path: Path):
     file = write_record(attention(), tmp_path)
     assert file.name == "tiny.cpu-acme-9000-tm-2cores.20260102T030405Z.json"

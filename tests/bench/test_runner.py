@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsparse.bench import PEERS, Options, _runner, run_case
+from jsparse.bench import PEERS, Options, _builds, _runner, run_case
 from jsparse.bench._cases import (
     AttentionCase,
     DeviceMaskCase,
@@ -17,9 +18,11 @@ from jsparse.bench._cases import (
     ball,
     of_blocks,
 )
+from jsparse.bench._contract import EVERY, Task
+from jsparse.bench._jax_peers import Dense, JaxCall, JaxContender, JaxPeer, Ours
 from jsparse.bench._patterns import uniform
-from jsparse.bench._peers import Dense, Ours
 from jsparse.measure import BadInput, Progress
+from jsparse.ops import block_sparse_attention
 
 CASE = AttentionCase(
     "tiny", "a test", 2, 16, "float32", lambda: of_blocks(uniform(4, 2))
@@ -59,17 +62,172 @@ def test_record_of_an_attention_case():
 
 def test_turns_alternate(monkeypatch):
     turns = []
-    real = _runner.measure.time_call
+    real = JaxCall.times
 
-    def spy(call, *arguments):
-        turns.append("dense" if arguments[3].__class__ is not mask_class else "xla")
-        return real(call, *arguments)
+    def spy(call, n, count, kernels):
+        turns.append((call.temporary_bytes, n, count))
+        return real(call, n, count, kernels)
 
-    mask_class = type(CASE.load().mask)
-    monkeypatch.setattr(_runner.measure, "time_call", spy)
-    run(backward=False, repeats=4)
-    # Two calls to check and warm up, then the rounds.
-    assert turns[2:] == ["xla", "dense", "dense", "xla"] * 2
+    monkeypatch.setattr(JaxCall, "times", spy)
+    record = run(backward=False, repeats=4)
+    ours, dense = (found["temporary_bytes"] for found in record["forward"].values())
+    assert [turn[0] for turn in turns] == [ours, dense, dense, ours] * 2
+    assert [turn[1:] for turn in turns[::2]] == [(0, 1), (1, 1)] * 2
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """A machine whose GPU is this CPU: kernel times are invented, nothing else."""
+    real, counts = _runner.measure.machine, []
+
+    def times(call, *arguments, count):
+        counts.append(count)
+        spent = _runner.measure.time_call(call, *arguments)[0]
+        return [spent] * count
+
+    monkeypatch.setattr(
+        _runner.measure, "machine", lambda: real() | {"platform": "gpu"}
+    )
+    monkeypatch.setattr(_runner.measure, "kernel_times", times)
+    return counts
+
+
+def test_gpus_are_timed_by_kernels_and_backward_alone(kernels):
+    record = run(repeats=2)
+    assert record["timer"].startswith("CUPTI; sum of kernel times, mean of 10 calls")
+    assert "forward_backward" not in record
+    assert kernels == [10] * (2 * 2 * 2)
+    assert record["missed"] == []
+    work = 4 * 8 * 128 * 128 * 2 * 16
+    for direction, times, output in (("forward", 1, "out"), ("backward", 2.5, "dq")):
+        found = record[direction]["xla"]
+        assert list(found["errors"]) == [output]
+        assert found["errors"][output]["ok"]
+        rate = times * work / found["seconds"]["median"] / 1e9
+        assert found["gflops_per_second"] == pytest.approx(rate)
+        dense = record[direction]["dense"]
+        ratios = np.divide(found["rounds"], dense["rounds"])
+        assert dense["ours_over_peer"]["median"] == pytest.approx(np.median(ratios))
+
+
+def test_latency_is_a_record_of_its_own(kernels, monkeypatch):
+    monkeypatch.setattr(_runner, "LATENCY_CALLS", 12)
+    record = run(kind="latency", against=("dense",))
+    assert record["kind"] == "latency"
+    assert record["missed"] == []
+    assert kernels == [10, 2] * 4
+    for direction in ("forward", "backward"):
+        for found in record[direction].values():
+            for timer in ("wall", "kernels"):
+                assert found[timer]["count"] == 12
+                assert found[timer]["min"] <= found[timer]["p50"] <= found[timer]["max"]
+            assert "ratio" not in found
+    work = 4 * 8 * 128 * 128 * 2 * 16
+    found = record["forward"]["xla"]
+    rate = work / found["kernels"]["p50"] / 1e9
+    assert found["gflops_per_second"] == pytest.approx(rate)
+
+
+def test_latency_on_a_cpu_has_no_kernels(monkeypatch):
+    monkeypatch.setattr(_runner, "LATENCY_CALLS", 3)
+    record = run(kind="latency", against=(), backward=False)
+    assert "kernels" not in record["forward"]["xla"]
+
+
+def test_latency_needs_attention():
+    case = HostMaskCase("m", "a test", functools.partial(ball, 2000), "auto")
+    with pytest.raises(BadInput, match="expected an attention case for --latency"):
+        run(case, kind="latency")
+
+
+class Everything(JaxPeer):
+    """Dense attention without the mask, as dense kernels compute it."""
+
+    name = "everything"
+    computes = EVERY
+
+    def forward(self, q, k, v, pattern):
+        return jax.nn.dot_product_attention(q[None], k[None], v[None])[0]
+
+
+def test_dense_kernels_are_held_to_dense_attention(monkeypatch):
+    monkeypatch.setitem(PEERS, "everything", Everything())
+    record = run(against=("everything",), repeats=1)
+    for direction in ("forward", "forward_backward"):
+        found = record[direction]["everything"]
+        assert found["computes"] == "all"
+        assert all(check["ok"] for check in found["errors"].values())
+        assert found["errors"]["out"]["rows"] == 256 // 8
+        # All 16 blocks are useful to it, 8 to us.
+        ours = record[direction]["xla"]
+        work = [x["gflops_per_second"] * x["seconds"]["median"] for x in (ours, found)]
+        assert work[1] == pytest.approx(2 * work[0])
+    assert record["forward"]["xla"]["computes"] == "blocks"
+    assert record["missed"] == []
+
+
+@pytest.mark.parametrize("where", ["enter", "ready", "rows", "times"])
+def test_peer_that_fails_is_left_out_and_said(monkeypatch, where):
+    def broken(*_):
+        raise RuntimeError("the kernel\ndoes not compile")
+
+    owner = {"enter": Everything, "ready": JaxContender}.get(where, JaxCall)
+    real = getattr(owner, where)
+
+    def only_the_peer(self, *arguments):
+        name = getattr(getattr(self, "peer", self), "name", None)
+        names = getattr(self, "names", None)
+        chosen = name == "everything" or (names and self.sets is not first)
+        return broken() if chosen else real(self, *arguments)
+
+    first: list = []
+    if owner is JaxCall:
+        ready = JaxContender.ready
+
+        def remember(self, direction):
+            nonlocal first
+            call = ready(self, direction)
+            if self.peer.name != "everything":
+                first = call.sets
+            return call
+
+        monkeypatch.setattr(JaxContender, "ready", remember)
+    monkeypatch.setitem(PEERS, "everything", Everything())
+    monkeypatch.setattr(owner, where, only_the_peer)
+    record = run(against=("everything",), backward=False)
+    assert list(record["forward"]) == ["xla"]
+    reason = "RuntimeError: the kernel does not compile"
+    assert record["left_out"]["everything"].endswith(reason)
+    (line,) = record["missed"]
+    assert f"everything failed: {reason}" in line
+
+
+def test_our_own_failure_is_raised(monkeypatch):
+    monkeypatch.setattr(JaxCall, "rows", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(against=())
+
+
+def test_static_patterns_are_closed_over():
+    seen = []
+
+    class Planned(Ours):
+        def forward(self, q, k, v, pattern):
+            seen.append(pattern)
+            return block_sparse_attention(q, k, v, pattern, implementation="xla")
+
+    mask = CASE.load().mask
+    sets = [tuple(jax.random.normal(jax.random.key(0), (4, 512, 2, 16)))]
+    for traced in (False, True):
+        ours = Planned("mosaic_gpu", traced=traced)
+        assert ours.static is not traced
+        contender = ours.enter(Task(mask, sets))
+        rows = np.arange(3)
+        assert list(contender.ready("backward").rows(rows)) == ["dq"]
+        assert list(contender.ready("forward").rows(rows)) == ["out"]
+        assert all((pattern is mask) is not traced for pattern in seen)
+        seen.clear()
+    assert not Ours("xla", traced=False).static
 
 
 def test_overrides_make_another_case():
@@ -77,6 +235,11 @@ def test_overrides_make_another_case():
     assert record["case"] == "tiny-h1-d16-bfloat16"
     assert list(record["forward"]) == ["xla"]
     assert record["missed"] == []
+
+
+def test_a_traced_mask_makes_another_case():
+    record = run(traced=True, backward=False, against=())
+    assert (record["case"], record["pattern"]) == ("tiny-traced", "traced")
 
 
 def test_wrong_results_are_missed(monkeypatch):
@@ -173,7 +336,7 @@ def test_peer_that_is_not_available(monkeypatch):
     monkeypatch.setattr(Dense, "available", lambda _: "there is no paper")
     with pytest.raises(BadInput, match="'dense' cannot run here: there is no paper"):
         run(against=("dense",))
-    assert run(backward=False)["left_out"] == {"dense": "there is no paper"}
+    assert run(backward=False)["left_out"]["dense"] == "there is no paper"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +345,7 @@ def test_peer_that_is_not_available(monkeypatch):
         {"repeats": 0},
         {"heads": -1},
         {"dtype": "int8"},
-        {"against": ("fa4",)},
+        {"against": ("fa9",)},
         {"implementation": "magic"},
         {"min_ratio": float("nan")},
         {"max_seconds": float("nan")},
@@ -199,16 +362,15 @@ def test_implementation_that_cannot():
         run(implementation="cutlass")
 
 
-def test_every_peer_gives_dense_attention():
+def test_dense_peer_gives_ours():
     pattern = CASE.load()
     rng = np.random.default_rng(0)
     q, k, v = (
         jnp.asarray(rng.standard_normal((512, 2, 16), np.float32)) for _ in range(3)
     )
     ours = Ours("reference").forward(q, k, v, pattern.mask)
-    for peer in PEERS.values():
-        out = peer.forward(q, k, v, peer.prepare(pattern.mask))
-        np.testing.assert_allclose(out, ours, atol=1e-5)
+    out = Dense().forward(q, k, v, Dense().prepare(pattern.mask))
+    np.testing.assert_allclose(out, ours, atol=1e-5)
 
 
 def test_host_mask_case():
@@ -232,9 +394,9 @@ def test_device_mask_case(monkeypatch):
     assert record["wrong_blocks"] == 0
     assert record["missed"] == []
 
-    real = _runner.patterns.device.radius
+    real = _builds.patterns.device.radius
     monkeypatch.setattr(
-        _runner.patterns.device,
+        _builds.patterns.device,
         "radius",
         lambda points, cutoff, **rest: real(points, cutoff * 0.7, **rest),
     )

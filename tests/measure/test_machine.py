@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from jsparse.measure import (
+    _machine,
     available_memory,
     git_commit,
     machine,
+    peak_device_memory,
     peak_memory,
     reset_peak_memory,
     versions,
@@ -43,6 +45,26 @@ def test_available_memory_is_less_than_all_memory():
     assert 0 < free <= machine()["memory_bytes"]
 
 
+def test_memory_of_a_gpu(monkeypatch):
+    stats: dict[str, int] | None = {
+        "bytes_limit": 100,
+        "bytes_in_use": 30,
+        "peak_bytes_in_use": 70,
+    }
+
+    class Device:
+        def memory_stats(self):
+            return stats
+
+    assert peak_device_memory() is None
+    monkeypatch.setattr(_machine.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(_machine.jax, "local_devices", lambda: [Device()])
+    assert (available_memory(), peak_device_memory()) == (70, 70)
+    stats = None  # an allocator that does not count
+    assert available_memory() != 70
+    assert peak_device_memory() is None
+
+
 def test_control_group_limits_memory(tmp_path: Path):
     assert _group_memory(tmp_path) is None
     (tmp_path / "memory.max").write_text("1000\n")
@@ -50,6 +72,13 @@ def test_control_group_limits_memory(tmp_path: Path):
     assert _group_memory(tmp_path) == 600
     (tmp_path / "memory.max").write_text("max\n")
     assert _group_memory(tmp_path) is None
+
+
+def test_commit_of_files_that_were_copied(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("JSPARSE_COMMIT", "1234abcd")
+    assert git_commit(tmp_path) == {"hash": "1234abcd", "dirty": False}
+    monkeypatch.setenv("JSPARSE_COMMIT", "")
+    assert git_commit(tmp_path) is None
 
 
 def test_commit_of_a_checkout(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import jax
@@ -10,7 +11,13 @@ import numpy as np
 import pytest
 
 from jsparse import block_sparse_attention, patterns
-from jsparse.measure import check_rows, choose_rows, within_cutoff
+from jsparse.measure import (
+    _rows,
+    check_rows,
+    choose_rows,
+    expect_rows,
+    within_cutoff,
+)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +143,46 @@ def test_exact_pair_at_the_cutoff_is_inside():
     coords = np.array([[0, 0, 0], [0, 6, 8], [50, 0, 0]], np.float32)
     near = within_cutoff(coords, np.array([0]), 10.0)
     assert near[0].tolist() == [[True, True, False]]
+
+
+def test_rows_of_a_long_sequence_take_little_memory():
+    length = 102_400
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (
+        jnp.asarray(rng.standard_normal((length, 1, 8), np.float32), jnp.float16)
+        for _ in range(4)
+    )
+    rows = choose_rows(length, 64)
+    allowed = np.zeros((len(rows), length), bool)
+    for mask, row in zip(allowed, rows // 128 * 128, strict=True):
+        mask[row : row + 128] = True
+    every = np.broadcast_to(np.True_, (8, length))
+    tracemalloc.start()
+    try:
+        for cotangent in (None, dout):
+            found = expect_rows(rows, q, k, v, (allowed,), q.dtype, dout=cotangent)
+            assert found.check(found.plain).ok
+            expect_rows(rows[:8], q, k, v, (every,), q.dtype, dout=cotangent)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < length * length / 50
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_few_keys_and_many_are_summed_alike(share):
+    rng = np.random.default_rng(1)
+    q, k, v, dout = (rng.standard_normal((60, 2, 8)) for _ in range(4))
+    allowed = rng.random((60, 60)) < share
+    rows = np.arange(60)
+    out = expect_rows(rows, q, k, v, (allowed,), np.float64).exact
+    np.testing.assert_allclose(out, dense(q, k, v, allowed), atol=1e-13)
+    slow = expect_rows(rows, q, k, v, (allowed,), np.float64, dout=dout).exact
+    monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context() as patch:
+        patch.setattr(_rows, "_SPARSE", 1.0 if share > 0.5 else 0.0)
+        other = expect_rows(rows, q, k, v, (allowed,), np.float64, dout=dout).exact
+    np.testing.assert_allclose(slow, other, atol=1e-13)
 
 
 def test_chosen_rows_are_different_and_the_same_each_time():

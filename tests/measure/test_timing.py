@@ -13,6 +13,7 @@ import pytest
 from jsparse.measure import (
     compile_call,
     in_background,
+    kernel_times,
     percentiles,
     time_call,
     useful_flops,
@@ -53,6 +54,57 @@ def test_interrupt_does_not_wait_for_the_call():
         assert not release.is_set()
     finally:
         release.set()
+
+
+@pytest.mark.parametrize("found, expected", [(2.0, [2e-3]), ([1.0, 3.0], [1e-3, 3e-3])])
+def test_kernel_times_are_those_of_cupti(monkeypatch, found, expected):
+    from jax.experimental.mosaic.gpu import profiler
+
+    asked = []
+
+    def measure(call, *, iterations):
+        asked.append((call, iterations))
+        return lambda *args: (call(*args), found)
+
+    monkeypatch.setattr(profiler, "measure", measure)
+    compiled = compile_call(jnp.tanh, jnp.ones(3))
+    assert kernel_times(compiled.call, jnp.ones(3), count=2) == pytest.approx(expected)
+    assert asked == [(compiled.call, 2)]
+
+
+def test_calls_whose_kernels_differ_are_timed_one_by_one(monkeypatch):
+    from jax.experimental.mosaic.gpu import profiler
+
+    times = iter([1.0, 2.0, 3.0])
+
+    def measure(call, *, iterations):
+        if iterations > 1:
+            raise RuntimeError("Kernel names are not consistent across iterations")
+        return lambda *args: (None, next(times))
+
+    monkeypatch.setattr(profiler, "measure", measure)
+    found = kernel_times(jnp.tanh, jnp.ones(3), count=3)
+    assert found == pytest.approx([1e-3, 2e-3, 3e-3])
+
+
+def test_a_cpu_has_no_kernel_times(monkeypatch):
+    from jax.experimental.mosaic.gpu import profiler
+
+    def nothing(call, iterations):
+        return lambda *args: (None, None)
+
+    monkeypatch.setattr(profiler, "measure", nothing)
+    with pytest.raises(RuntimeError, match="CUPTI saw no kernels"):
+        kernel_times(jnp.tanh, jnp.ones(3))
+
+
+@pytest.mark.gpu
+def test_kernel_times_on_a_gpu():
+    x = jnp.ones((2048, 2048), jnp.bfloat16)
+    compiled = compile_call(lambda x: x @ x, x)
+    seconds = kernel_times(compiled.call, x, count=5)
+    assert len(seconds) == 5
+    assert 1e-6 < min(seconds) < max(seconds) < 1e-2
 
 
 def test_percentiles_of_known_times():
