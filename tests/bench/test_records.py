@@ -235,7 +235,7 @@ def test_times_carry_their_units_and_the_title_names_none():
     half = {"count": 3, "min": 5e-4, "median": 5e-3, "max": 50.0}
     times = facts(build() | {"seconds": {"order": half}})[-1]
     assert times.title == "Time of each step"
-    assert times.rows == [("order", "0.5 ms", "5 ms", "50 s")]
+    assert times.rows == [("order", "500 µs", "5 ms", "50 s")]
 
 
 def test_shipped_records_can_be_rendered():
