@@ -6,11 +6,11 @@ import importlib
 from types import ModuleType
 
 IMPLEMENTATIONS = ("mosaic_gpu", "cutlass", "xla", "reference")
-_MODULES = {"xla": "jsparse.backends.xla", "reference": "jsparse.backends.reference"}
+_BUILT = ("mosaic_gpu", "xla", "reference")
 
 
 def load(name: str) -> ModuleType | str:
     """The backend module called ``name``, or why this build has none."""
-    if name in _MODULES:
-        return importlib.import_module(_MODULES[name])
+    if name in _BUILT:
+        return importlib.import_module(f"jsparse.backends.{name}")
     return f"this version of jsparse has no {name} kernels"

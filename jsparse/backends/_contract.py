@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from jsparse.bias import Bias
@@ -39,6 +40,30 @@ class Operands(NamedTuple):
     def batch_shape(self) -> tuple[int, ...]:
         """The broadcast batch axes of all operands."""
         return batch_axes(self, self.q.ndim - 3)
+
+
+class HostPattern:
+    """A mask whose values are known before tracing, for backends that plan ahead.
+
+    Two are equal if they hold the very same arrays.
+    """
+
+    def __init__(self, mask: BlockMask):
+        self.mask = mask
+        self._ids = tuple(map(id, jax.tree_util.tree_leaves(mask)))
+
+    @classmethod
+    def of(cls, mask: BlockMask) -> HostPattern | None:
+        """The mask's pattern, or None if any of its arrays is traced."""
+        leaves = jax.tree_util.tree_leaves(mask)
+        traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+        return None if traced else cls(mask)
+
+    def __hash__(self) -> int:
+        return hash(self._ids)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HostPattern) and self._ids == other._ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +98,20 @@ class Backend(Protocol):
         """Why this backend cannot take the problem, or None if it can."""
         ...
 
-    def forward(self, operands: Operands, scale: float) -> tuple[Array, Array]:
-        """``out [*B, T, H, Dv]`` and ``lse [*B, H, T]``, natural log."""
+    def forward(
+        self, operands: Operands, scale: float, pattern: HostPattern | None
+    ) -> tuple[Array, Array]:
+        """``out [*B, T, H, Dv]`` and ``lse [*B, H, T]``, natural log.
+
+        ``pattern`` is the mask's, without the axes of `Operands`, if it is known.
+        """
         ...
 
     def backward(
         self,
         operands: Operands,
         scale: float,
+        pattern: HostPattern | None,
         out: Array,
         lse: Array,
         dout: Array,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jsparse.backends._contract import (
+    HostPattern,
     Operands,
     Problem,
     accumulator_dtype,
@@ -31,7 +32,9 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def forward(operands: Operands, scale: float) -> tuple[Array, Array]:
+def forward(
+    operands: Operands, scale: float, pattern: HostPattern | None
+) -> tuple[Array, Array]:
     """Dense attention with the mask's elements; see `Backend.forward`."""
     q, k, v, mask, bias = operands
     acc = accumulator_dtype(q)

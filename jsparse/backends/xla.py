@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jsparse.backends._contract import (
+    HostPattern,
     Operands,
     Problem,
     accumulator_dtype,
@@ -52,7 +53,9 @@ def why_not(problem: Problem) -> str | None:
 # ------------------------------------------------------------------ entry points
 
 
-def forward(operands: Operands, scale: float) -> tuple[Array, Array]:
+def forward(
+    operands: Operands, scale: float, pattern: HostPattern | None
+) -> tuple[Array, Array]:
     """See `Backend.forward`."""
     operands = vary_like(operands, operands)
     single, restore = _prepare(operands)
@@ -62,7 +65,13 @@ def forward(operands: Operands, scale: float) -> tuple[Array, Array]:
 
 
 def backward(
-    operands: Operands, scale: float, out: Array, lse: Array, dout: Array, dlse: Array
+    operands: Operands,
+    scale: float,
+    pattern: HostPattern | None,
+    out: Array,
+    lse: Array,
+    dout: Array,
+    dlse: Array,
 ) -> tuple[Array, Array, Array, Any]:
     """See `Backend.backward`."""
     operands = vary_like(operands, (operands, dout))

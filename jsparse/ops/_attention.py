@@ -6,6 +6,7 @@ from typing import Any, Literal, cast, overload
 
 import jax.numpy as jnp
 
+from jsparse.backends._contract import HostPattern
 from jsparse.bias import Bias
 from jsparse.ops._checks import canonical, check_scale, describe
 from jsparse.ops._dispatch import choose, refusals
@@ -111,9 +112,9 @@ def block_sparse_attention(
     scale = check_scale(scale, operands.q.shape[-1])
     backend = choose(implementation, describe(operands))
     if backend.differentiable:
-        result = backend.forward(operands, scale)
+        result = backend.forward(operands, scale, None)
     else:
-        result = attend(backend, scale, operands)
+        result = attend(backend, scale, HostPattern.of(mask), operands)
     out, lse = cast(tuple[Array, Array], result)
     if mask.needed_capacity is not None:
         out, lse = _poison_overflow(out, lse, mask)

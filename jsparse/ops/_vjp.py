@@ -17,27 +17,31 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from jsparse.backends._contract import Operands
+from jsparse.backends._contract import HostPattern, Operands
 
 Array = Any
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def attend(
-    backend: ModuleType, scale: float, operands: Operands
+    backend: ModuleType, scale: float, pattern: HostPattern | None, operands: Operands
 ) -> tuple[Array, Array]:
-    """Attention through ``backend``; the residuals are operands, out and lse."""
-    return _batched_forward(backend, scale)(operands)
+    """Attention through ``backend``; the residuals are operands, out and lse.
+
+    ``pattern`` is the operands' mask where its values are known: as an operand it is
+    traced here.
+    """
+    return _batched_forward(backend, scale, pattern)(operands)
 
 
-def _attend_fwd(backend, scale, operands):
-    out, lse = _batched_forward(backend, scale)(operands)
+def _attend_fwd(backend, scale, pattern, operands):
+    out, lse = _batched_forward(backend, scale, pattern)(operands)
     return (out, lse), (operands, out, lse)
 
 
-def _attend_bwd(backend, scale, residuals, cotangents):
+def _attend_bwd(backend, scale, pattern, residuals, cotangents):
     operands, out, lse = residuals
-    grads = _batched_backward(backend, scale)(operands, out, lse, *cotangents)
+    grads = _batched_backward(backend, scale, pattern)(operands, out, lse, *cotangents)
     primals = (operands.q, operands.k, operands.v, operands.bias)
     dq, dk, dv, dbias = jax.tree_util.tree_map(_sum_devices, grads, primals)
     no_mask: Any = None
@@ -53,11 +57,13 @@ def _sum_devices(grad: Array, primal: Array) -> Array:
 attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-@functools.cache
-def _batched_forward(backend: ModuleType, scale: float) -> Callable:
+@functools.lru_cache(maxsize=16)
+def _batched_forward(
+    backend: ModuleType, scale: float, pattern: HostPattern | None
+) -> Callable:
     @custom_vmap
     def forward(operands):
-        return backend.forward(operands, scale)
+        return backend.forward(operands, scale, pattern)
 
     @forward.def_vmap
     def rule(axis_size, in_batched, operands):
@@ -67,11 +73,13 @@ def _batched_forward(backend: ModuleType, scale: float) -> Callable:
     return forward
 
 
-@functools.cache
-def _batched_backward(backend: ModuleType, scale: float) -> Callable:
+@functools.lru_cache(maxsize=16)
+def _batched_backward(
+    backend: ModuleType, scale: float, pattern: HostPattern | None
+) -> Callable:
     @custom_vmap
     def backward(operands, *rows):
-        return backend.backward(operands, scale, *rows)
+        return backend.backward(operands, scale, pattern, *rows)
 
     @backward.def_vmap
     def rule(axis_size, in_batched, operands, *rows):

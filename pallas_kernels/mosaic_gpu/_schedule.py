@@ -1,12 +1,14 @@
-"""The work list of a launch: which CTA computes which part of which row, in what order.
+"""The work list of a launch: which worker computes which part of which row, in what order.
 
-Made on the host with NumPy from the block counts. A kernel's adapter calls
-`make_schedule` once per pattern; the kernel only reads the arrays.
+Made from the block counts: on the host with NumPy, balanced by a list scheduler, where
+the pattern is known before tracing; on the device in a few vector operations where it is
+traced. A kernel only reads the arrays. A row here is a row of blocks: of queries for the
+forward and dq kernels, of keys for the dk and dv kernel.
 
-An item is ``NUM_FIELDS`` int32: batch, head, query block, first and number of its
-partial list entries, first and number of its full ones (both as positions in the
-flattened lists), the workspace slot of its partial result, or -1 if the item is the
-whole row and writes ``out`` itself, and the bit block of its first partial entry.
+An item is ``NUM_FIELDS`` int32: batch, query head, row, first and number of its partial
+list entries, first and number of its full ones (both as positions in the flattened
+lists), the workspace slot of its partial result, or -1 if the item is the whole row and
+writes the output itself, and the bit block of its first partial entry.
 """
 
 from __future__ import annotations
@@ -14,131 +16,244 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from .._common import NUM_FIELDS
 
+Array = Any
 ROW_COST = 1.0
-"""Fixed cost of an item in units of one block: load q, start, write out."""
+"""Fixed cost of an item in units of one block: load the row's tiles, start, write out."""
 MIN_PART = 3
 """Fewest blocks of a part of a split row."""
+MOST_PARTS = 8
+"""Most parts of a row that is split on the device."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Work of one launch.
+    """Work of one launch; arrays are NumPy's if made on the host.
 
     Attributes:
-        cta_count: ``[num_ctas]`` int32, items of each CTA.
-        items: ``[num_ctas, most, NUM_FIELDS]`` int32, zero beyond the count.
-        split_rows: ``[s, 3]`` int32: batch, head, query block of each row that several
-            items share.
+        count: ``[workers]`` int32, items of each worker.
+        items: ``[workers, most, NUM_FIELDS]`` int32, zero beyond the count.
+        split_rows: ``[s, 3]`` int32: batch, head, row of each row that several items
+            share.
         split_slots: ``[s, parts]`` int32 workspace slots of its parts, -1 where a row
             has fewer.
         num_slots: workspace slots in use.
+        any_partial: whether there may be partial blocks.
     """
 
-    cta_count: np.ndarray
-    items: np.ndarray
-    split_rows: np.ndarray
-    split_slots: np.ndarray
+    count: Array
+    items: Array
+    split_rows: Array
+    split_slots: Array
     num_slots: int
+    any_partial: bool
 
 
-def make_schedule(
-    kv_num_blocks: np.ndarray,
-    kv_capacity: int,
-    full_kv_num_blocks: np.ndarray,
-    full_kv_capacity: int,
+def schedule_on_host(
+    partial: np.ndarray,
+    partial_capacity: int,
+    full: np.ndarray,
+    full_capacity: int,
     *,
     batch: int,
     heads: int,
-    num_ctas: int,
-    split: bool = True,
-    heads_together: int = 1,
+    workers: int,
+    group: int = 1,
 ) -> Schedule:
-    """Balances the rows of a pattern over persistent CTAs.
+    """Balances the rows of a known pattern over persistent workers.
 
-    Items come head by head, so that the keys and values in use stay in the L2 cache,
-    and longest first within a head; each goes to the CTA that is free first. A row that
-    would end after the fair share of a CTA is cut there and the rest goes on elsewhere
+    Items come head by head, so that what is loaded stays in the L2 cache, and longest
+    first within a head; each goes to the worker that is free first. A row that would
+    end after the fair share of a worker is cut there and the rest goes on elsewhere
     (McNaughton's wrap-around rule), so only the last rows are split, or the only ones.
 
     Args:
-        kv_num_blocks: ``[B or 1, H or 1, nq]`` partial blocks of each row.
-        kv_capacity: width of the partial list.
-        full_kv_num_blocks: as ``kv_num_blocks``, for full blocks.
-        full_kv_capacity: width of the full list.
+        partial: ``[B or 1, H or 1, n]`` partial blocks of each row.
+        partial_capacity: width of the partial list.
+        full: as ``partial``, for full blocks.
+        full_capacity: width of the full list.
         batch: batch entries of the launch.
         heads: query heads of the launch.
-        num_ctas: CTAs of the launch.
-        split: whether rows may be split.
-        heads_together: heads whose rows are sorted as one.
+        workers: walkers of the schedule.
+        group: query heads whose items must follow one another on one worker, because
+            they add to one result; above 1 nothing is split.
 
     Returns:
-        The schedule. Its order is a function of the arguments only.
+        The schedule, a function of the arguments only.
     """
-    partial, full = np.asarray(kv_num_blocks), np.asarray(full_kv_num_blocks)
-    shape = (batch, heads, partial.shape[-1])
-    # Bits are counted within a batch entry, in list order, heads outermost.
-    per_entry = partial.reshape(partial.shape[0], -1).astype(np.int64)
-    first_bits = (np.cumsum(per_entry, 1) - per_entry).reshape(partial.shape)
-    index = np.arange(partial.size, dtype=np.int64).reshape(partial.shape)
-    partial, full, index, first_bits = (
-        np.broadcast_to(x, shape).reshape(-1)
-        for x in (partial, full, index, first_bits)
-    )
-    total = partial.astype(np.int64) + full
-    b, h, i = np.unravel_index(np.arange(len(total)), shape)
-    order = np.lexsort((i, -total, (b * heads + h) // heads_together))
-    pieces = _assign(total, order, num_ctas, split)
+    rows = _Rows.of(np, partial, full, batch, heads)
+    b, h, i = np.unravel_index(np.arange(len(rows.total)), rows.shape)
+    if group == 1:
+        order = np.lexsort((i, -rows.total, b * heads + h))
+        pieces = _assign(rows.total, order, workers, split=True)
+    else:
+        pieces = _assign_groups(rows, b, h, i, workers, group)
     pieces = pieces[np.argsort(pieces[:, 0], kind="stable")]
-    owner, rows, begin, end = pieces.T
-    slots, which, split_slots = _slots(rows, len(total))
-    items = np.zeros((len(rows), NUM_FIELDS), np.int32)
-    items[:, 0], items[:, 1], items[:, 2] = b[rows], h[rows], i[rows]
-    p_begin, p_end = (np.minimum(x, partial[rows]) for x in (begin, end))
-    items[:, 3] = index[rows] * kv_capacity + p_begin
-    items[:, 4] = p_end - p_begin
-    items[:, 5] = index[rows] * full_kv_capacity + (begin - p_begin)
-    items[:, 6] = (end - begin) - (p_end - p_begin)
-    items[:, 7] = slots
-    items[:, 8] = first_bits[rows] + p_begin
-    count = np.bincount(owner, minlength=num_ctas)
-    padded = np.zeros((num_ctas, max(1, int(count.max())), NUM_FIELDS), np.int32)
+    owner, which, begin, end = pieces.T
+    slots, split, split_slots = _slots(which, len(rows.total))
+    items = rows.items(
+        np, which, begin, end, slots, (partial_capacity, full_capacity)
+    )
+    count = np.bincount(owner, minlength=workers)
+    padded = np.zeros((workers, max(1, int(count.max())), NUM_FIELDS), np.int32)
     nth = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
     padded[owner, nth] = items
-    split_rows = np.stack([b[which], h[which], i[which]], 1).astype(np.int32)
     return Schedule(
         count.astype(np.int32),
         padded,
-        split_rows,
+        np.stack([b[split], h[split], i[split]], 1).astype(np.int32),
         split_slots,
         int(slots.max(initial=-1)) + 1,
+        bool(np.asarray(partial).any()),
     )
 
 
+def schedule_on_device(
+    partial: Array,
+    partial_capacity: int,
+    full: Array,
+    full_capacity: int,
+    *,
+    batch: int,
+    heads: int,
+    workers: int,
+    group: int = 1,
+) -> Schedule:
+    """`schedule_on_host` for traced counts.
+
+    Rows go to the workers in turns, head by head and longest first within a head, to
+    and fro. If there are fewer rows than workers, each row is cut into the same number
+    of even parts.
+    """
+    rows = _Rows.of(jnp, partial, full, batch, heads)
+    num_rows = len(rows.total)
+    parts = 1
+    if group == 1 and num_rows < workers:
+        parts = min(MOST_PARTS, -(-2 * workers // num_rows))
+    b, h, i = np.unravel_index(np.arange(num_rows), rows.shape)
+    if group == 1:
+        order = jnp.lexsort((i, -rows.total, b * heads + h))
+    else:
+        # Heads of a group one after another; the row's place is that of their sum.
+        load = rows.total.reshape(batch, heads // group, group, -1).sum(2)
+        load = jnp.repeat(load, group, 1).reshape(-1)
+        order = jnp.lexsort((h, i, -load, b * heads + h // group * group))
+    which = jnp.repeat(order, parts)
+    part = jnp.tile(jnp.arange(parts), num_rows)
+    begin = rows.total[which] * part // parts
+    end = rows.total[which] * (part + 1) // parts
+    slots = jnp.arange(len(which)) if parts > 1 else jnp.full(len(which), -1)
+    items = rows.items(
+        jnp, which, begin, end, slots, (partial_capacity, full_capacity)
+    )
+    turns = -(-len(which) // (workers * group))
+    padded = jnp.zeros((turns * workers * group, NUM_FIELDS), jnp.int32)
+    padded = padded.at[: len(which)].set(items)
+    used = np.arange(len(padded)) < len(which)
+    padded, used = (
+        xp.where(
+            np.arange(turns)[:, None, None, None] % 2 == 1, x[:, ::-1], x
+        )  # to and fro
+        for xp, x in (
+            (jnp, padded.reshape(turns, workers, group, NUM_FIELDS)),
+            (np, used.reshape(turns, workers, group, 1)),
+        )
+    )
+    row_of = order if parts > 1 else order[:0]
+    return Schedule(
+        used.sum((0, 2, 3)).astype(np.int32),
+        padded.swapaxes(0, 1).reshape(workers, turns * group, NUM_FIELDS),
+        jnp.stack([jnp.asarray(x)[row_of] for x in (b, h, i)], 1).astype(jnp.int32),
+        np.arange(len(row_of) * parts, dtype=np.int32).reshape(-1, parts),
+        len(row_of) * parts,
+        partial_capacity > 0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Every row of a launch, flattened over ``shape = (batch, heads, n)``."""
+
+    shape: tuple[int, int, int]
+    partial: Array
+    total: Array
+    index: np.ndarray
+    first_bits: Array
+
+    @classmethod
+    def of(cls, xp: Any, partial: Array, full: Array, batch: int, heads: int) -> _Rows:
+        """Rows of the counts ``[B or 1, H or 1, n]``."""
+        partial, full = xp.asarray(partial), xp.asarray(full)
+        shape = (batch, heads, partial.shape[-1])
+        # Bits are counted within a batch entry, in list order, heads outermost.
+        per_entry = partial.reshape(partial.shape[0], -1)
+        first_bits = (xp.cumsum(per_entry, 1) - per_entry).reshape(partial.shape)
+        index = np.arange(partial.size).reshape(partial.shape)
+        flat = lambda x: xp.broadcast_to(x, shape).reshape(-1)
+        return cls(
+            shape,
+            flat(partial),
+            flat(partial + full),
+            np.broadcast_to(index, shape).reshape(-1),
+            flat(first_bits),
+        )
+
+    def items(self, xp, which, begin, end, slots, capacities) -> Array:
+        """Items of blocks ``begin`` to ``end`` of rows ``which``."""
+        b, h, i = xp.unravel_index(which, self.shape)
+        partial = self.partial[which]
+        p_begin, p_end = xp.minimum(begin, partial), xp.minimum(end, partial)
+        index = xp.asarray(self.index)[which]
+        fields = [
+            *(b, h, i),
+            *(index * capacities[0] + p_begin, p_end - p_begin),
+            *(index * capacities[1] + begin - p_begin, end - begin - (p_end - p_begin)),
+            *(slots, self.first_bits[which] + p_begin),
+        ]
+        return xp.stack(fields, 1).astype(xp.int32)
+
+
+def _assign_groups(rows: _Rows, b, h, i, workers: int, group: int) -> np.ndarray:
+    """Pieces as in `_assign`, where ``group`` heads of a row make one job."""
+    batch, heads, n = rows.shape
+    jobs = (batch, heads // group, group, n)
+    load = rows.total.reshape(jobs).sum(2).reshape(-1)
+    job_head = np.arange(len(load)) // n
+    order = np.lexsort((np.arange(len(load)), -load, job_head))
+    made = _assign(load, order, workers, split=False)
+    ids = np.arange(len(rows.total)).reshape(jobs).swapaxes(2, 3).reshape(-1, group)
+    which = ids[made[:, 1]].reshape(-1)
+    owner = np.repeat(made[:, 0], group)
+    begin = np.zeros_like(which)
+    return np.stack([owner, which, begin, rows.total[which]], 1)
+
+
 def _assign(
-    total: np.ndarray, order: np.ndarray, num_ctas: int, split: bool
+    total: np.ndarray, order: np.ndarray, workers: int, split: bool
 ) -> np.ndarray:
-    """``[n, 4]``: CTA, row, first and end block of each piece, in the order made."""
-    fair = (total.sum() + ROW_COST * len(total)) / num_ctas
-    if len(total) < num_ctas:
-        # Each CTA then starts about one piece, whoever its row belongs to.
-        fair = total.sum() / num_ctas + ROW_COST
-    free = [(0.0, cta) for cta in range(num_ctas)]
+    """``[n, 4]``: worker, row, first and end block of each piece, in the order made."""
+    fair = (total.sum() + ROW_COST * len(total)) / workers
+    if len(total) < workers:
+        # Each worker then starts about one piece, whoever its row belongs to.
+        fair = total.sum() / workers + ROW_COST
+    free = [(0.0, worker) for worker in range(workers)]
     pieces = []
     for row in order.tolist():
         begin, end = 0, int(total[row])
         while True:
-            at, cta = free[0]
+            at, worker = free[0]
             room = max(math.ceil(fair - at - ROW_COST), MIN_PART)
             stop = end
             if split and end - begin > room + 1 and end - begin >= 2 * MIN_PART:
                 stop = min(begin + room, end - MIN_PART)
-            heapq.heapreplace(free, (at + stop - begin + ROW_COST, cta))
-            pieces.append((cta, row, begin, stop))
+            heapq.heapreplace(free, (at + stop - begin + ROW_COST, worker))
+            pieces.append((worker, row, begin, stop))
             begin = stop
             if begin == end:
                 break

@@ -88,87 +88,100 @@ def make_case(
 SIZES = (37, 75, 8, 32)  # ragged in both directions, several blocks each way
 
 
-def _plain(rng):
-    return make_case(rng, random_mask(rng, SIZES, 12))
+def _fraction(length: int, part: float) -> int:
+    return max(1, round(length * part))
 
 
-def _long_lists(rng):
+def _plain(rng, sizes=SIZES):
+    return make_case(rng, random_mask(rng, sizes, 12))
+
+
+def _long_lists(rng, sizes=SIZES):
     # More listed blocks than one step of any backend takes: its loops really loop.
-    mask = random_mask(rng, (70, 600, 16, 8), 330)
+    _, _, block_q, block_kv = sizes
+    sizes = (4 * block_q + 6, 18 * block_kv + 24, block_q, block_kv)
+    mask = random_mask(rng, sizes, 160)
     return make_case(rng, mask)
 
 
-def _grouped_query(rng):
-    return make_case(rng, random_mask(rng, SIZES, 9), heads=(4, 2), dims=(16, 24))
+def _grouped_query(rng, sizes=SIZES):
+    return make_case(rng, random_mask(rng, sizes, 9), heads=(4, 2), dims=(16, 24))
 
 
-def _head_patterns(rng):
-    masks = [random_mask(rng, SIZES, 9) for _ in range(4)]
+def _head_patterns(rng, sizes=SIZES):
+    masks = [random_mask(rng, sizes, 9) for _ in range(4)]
     return make_case(rng, BlockMask.stack(masks, "head"), heads=(4, 2))
 
 
-def _batch_patterns(rng):
-    masks = [random_mask(rng, SIZES, 9) for _ in range(2)]
+def _batch_patterns(rng, sizes=SIZES):
+    masks = [random_mask(rng, sizes, 9) for _ in range(2)]
     return make_case(rng, BlockMask.stack(masks, "batch"), batch=(2,))
 
 
-def _batch_and_head_patterns(rng):
+def _batch_and_head_patterns(rng, sizes=SIZES):
     rows = [
-        BlockMask.stack([random_mask(rng, SIZES, 12) for _ in range(2)], "head")
+        BlockMask.stack([random_mask(rng, sizes, 12) for _ in range(2)], "head")
         for _ in range(2)
     ]
     return make_case(rng, BlockMask.stack(rows, "batch"), batch=(2,))
 
 
-def _segments(rng):
-    ids = [rng.integers(0, 3, (1, n)).astype(np.int32) for n in SIZES[:2]]
-    return make_case(rng, random_mask(rng, SIZES, 12, rules=(Segments(*ids),)))
+def _segments(rng, sizes=SIZES):
+    ids = [rng.integers(0, 3, (1, n)).astype(np.int32) for n in sizes[:2]]
+    return make_case(rng, random_mask(rng, sizes, 12, rules=(Segments(*ids),)))
 
 
-def _window(rng):
-    start = rng.integers(0, 40, (1, SIZES[0])).astype(np.int32)
-    rule = Window(start, start + np.int32(20))
-    return make_case(rng, random_mask(rng, SIZES, 12, rules=(rule,)))
+def _window(rng, sizes=SIZES):
+    start = rng.integers(0, _fraction(sizes[1], 0.5), (1, sizes[0])).astype(np.int32)
+    rule = Window(start, start + np.int32(_fraction(sizes[1], 0.25)))
+    return make_case(rng, random_mask(rng, sizes, 12, rules=(rule,)))
 
 
-def _distance(rng):
-    q, kv = (rng.standard_normal((1, n, 3)).astype(np.float32) for n in SIZES[:2])
+def _distance(rng, sizes=SIZES):
+    q, kv = (rng.standard_normal((1, n, 3)).astype(np.float32) for n in sizes[:2])
     rule = Distance(q, kv, np.full((1, 1), 1.5, np.float32))
-    return make_case(rng, random_mask(rng, SIZES, 12, rules=(rule,), elements=False))
+    return make_case(rng, random_mask(rng, sizes, 12, rules=(rule,), elements=False))
 
 
-def _lengths(rng):
-    small = random_mask(rng, (29, 40, 8, 32), 6)
-    return make_case(rng, small.pad_to(SIZES[0], SIZES[1], capacity=6))
+def _lengths(rng, sizes=SIZES):
+    q_len, kv_len, *blocks = sizes
+    lengths = (_fraction(q_len, 0.8), _fraction(kv_len, 0.55))
+    small = random_mask(rng, (*lengths, *blocks), 6)
+    return make_case(rng, small.pad_to(q_len, kv_len, capacity=6))
 
 
-def _groups(rng):
-    masks = [random_mask(rng, (n, n + 9, 8, 32), 4) for n in (5, 24, 17)]
+def _groups(rng, sizes=SIZES):
+    _, _, *blocks = sizes
+    masks = [
+        random_mask(rng, (n, n + blocks[1] // 3, *blocks), 4)
+        for n in (_fraction(blocks[0], x) for x in (0.6, 3, 2.1))
+    ]
     return make_case(rng, BlockMask.concatenate(masks))
 
 
-def _one_block(rng):
-    return make_case(
-        rng, BlockMask.from_blocks([2], [1], q_len=37, block_q=8, block_kv=8)
-    )
+def _one_block(rng, sizes=SIZES):
+    q_len, _, block, _ = sizes
+    mask = BlockMask.from_blocks([2], [1], q_len=q_len, block_q=block, block_kv=block)
+    return make_case(rng, mask)
 
 
-def _nothing(rng):
-    return make_case(
-        rng, BlockMask.from_blocks([], [], q_len=37, block_q=8, block_kv=8)
-    )
+def _nothing(rng, sizes=SIZES):
+    q_len, _, block, _ = sizes
+    mask = BlockMask.from_blocks([], [], q_len=q_len, block_q=block, block_kv=block)
+    return make_case(rng, mask)
 
 
-def _everything(rng):
-    rows, cols = np.divmod(np.arange(5 * 3), 3)
-    q_len, kv_len, block_q, block_kv = SIZES
+def _everything(rng, sizes=SIZES):
+    q_len, kv_len, block_q, block_kv = sizes
+    grid = -(-q_len // block_q), -(-kv_len // block_kv)
+    rows, cols = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
     mask = BlockMask.from_blocks(
         rows, cols, q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv
     )
     return make_case(rng, mask)
 
 
-CASES: dict[str, Callable[[np.random.Generator], Case]] = {
+CASES: dict[str, Callable[..., Case]] = {
     f.__name__.lstrip("_"): f
     for f in (
         _plain,

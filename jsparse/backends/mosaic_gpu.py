@@ -1,0 +1,375 @@
+"""Block-sparse attention through the Pallas Mosaic-GPU kernels, on Hopper GPUs.
+
+Turns operands into what the kernels take: one batch axis, head sizes that are multiples
+of 16, flat block lists, element tests by row and column, a schedule. The kernels
+themselves are in `jsparse.pallas_kernels`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsparse.backends._contract import HostPattern, Operands, Problem
+from jsparse.pallas_kernels._common import LOG2E
+from jsparse.pallas_kernels.mosaic_gpu import bwd_dkv_sm90, bwd_dq_sm90, fwd_sm90
+from jsparse.pallas_kernels.mosaic_gpu._elements import (
+    ColumnInterval,
+    Elements,
+    RowInterval,
+    Rule,
+    SameLabel,
+    Within,
+)
+from jsparse.pallas_kernels.mosaic_gpu._schedule import (
+    Schedule,
+    schedule_on_device,
+    schedule_on_host,
+)
+from jsparse.patterns import BlockMask, Distance, Segments, Window
+
+Array = Any
+
+name = "mosaic_gpu"
+differentiable = False
+
+DTYPES = ("bfloat16", "float16")
+LARGEST_HEAD = 128
+BLOCKS = (64, 128)
+
+
+def why_not(problem: Problem) -> str | None:
+    """What the kernels were built and tested for."""
+    if problem.platform != "gpu":
+        return f"it needs an H100 or H200, and JAX computes on {problem.platform}"
+    capability = _compute_capability()
+    if capability != "9.0":
+        return f"it needs a GPU of compute capability 9.0, and this one has {capability}"
+    if problem.dtype not in DTYPES:
+        return f"dtype {problem.dtype}; expected {' or '.join(DTYPES)}"
+    if max(problem.head_dim, problem.value_dim) > LARGEST_HEAD:
+        size = max(problem.head_dim, problem.value_dim)
+        return f"head size {size}; expected at most {LARGEST_HEAD}"
+    for side in ("block_q", "block_kv"):
+        size = getattr(problem, side)
+        if size not in BLOCKS:
+            return f"{side}={size}; expected {' or '.join(map(str, BLOCKS))}"
+    if problem.bias is not None:
+        return f"a {problem.bias} bias; expected none"
+    return None
+
+
+@functools.cache
+def _compute_capability() -> str:
+    return str(jax.devices("gpu")[0].compute_capability)
+
+
+@functools.cache
+def _num_multiprocessors() -> int:
+    """Of the GPU; of an H100 where there is none, so that kernels lower anywhere."""
+    if jax.default_backend() != "gpu":
+        return 132
+    return int(jax.devices("gpu")[0].core_count)
+
+
+# ----------------------------------------------------------------------- entry points
+
+
+def forward(
+    operands: Operands, scale: float, pattern: HostPattern | None
+) -> tuple[Array, Array]:
+    """See `Backend.forward`."""
+    call = _Call.of(operands, scale, pattern)
+    config = fwd_sm90.Config.choose(*call.dims, *call.blocks, _num_multiprocessors())
+    lists = call.rows
+    out, lse = fwd_sm90.forward(
+        *(call.q, call.k, call.v),
+        *(lists.partial, lists.full, call.elements()),
+        call.schedule(lists, config.num_workers),
+        blocks=call.blocks,
+        scale=call.scale,
+        config=config,
+    )
+    value_dim = operands.v.shape[-1]
+    out = out[..., :value_dim].reshape(*call.batch, *out.shape[1:3], value_dim)
+    return out, lse.reshape(*call.batch, *lse.shape[1:])
+
+
+def backward(
+    operands: Operands,
+    scale: float,
+    pattern: HostPattern | None,
+    out: Array,
+    lse: Array,
+    dout: Array,
+    dlse: Array,
+) -> tuple[Array, Array, Array, None]:
+    """See `Backend.backward`."""
+    call = _Call.of(operands, scale, pattern)
+    delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    delta = jnp.moveaxis(delta, -1, -2) - dlse
+    blind = jnp.isneginf(lse)
+    lse2 = call.pad_queries(jnp.where(blind, jnp.inf, lse * LOG2E), jnp.inf)
+    delta = call.pad_queries(jnp.where(blind, 0, delta), 0)
+    dout = call.flat(_pad_dim(dout))
+    arrays = (call.q, call.k, call.v, dout, lse2, delta)
+    kinds = dict(blocks=call.blocks, scale=call.scale)
+
+    config = bwd_dq_sm90.choose(*call.dims, *call.blocks, _num_multiprocessors())
+    lists = call.rows
+    dq = bwd_dq_sm90.backward_dq(
+        *arrays,
+        *(lists.partial, lists.full, call.elements()),
+        call.schedule(lists, config.num_workers),
+        config=config,
+        **kinds,
+    )
+    config = bwd_dkv_sm90.choose(*call.dims, *call.blocks, _num_multiprocessors())
+    lists, group = call.columns, call.q.shape[2] // call.k.shape[2]
+    dk, dv = bwd_dkv_sm90.backward_dkv(
+        *arrays,
+        *(lists.partial, lists.full, call.transposed_elements()),
+        call.schedule(lists, config.num_workers, group),
+        config=config,
+        **kinds,
+    )
+    if call.sign != 1:
+        dq = dq * jnp.asarray(call.sign, dq.dtype)
+    grads = (
+        call.sum_shared(g, x)
+        for g, x in zip((dq, dk, dv), operands[:3], strict=True)
+    )
+    return (*grads, None)
+
+
+# ------------------------------------------------------------------------ preparation
+
+
+class _Lists(NamedTuple):
+    """Block lists of a launch by row, ``[B or 1, H or 1, n, ...]``, and on the host."""
+
+    partial_count: Array
+    partial: Array
+    full_count: Array
+    full: Array
+    known: tuple[np.ndarray, np.ndarray] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """Operands with one batch axis; every array that has it is full or of size 1."""
+
+    q: Array
+    k: Array
+    v: Array
+    mask: BlockMask
+    batch: tuple[int, ...]
+    scale: float
+    sign: float
+    known: BlockMask | None
+
+    @classmethod
+    def of(
+        cls, operands: Operands, scale: float, pattern: HostPattern | None
+    ) -> _Call:
+        """The canonical form. The kernels want a positive scale: q takes the sign."""
+        batch = operands.batch_shape
+        rank, total = len(batch), math.prod(batch)
+        sign = 1.0 if scale > 0 else float(np.sign(scale))
+        flat = lambda x: _flatten(jnp, x, x.shape[:rank], batch)
+        mask = jax.tree_util.tree_map(flat, operands.mask)
+        known = None
+        if pattern is not None:
+            leads = jax.tree_util.tree_map(lambda x: x.shape[:rank], operands.mask)
+            known = _known_lists(pattern.mask, leads, batch)
+        q = _pad_dim(operands.q)
+        if sign != 1:
+            q = q * jnp.asarray(sign, q.dtype)
+        full = lambda x: jnp.broadcast_to(flat(x), (total, *x.shape[rank:]))
+        return cls(
+            full(q),
+            full(_pad_dim(operands.k)),
+            full(_pad_dim(operands.v)),
+            mask,
+            batch,
+            abs(scale) or 1.0,
+            sign,
+            known,
+        )
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Padded head sizes."""
+        return self.q.shape[-1], self.v.shape[-1]
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        return self.mask.block_q, self.mask.block_kv
+
+    def flat(self, x: Array) -> Array:
+        """Joins the full batch axes of x."""
+        return x.reshape(-1, *x.shape[len(self.batch) :])
+
+    def pad_queries(self, x: Array, value: float) -> Array:
+        """``[*B, H, T]`` to ``[B, H, nq * block_q]``."""
+        x = self.flat(x)
+        return _pad_last(x, self.mask.num_q_blocks * self.mask.block_q, value)
+
+    def sum_shared(self, grad: Array, primal: Array) -> Array:
+        """A gradient in the shape of its primal: padding off, shared axes summed."""
+        rank = len(self.batch)
+        grad = grad[..., : primal.shape[-1]].reshape(*self.batch, *primal.shape[rank:])
+        axes = tuple(i for i in range(rank) if primal.shape[i] < self.batch[i])
+        if not axes:
+            return grad
+        total = grad.astype(jnp.float32).sum(axes, keepdims=True)
+        return total.astype(grad.dtype)
+
+    # -------------------------------------------------------------- lists, schedules
+
+    @property
+    def rows(self) -> _Lists:
+        """Lists by query block."""
+        return self._lists("kv")
+
+    @property
+    def columns(self) -> _Lists:
+        """Lists by key block."""
+        return self._lists("q")
+
+    def _lists(self, side: str) -> _Lists:
+        names = [f"{side}_num_blocks", f"{side}_indices"]
+        names += [f"full_{name}" for name in names]
+        known = None
+        if self.known is not None:
+            known = tuple(getattr(self.known, names[n]) for n in (0, 2))
+        return _Lists(*(getattr(self.mask, name) for name in names), known)
+
+    def schedule(self, lists: _Lists, workers: int, group: int = 1) -> Schedule:
+        """On the host if the pattern is known, else on the device."""
+        make, counts = schedule_on_device, (lists.partial_count, lists.full_count)
+        if lists.known is not None:
+            make, counts = schedule_on_host, lists.known
+        return make(
+            *(counts[0], lists.partial.shape[-1]),
+            *(counts[1], lists.full.shape[-1]),
+            batch=self.q.shape[0],
+            heads=self.q.shape[2],
+            workers=workers,
+            group=group,
+        )
+
+    # --------------------------------------------------------------- element tests
+
+    def elements(self) -> Elements:
+        """The test of partial blocks; rows are queries."""
+        bits = self.mask.bits
+        if bits is not None:
+            bits = jax.lax.bitcast_convert_type(bits, jnp.int32)
+        return Elements(self._lengths(), bits, self._rules(self.mask))
+
+    def transposed_elements(self) -> Elements:
+        """The test of partial blocks; rows are keys."""
+        bits = self.mask.bits
+        if bits is not None:
+            bits = jax.lax.bitcast_convert_type(_transpose_bits(self.mask), jnp.int32)
+        lengths = self._lengths().reshape(-1, 2)[:, ::-1].reshape(-1)
+        mask = dataclasses.replace(
+            self.mask, rules=tuple(rule.transpose() for rule in self.mask.rules)
+        )
+        return Elements(lengths, bits, self._rules(mask, transposed=True))
+
+    def _lengths(self) -> Array:
+        shape = (self.q.shape[0],)
+        lengths = (self.mask.q_lengths, self.mask.kv_lengths)
+        both = [jnp.broadcast_to(x, shape) for x in lengths]
+        return jnp.stack(both, 1).reshape(-1).astype(jnp.int32)
+
+    def _rules(self, mask: BlockMask, transposed: bool = False) -> tuple[Rule, ...]:
+        sizes = [
+            mask.num_q_blocks * mask.block_q,
+            mask.num_kv_blocks * mask.block_kv,
+        ]
+        rows, columns = sizes[::-1] if transposed else sizes
+        return tuple(_kernel_rule(rule, rows, columns) for rule in mask.rules)
+
+
+def _kernel_rule(rule: Segments | Window | Distance, rows: int, columns: int) -> Rule:
+    """A rule by row and column, its arrays padded to whole blocks."""
+    whole = lambda x, n: _pad_last(x.astype(jnp.int32), n, 0)
+    if isinstance(rule, Segments):
+        return SameLabel(whole(rule.q_ids, rows), whole(rule.kv_ids, columns))
+    if isinstance(rule, Window):
+        by_row = rule.side == "q"
+        ends = [whole(x, rows if by_row else columns) for x in (rule.start, rule.stop)]
+        return RowInterval(*ends) if by_row else ColumnInterval(*ends)
+    axes = lambda x, n: _pad_last(jnp.moveaxis(x.astype(jnp.float32), -1, -2), n, 0)
+    cutoff = rule.cutoff[:, 0].astype(jnp.float32)
+    return Within(
+        axes(rule.q_coords, rows), axes(rule.kv_coords, columns), cutoff * cutoff
+    )
+
+
+def _pad_last(x: Array, length: int, value: float) -> Array:
+    width = [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])]
+    return jnp.pad(x, width, constant_values=value)
+
+
+def _pad_dim(x: Array) -> Array:
+    """Rounds the head size up to a multiple of 16."""
+    return _pad_last(x, -(-x.shape[-1] // 16) * 16, 0)
+
+
+def _flatten(xp: Any, x: Array, lead: tuple[int, ...], batch: tuple[int, ...]) -> Array:
+    """Joins leading axes ``lead`` into one: of size 1 if all are shared, else full."""
+    if math.prod(lead) == 1:
+        return x.reshape(1, *x.shape[len(lead) :])
+    x = xp.broadcast_to(x, (*batch, *x.shape[len(lead) :]))
+    return x.reshape(-1, *x.shape[len(lead) :])
+
+
+def _known_lists(mask: BlockMask, leads: Any, batch: tuple[int, ...]) -> BlockMask:
+    """The counts of a known mask as NumPy arrays, with the batch axis of the launch."""
+    found = {}
+    for side in ("kv", "q"):
+        for name_ in (f"{side}_num_blocks", f"full_{side}_num_blocks"):
+            counts, lead = np.asarray(getattr(mask, name_)), getattr(leads, name_)
+            counts = counts.reshape(*lead, *counts.shape[1:])
+            found[name_] = _flatten(np, counts, lead, batch)
+    return dataclasses.replace(mask, **found)
+
+
+def _transpose_bits(mask: BlockMask) -> Array:
+    """Bits in the order of the transposed lists, ``[B or 1, n, block_kv, words]``."""
+    order = jax.vmap(functools.partial(_transposed_order, count=mask.bits.shape[1]))
+    order = order(mask.kv_num_blocks, mask.kv_indices)
+    shape = (max(mask.bits.shape[0], order.shape[0]),)
+    bits = jnp.broadcast_to(mask.bits, (*shape, *mask.bits.shape[1:]))
+    order = jnp.broadcast_to(order, (*shape, *order.shape[1:]))
+    bits = jnp.take_along_axis(bits, order[..., None, None], 1)
+    # [B, n, word of queries, query, word of keys, key]: bit `key` moves to `query`.
+    batch, n, block_q, words = bits.shape
+    bits = bits.reshape(batch, n, block_q // 32, 32, words, 1)
+    shift = jnp.arange(32, dtype=jnp.uint32)
+    bits = (bits >> shift & 1) << shift[:, None, None]
+    bits = bits.sum(3, dtype=jnp.uint32).reshape(batch, n, block_q // 32, -1)
+    return bits.swapaxes(2, 3)[:, :, : mask.block_kv]
+
+
+def _transposed_order(counts: Array, indices: Array, count: int) -> Array:
+    """For each partial block by key block, its number by query block."""
+    heads, rows, capacity = indices.shape
+    slots = jnp.arange(capacity)
+    valid = slots < counts[..., None]
+    # A stable sort by (head, key block) keeps the query blocks ascending.
+    head = jnp.arange(heads)[:, None, None]
+    key = jnp.where(valid, indices + head * (indices.max() + 1), jnp.iinfo("int32").max)
+    number = (jnp.cumsum(valid.reshape(-1)) - 1).astype(jnp.int32)
+    order = jnp.argsort(key.reshape(-1), stable=True)[:count]
+    return jnp.clip(number[order], 0, count - 1)

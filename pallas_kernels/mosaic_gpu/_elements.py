@@ -1,0 +1,242 @@
+"""Which elements of a partial block count, tested on the registers of a tile.
+
+Row and column are those of the computed tile: queries and keys in the forward and dq
+kernels, keys and queries in the dk and dv kernel, which computes the transpose. An
+element counts if its row and column exist, its bit is set and every rule allows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith
+
+from . import _registers as r
+
+Array = Any
+
+
+class SameLabel(NamedTuple):
+    """Allows equal labels: ``rows [B or 1, R]``, ``columns [B or 1, C]`` int32."""
+
+    rows: Array
+    columns: Array
+
+    def load(self, at: _Place) -> tuple:
+        """What the thread needs of the arrays."""
+        return at.rows(self.rows), at.columns(self.columns)
+
+    def allows(self, loaded: tuple, at: _Place, half: int, n: int) -> ir.Value:
+        """Whether element (row half, n-th column) counts."""
+        rows, columns = loaded
+        return _compare("eq", rows[half], columns[n])
+
+
+class RowInterval(NamedTuple):
+    """Allows columns ``start <= c < stop`` of each row, ``[B or 1, R]`` int32."""
+
+    start: Array
+    stop: Array
+
+    def load(self, at: _Place) -> tuple:
+        """See `SameLabel.load`."""
+        return at.rows(self.start), at.rows(self.stop)
+
+    def allows(self, loaded: tuple, at: _Place, half: int, n: int) -> ir.Value:
+        """See `SameLabel.allows`."""
+        start, stop = loaded
+        column = at.column(n)
+        return _both(
+            _compare("sle", start[half], column), _compare("slt", column, stop[half])
+        )
+
+
+class ColumnInterval(NamedTuple):
+    """Allows rows ``start <= r < stop`` of each column, ``[B or 1, C]`` int32."""
+
+    start: Array
+    stop: Array
+
+    def load(self, at: _Place) -> tuple:
+        """See `SameLabel.load`."""
+        return at.columns(self.start), at.columns(self.stop)
+
+    def allows(self, loaded: tuple, at: _Place, half: int, n: int) -> ir.Value:
+        """See `SameLabel.allows`."""
+        start, stop = loaded
+        row = at.row(half)
+        return _both(_compare("sle", start[n], row), _compare("slt", row, stop[n]))
+
+
+class Within(NamedTuple):
+    """Allows pairs no farther apart than a cut-off.
+
+    ``rows [B or 1, 3, R]``, ``columns [B or 1, 3, C]``, ``cutoff2 [B or 1]``, the
+    squared cut-off; float32. The same operations in every kernel, so that they agree on
+    each pair.
+    """
+
+    rows: Array
+    columns: Array
+    cutoff2: Array
+
+    def load(self, at: _Place) -> tuple:
+        """See `SameLabel.load`."""
+        return (
+            [at.rows(self.rows, axis) for axis in range(3)],
+            [at.columns(self.columns, axis) for axis in range(3)],
+            at.entry(self.cutoff2),
+        )
+
+    def allows(self, loaded: tuple, at: _Place, half: int, n: int) -> ir.Value:
+        """See `SameLabel.allows`."""
+        rows, columns, cutoff2 = loaded
+        dx, dy, dz = (r.sub(x[half], y[n]) for x, y in zip(rows, columns, strict=True))
+        square = r.fma(dz, dz, r.fma(dy, dy, r.mul(dx, dx)))
+        return arith.cmpf(arith.CmpFPredicate.OLE, square, cutoff2)
+
+
+Rule = SameLabel | RowInterval | ColumnInterval | Within
+
+
+class Elements(NamedTuple):
+    """The element test of a launch; see the module.
+
+    Attributes:
+        lengths: ``[2 B]`` int32, existing rows and columns of each batch entry.
+        bits: ``[B or 1, n, block_rows, ceil(block_columns / 32)]`` int32 or None.
+        rules: all of them must allow.
+    """
+
+    lengths: Array
+    bits: Array | None = None
+    rules: tuple[Rule, ...] = ()
+
+
+class Position(NamedTuple):
+    """Scalars that place a 64-row tile: ``bit_word`` is its first word of bits."""
+
+    batch: Array
+    row: Array
+    column: Array
+    bit_word: Array
+
+
+class _Place:
+    """The thread's rows and columns of a tile, in one batch entry."""
+
+    def __init__(self, scalars: Sequence[ir.Value], columns: int):
+        self.batch, self.row0, self.column0, self.bit_word = scalars
+        self.thread_row, self.thread_column = r.first_row(), r.first_column()
+        self.num_columns = columns
+
+    def row(self, half: int) -> ir.Value:
+        """Index of the row."""
+        row = arith.addi(self.row0, self.thread_row)
+        return arith.addi(row, r.integer(8 * half))
+
+    def column(self, n: int) -> ir.Value:
+        """Index of the n-th column of the thread."""
+        column = arith.addi(self.column0, self.thread_column)
+        return arith.addi(column, r.integer(n // 2 * 8 + n % 2))
+
+    def _start(self, ref: ir.Value, axis: int, first: ir.Value) -> ir.Value:
+        """Position of an index of a ``[B or 1, (3,) n]`` array, flattened."""
+        shape = ir.MemRefType(ref.type).shape
+        if shape[0] > 1:
+            entry = shape[1] * shape[2] if len(shape) == 3 else shape[1]
+            first = arith.addi(first, arith.muli(self.batch, r.integer(entry)))
+        return arith.addi(first, r.integer(axis * shape[-1]))
+
+    def rows(self, ref: ir.Value, axis: int = 0) -> list[ir.Value]:
+        """Values of the thread's two rows."""
+        ty = ir.MemRefType(ref.type).element_type
+        first = arith.addi(self.row0, self.thread_row)
+        at = self._start(ref, axis, first)
+        return [r.global_word(ref, at, 8 * half, ty) for half in range(2)]
+
+    def columns(self, ref: ir.Value, axis: int = 0) -> list[ir.Value]:
+        """Values of the thread's columns."""
+        ty = ir.MemRefType(ref.type).element_type
+        first = arith.addi(self.column0, self.thread_column)
+        at = self._start(ref, axis, first)
+        return r.global_pairs(ref, at, self.num_columns // 8, ty)
+
+    def entry(self, ref: ir.Value) -> ir.Value:
+        """Value of the batch entry."""
+        shared = ir.MemRefType(ref.type).shape[0] == 1
+        at = r.integer(0) if shared else self.batch
+        return r.global_word(ref, at, 0, r.f32())
+
+    def bit_words(self, ref: ir.Value) -> list[list[ir.Value]]:
+        """Bits of each row half; bit 0 of a word is the thread's column of that word."""
+        words = ir.MemRefType(ref.type).shape[-1]
+        row = arith.muli(self.thread_row, r.integer(words))
+        first = arith.addi(self.bit_word, row)
+        return [
+            [
+                arith.shrui(
+                    r.global_word(ref, first, 8 * half * words + w, r.i32()),
+                    self.thread_column,
+                )
+                for w in range(-(-self.num_columns // 32))
+            ]
+            for half in range(2)
+        ]
+
+
+def _compare(how: str, x: ir.Value, y: ir.Value) -> ir.Value:
+    return arith.cmpi(getattr(arith.CmpIPredicate, how), x, y)
+
+
+def _both(x: ir.Value, y: ir.Value) -> ir.Value:
+    return arith.andi(x, y)
+
+
+def apply(elements: Elements, columns: int) -> Callable:
+    """``f(s, position) -> s``, -inf where an element does not count.
+
+    ``elements`` holds references to global memory; s is 64 x ``columns``.
+    """
+    refs, tree = jax.tree_util.tree_flatten(elements)
+
+    @plgpu.inline_mgpu(
+        arg_types=(r.ACC, *[plgpu.RefType()] * len(refs), *[r.SCALAR] * 4),
+        return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=r.ACC),
+    )
+    def f(_, s, *args):
+        arrays = jax.tree_util.tree_unflatten(tree, args[: len(refs)])
+        at = _Place([x.registers.item() for x in args[len(refs) :]], columns)
+        loaded = [rule.load(at) for rule in arrays.rules]
+        bits = None if arrays.bits is None else at.bit_words(arrays.bits)
+        two = arith.muli(at.batch, r.integer(2))
+        lengths = [
+            r.global_word(arrays.lengths, two, side, r.i32()) for side in range(2)
+        ]
+        values, halves = r.scalars(s), []
+        for half in range(2):
+            row_exists = _compare("slt", at.row(half), lengths[0])
+            out = []
+            for n, x in enumerate(r.row_half(values, half)):
+                counts = _both(row_exists, _compare("slt", at.column(n), lengths[1]))
+                if bits is not None:
+                    column = n // 2 * 8 + n % 2
+                    bit = r.integer(_signed(1 << (column % 32)))
+                    word = arith.andi(bits[half][column // 32], bit)
+                    counts = _both(counts, _compare("ne", word, r.integer(0)))
+                for rule, values_ in zip(arrays.rules, loaded, strict=True):
+                    counts = _both(counts, rule.allows(values_, at, half, n))
+                out.append(arith.select(counts, x, r.number(-float("inf"))))
+            halves.append(out)
+        return r.accumulator(r.interleave(halves), (64, columns))
+
+    return lambda s, position: f(s, *refs, *position)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word

@@ -1,0 +1,204 @@
+"""Probabilities and the logits' gradient, recomputed from lse, on one warpgroup's tile.
+
+``p = exp(s * scale - lse)`` and ``ds = p * (dp - delta)``, with lse in base 2 and +inf
+for a row that saw nothing, so that its p is 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax._src.lib.mlir.dialects import arith
+
+from . import _registers as r
+from ._schedule import Schedule
+
+
+def _tile(columns: int) -> plgpu.ShapeDtypeStruct:
+    return plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=r.ACC)
+
+
+def load_rows() -> Callable:
+    """``f(ref, first) -> values`` of 64 rows of a flat float32 array in global memory."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), r.SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=r.ROW),
+    )
+    def f(_, ref, first):
+        at = arith.addi(first.registers.item(), r.first_row())
+        values = [r.global_word(ref, at, 8 * half, r.f32()) for half in range(2)]
+        return r.from_scalars(values, (64,), r.ROW.to_mgpu())
+
+    return f
+
+
+def probabilities_by_row(columns: int, scale_log2: float) -> Callable:
+    """``f(s, lse2) -> p`` with one lse for each row."""
+
+    @plgpu.inline_mgpu(arg_types=(r.ACC, r.ROW), return_type=_tile(columns))
+    def f(_, s, lse2):
+        scale, lse2 = r.number(scale_log2), r.scalars(lse2)
+        p = [
+            r.exp2(r.fma_neg(x, scale, lse2[(i >> 1) & 1]))
+            for i, x in enumerate(r.scalars(s))
+        ]
+        return r.accumulator(p, (64, columns))
+
+    return f
+
+
+def logits_gradient_by_row(columns: int) -> Callable:
+    """``f(p, dp, delta) -> ds`` with one delta for each row."""
+
+    @plgpu.inline_mgpu(arg_types=(r.ACC, r.ACC, r.ROW), return_type=_tile(columns))
+    def f(_, p, dp, delta):
+        delta = r.scalars(delta)
+        ds = [
+            r.mul(x, r.sub(y, delta[(i >> 1) & 1]))
+            for i, (x, y) in enumerate(zip(r.scalars(p), r.scalars(dp), strict=True))
+        ]
+        return r.accumulator(ds, (64, columns))
+
+    return f
+
+
+def probabilities_by_column(columns: int, scale_log2: float) -> Callable:
+    """``f(s, lse2) -> p``; lse2 is a row ``[columns]`` in shared memory."""
+
+    @plgpu.inline_mgpu(arg_types=(r.ACC, plgpu.RefType()), return_type=_tile(columns))
+    def f(_, s, lse2):
+        scale, lse2 = r.number(scale_log2), r.shared_pairs(lse2, columns // 8)
+        p = [
+            r.exp2(r.fma_neg(x, scale, lse2[_column(i)]))
+            for i, x in enumerate(r.scalars(s))
+        ]
+        return r.accumulator(p, (64, columns))
+
+    return f
+
+
+def logits_gradient_by_column(columns: int) -> Callable:
+    """``f(p, dp, delta) -> ds``; delta is a row ``[columns]`` in shared memory."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(r.ACC, r.ACC, plgpu.RefType()), return_type=_tile(columns)
+    )
+    def f(_, p, dp, delta):
+        delta = r.shared_pairs(delta, columns // 8)
+        ds = [
+            r.mul(x, r.sub(y, delta[_column(i)]))
+            for i, (x, y) in enumerate(zip(r.scalars(p), r.scalars(dp), strict=True))
+        ]
+        return r.accumulator(ds, (64, columns))
+
+    return f
+
+
+def _column(register: int) -> int:
+    """Which of the thread's columns an accumulator's register belongs to."""
+    return register >> 2 << 1 | register & 1
+
+
+def await_all(*columns: int) -> Callable:
+    """``f(x, ...) -> x, ...``: waits until no product is in flight."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(r.ACC,) * len(columns), return_type=tuple(map(_tile, columns))
+    )
+    def f(_, *tiles):
+        values = [r.scalars(x) for x in tiles]
+        flat = r.tied(sum(values, []), "wgmma.wait_group.sync.aligned 0;")
+        out = []
+        for n, x in zip(columns, values, strict=True):
+            out.append(r.accumulator(flat[: len(x)], (64, n)))
+            flat = flat[len(x) :]
+        return tuple(out)
+
+    return f
+
+
+def scaled(columns: int, factor: float, dtype) -> Callable:
+    """``f(x) -> factor * x`` in ``dtype``, ready to be stored."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(r.ACC,),
+        return_type=plgpu.ShapeDtypeStruct((64, columns), dtype, layout=r.OPERAND),
+    )
+    def f(_, x):
+        values = r.scalars(x)
+        if factor != 1.0:
+            values = [r.mul(v, r.number(factor)) for v in values]
+        if jnp.dtype(dtype) == jnp.float32:
+            return r.pairs(values, (64, columns))
+        return r.packed(values, (64, columns), dtype)
+
+    return f
+
+
+def rows(values, b, h, first):
+    """64 rows of ``values [B, H, n]``, from row ``first``, in the row layout."""
+    _, heads, n = values.shape
+    return load_rows()(values, (b * heads + h) * n + first)
+
+
+def merge(whole, parts, schedule: Schedule):
+    """Writes the sums of split rows' parts into ``whole [B, n, heads, D]``."""
+    if not schedule.num_slots:
+        return whole
+    slots = jnp.asarray(schedule.split_slots)
+    values = jnp.where(slots[..., None, None] >= 0, parts[slots], 0).sum(1)
+    b, h, i = jnp.asarray(schedule.split_rows).T
+    t = i[:, None] * values.shape[1] + jnp.arange(values.shape[1])
+    return whole.at[b[:, None], t, h[:, None]].set(
+        values.astype(whole.dtype), mode="drop", unique_indices=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """How a backward kernel is built.
+
+    Attributes:
+        tile: columns of one step.
+        num_stages: tiles of a stream in flight.
+        num_fixed_stages: fixed tiles in flight.
+        ping_pong: whether two compute warpgroups take turns on the tensor core.
+        overlap: whether a step's last products run beside the next step's first, which
+            takes more registers; only the dk and dv kernel can do without.
+        teams: teams of a CTA, each with a load warpgroup of its own.
+        num_ctas: CTAs of the launch; one fits on a multiprocessor.
+    """
+
+    tile: int = 64
+    num_stages: int = 3
+    num_fixed_stages: int = 1
+    ping_pong: bool = True
+    overlap: bool = True
+    teams: int = 1
+    num_ctas: int = 132
+
+    def __post_init__(self):
+        if self.tile not in (32, 64, 128):
+            raise ValueError(f"tile={self.tile}; expected 32, 64 or 128.")
+        if self.num_stages < 2:
+            raise ValueError(f"num_stages={self.num_stages}; expected at least 2.")
+        if self.num_fixed_stages not in (1, 2):
+            raise ValueError(
+                f"num_fixed_stages={self.num_fixed_stages}; expected 1 or 2."
+            )
+        if self.teams not in (1, 2):
+            raise ValueError(f"teams={self.teams}; expected 1 or 2.")
+
+    @property
+    def num_workers(self) -> int:
+        """Walkers of the schedule."""
+        return self.num_ctas * self.teams
+
+    def walker(self) -> dict:
+        """The fields that `_persistent.Walker` shares."""
+        names = ("tile", "num_stages", "num_fixed_stages", "ping_pong", "teams")
+        return {name: getattr(self, name) for name in names}

@@ -1,0 +1,444 @@
+"""What the kernels share: persistent CTAs that walk the items of a schedule.
+
+A CTA has one or two teams. A team is one load warpgroup, which fetches tiles with TMA,
+and one compute warpgroup for each 64 rows of a block. An item is a row of blocks, or a
+part of one: *fixed* tiles, loaded once (the rows), and *streams*, a tile for each step
+(the columns: partial blocks first, then full ones). What a stream's tiles hold is freed
+by every compute warpgroup of the team for the load warpgroup.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .._common import MAX_SMEM_BYTES, NUM_FIELDS, tile_transforms
+from . import _elements
+from . import _registers as r
+from ._elements import Elements, Position
+from ._schedule import Schedule
+
+Array = Any
+FIRST_NAMED_BARRIER = 8
+"""Mosaic numbers its own barriers from 0."""
+REGISTERS = {(1, 2): (24, 240), (2, 2): (32, 104), (1, 1): (24, 240), (2, 1): (40, 208)}
+"""Of a load and of a compute thread, by teams and compute warpgroups in each."""
+
+
+class Lists(NamedTuple):
+    """The pattern of a launch, in global memory.
+
+    Attributes:
+        partial: ``[n]`` int32, flattened lists of partial blocks.
+        full: ``[m]`` int32, flattened lists of full blocks.
+        elements: test of the partial blocks, or None if there are none.
+        count: ``[workers]`` int32, items of each worker.
+        items: flattened `Schedule.items`.
+    """
+
+    partial: Array
+    full: Array
+    elements: Elements | None
+    count: Array
+    items: Array
+
+    @classmethod
+    def of(
+        cls, partial: Array, full: Array, elements: Elements, schedule: Schedule
+    ) -> Lists:
+        """The lists of a schedule, as arrays on the device."""
+        # The load warpgroup reads one entry of each list, whether it needs it or not.
+        flat = lambda x: x.reshape(-1) if x.size else np.zeros(1, np.int32)
+        lists = cls(
+            flat(partial),
+            flat(full),
+            elements if schedule.any_partial else None,
+            schedule.count,
+            schedule.items.reshape(-1),
+        )
+        return jax.tree_util.tree_map(jnp.asarray, lists)
+
+
+class Stream(NamedTuple):
+    """Arrays whose tiles are loaded and freed together: ``(array, scratch name)``.
+
+    Arrays are ``[B, C, heads, D]`` (tiles) or ``[B, heads, C]`` (one value a column).
+    """
+
+    name: str
+    arrays: Sequence[tuple[Array, str]]
+
+
+class TeamBarriers(NamedTuple):
+    """The barriers of one team, by stage."""
+
+    all: Array
+    team: Any
+
+    def __getitem__(self, stage):
+        return self.all.at[self.team, stage]
+
+
+@dataclasses.dataclass(frozen=True)
+class Walker:
+    """One kernel's static sizes; its phases are the methods.
+
+    Attributes:
+        block_rows: rows of a block, 64 for each compute warpgroup.
+        block_columns: columns of a block.
+        tile: columns of one step.
+        num_stages: tiles of a stream in flight.
+        num_fixed_stages: fixed tiles in flight.
+        ping_pong: whether two compute warpgroups take turns on the tensor core.
+        teams: teams of a CTA.
+        group: query heads that share a key head.
+        rows_are_queries: whether rows are queries and columns keys, or the reverse.
+        any_partial: whether partial blocks may occur.
+        any_split: whether items may be parts of rows.
+        items_per_worker: width of the schedule.
+    """
+
+    block_rows: int
+    block_columns: int
+    tile: int
+    num_stages: int
+    num_fixed_stages: int
+    ping_pong: bool
+    teams: int
+    group: int
+    rows_are_queries: bool
+    any_partial: bool
+    any_split: bool
+    items_per_worker: int
+
+    @property
+    def wgs(self) -> int:
+        """Compute warpgroups of a team."""
+        return self.block_rows // 64
+
+    @property
+    def steps_per_block(self) -> int:
+        return self.block_columns // self.tile
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether compute warpgroups have registers for the next item's fields."""
+        return True
+
+    # ------------------------------------------------------------------ the launch
+
+    def launch(
+        self,
+        arrays: tuple[Array, ...],
+        lists: Lists,
+        out_type: Sequence[jax.ShapeDtypeStruct],
+        scratch: dict,
+        num_ctas: int,
+        name: str,
+    ) -> list[Array]:
+        """Runs the kernel on arrays in, arrays out."""
+        inputs, tree = jax.tree_util.tree_flatten((arrays, lists))
+
+        def body(*refs):
+            ins, outs, s = refs[: len(inputs)], refs[len(inputs) : -1], refs[-1]
+            arrays_, lists_ = jax.tree_util.tree_unflatten(tree, ins)
+            self.split_roles(arrays_, lists_, outs, s)
+
+        run = plgpu.kernel(
+            body,
+            out_type=tuple(out_type),
+            scratch_types=[scratch],
+            grid=(num_ctas,),
+            grid_names=("cta",),
+            num_threads=self.teams * (self.wgs + 1),
+            thread_name="wg",
+            kernel_name=name,
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, unsafe_no_auto_barriers=True
+            ),
+        )
+        return run(*inputs)
+
+    def split_roles(self, arrays, lists, outs, s) -> None:
+        """Every warpgroup becomes a load or a compute warpgroup of one team."""
+        index, compute_wgs = lax.axis_index("wg"), self.wgs * self.teams
+        few, many = REGISTERS[self.teams, self.wgs]
+
+        @pl.when(index >= compute_wgs)
+        def _load():
+            plgpu.set_max_registers(few, action="decrease")
+            team = self.of_team(s, index - compute_wgs)
+            self.load(*self.tiles(arrays), lists, team)
+
+        @pl.when(index < compute_wgs)
+        def _compute():
+            plgpu.set_max_registers(many, action="increase")
+            team = self.of_team(s, lax.div(index, jnp.int32(self.wgs)))
+            self.compute(arrays, lists, outs, team)
+
+    def of_team(self, s: dict, team) -> dict:
+        """The scratch of one team, and its number in the launch."""
+        if self.teams == 1:
+            team = 0
+        barrier = lambda name: name.endswith(("_full", "_free"))
+        return {
+            name: TeamBarriers(ref, team) if barrier(name) else ref.at[team]
+            for name, ref in s.items()
+        } | dict(team=team)
+
+    def row_half(self):
+        """Which 64 rows of a block this warpgroup computes."""
+        return lax.rem(lax.axis_index("wg"), jnp.int32(self.wgs))
+
+    def tiles(self, arrays) -> tuple[list[tuple[Array, str]], list[Stream]]:
+        """The fixed arrays with their scratch names, and the streams."""
+        raise NotImplementedError
+
+    def attend(self, fields, arrays, lists, s, step0, stage):
+        """Computes an item with at least one block; returns what `store` takes."""
+        raise NotImplementedError
+
+    def nothing(self):
+        """What `attend` would return for an item without blocks."""
+        raise NotImplementedError
+
+    def store(self, result, fields, outs, s) -> None:
+        """Writes an item's result."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------------- walking
+
+    def walk(self, s: dict, lists: Lists, body: Callable, carry, ahead: bool = True):
+        """Calls ``body(fields, carry)`` for each item.
+
+        Fields are read one item ahead, unless registers are too dear for that.
+        """
+        worker = lax.axis_index("cta") * self.teams + s["team"]
+        count = lists.count[worker]
+
+        def read(n):
+            at = (worker * self.items_per_worker + n) * NUM_FIELDS
+            return [lists.items[at + f] for f in range(NUM_FIELDS)]
+
+        if not ahead:
+            return lax.fori_loop(0, count, lambda n, carry: body(read(n), carry), carry)
+
+        def step(n, carry):
+            fields, carry = carry
+            following = read(jnp.minimum(n + 1, self.items_per_worker - 1))
+            return following, body(fields, carry)
+
+        return lax.fori_loop(0, count, step, (read(jnp.int32(0)), carry))[1]
+
+    # ------------------------------------------------------------------------- load
+
+    def load(self, fixed, streams: Sequence[Stream], lists: Lists, s: dict) -> None:
+        """Producer: fixed tiles and, one block ahead in the lists, the streams."""
+        per_block = jnp.int32(self.steps_per_block)
+
+        def item(fields, carry):
+            b, h, row, p0, pn, f0, fn = fields[:7]
+            h_kv = h if self.group == 1 else lax.div(h, jnp.int32(self.group))
+            h_row, h_col = (h, h_kv) if self.rows_are_queries else (h_kv, h)
+            count, step0 = carry
+            total = pn + fn
+
+            def entry(n):
+                if not self.any_partial:
+                    return lists.full[f0 + jnp.minimum(n, fn - 1)]
+                partial = lists.partial[p0 + jnp.minimum(n, jnp.maximum(pn - 1, 0))]
+                full = lists.full[f0 + jnp.clip(n - pn, 0, jnp.maximum(fn - 1, 0))]
+                return jnp.where(n < pn, partial, full)
+
+            @pl.when(total > 0)
+            def _fixed():
+                stage = lax.rem(count, jnp.int32(self.num_fixed_stages))
+                plgpu.barrier_wait(s["fixed_free"][stage])
+                for array, name in fixed:
+                    for w in range(self.wgs):
+                        rows = pl.ds(row * self.block_rows + w * 64, 64)
+                        plgpu.copy_gmem_to_smem(
+                            array.at[b, rows, h_row],
+                            s[name].at[stage, w],
+                            s["fixed_full"][stage],
+                        )
+
+            def step(n, block):
+                slot = lax.rem(step0 + n, jnp.int32(self.num_stages))
+                following = entry(lax.div(n + 1, per_block))
+                part = lax.rem(n, per_block) * self.tile
+                columns = pl.ds(block * self.block_columns + part, self.tile)
+                for stream in streams:
+                    full = s[f"{stream.name}_full"][slot]
+                    plgpu.barrier_wait(s[f"{stream.name}_free"][slot])
+                    for array, name in stream.arrays:
+                        tiles = len(array.shape) == 4
+                        at = (b, columns, h_col) if tiles else (b, h_col, columns)
+                        plgpu.copy_gmem_to_smem(array.at[at], s[name].at[slot], full)
+                return following
+
+            lax.fori_loop(0, total * per_block, step, entry(jnp.int32(0)))
+            return count + (total > 0).astype(jnp.int32), step0 + total * per_block
+
+        self.walk(s, lists, item, (jnp.int32(0), jnp.int32(0)))
+        # Every arrival is waited for: interpret mode checks that barriers end at rest.
+        for i in range(self.num_stages):
+            for stream in streams:
+                plgpu.barrier_wait(s[f"{stream.name}_free"][i])
+        for i in range(self.num_fixed_stages):
+            plgpu.barrier_wait(s["fixed_free"][i])
+
+    # ---------------------------------------------------------------------- compute
+
+    def compute(self, arrays, lists: Lists, outs, s: dict) -> None:
+        """Consumer: 64 rows of each item."""
+        _, streams = self.tiles(arrays)
+        for i in range(self.num_stages):
+            for stream in streams:
+                plgpu.barrier_arrive(s[f"{stream.name}_free"][i])
+        for i in range(self.num_fixed_stages):
+            plgpu.barrier_arrive(s["fixed_free"][i])
+        if self.ping_pong:
+            # Warpgroup 1 gives the first turn to warpgroup 0.
+            w = self.row_half()
+            pl.when(w == 1)(functools.partial(self.pass_turn, s, w))
+        self.items(arrays, lists, outs, s)
+        plgpu.wait_smem_to_gmem(0)
+
+    def items(self, arrays, lists: Lists, outs, s: dict) -> None:
+        """Computes and stores one item after another."""
+
+        def item(fields, carry):
+            count, step0 = carry
+            total = fields[4] + fields[6]
+            stage = lax.rem(count, jnp.int32(self.num_fixed_stages))
+
+            @pl.when(total > 0)
+            def _rows():
+                plgpu.barrier_wait(s["fixed_full"][stage])
+                result = self.attend(fields, arrays, lists, s, step0, stage)
+                self.store(result, fields, outs, s)
+
+            @pl.when(total == 0)
+            def _empty():
+                self.store(self.nothing(), fields, outs, s)
+
+            return self.advance(carry, total)
+
+        ahead = self.reads_ahead
+        self.walk(s, lists, item, (jnp.int32(0), jnp.int32(0)), ahead)
+
+    def advance(self, carry, total):
+        """Items with blocks, and steps, so far."""
+        count, step0 = carry
+        steps = total * self.steps_per_block
+        return count + (total > 0).astype(jnp.int32), step0 + steps
+
+    def slot(self, step0, n):
+        """Stage of a stream that holds step n of an item."""
+        return lax.rem(step0 + n, jnp.int32(self.num_stages))
+
+    def await_operands(self, n, total, step0, s: dict, names: Sequence[str]) -> None:
+        """Waits for the tiles of step n, if there is one.
+
+        Also a branch, which ptxas does not move a wait for products across; it would
+        otherwise move it up into the arithmetic before.
+        """
+
+        @pl.when(n < total)
+        def _():
+            for name in names:
+                plgpu.barrier_wait(s[f"{name}_full"][self.slot(step0, n)])
+
+    def take_turn(self, s: dict, w) -> None:
+        """Waits until the other warpgroup has passed the tensor core."""
+        if self.ping_pong:
+            r.named_barrier("sync")(FIRST_NAMED_BARRIER + 2 * s["team"] + w)
+
+    def pass_turn(self, s: dict, w) -> None:
+        """Passes the tensor core to the other warpgroup."""
+        if self.ping_pong:
+            r.named_barrier("arrive")(FIRST_NAMED_BARRIER + 2 * s["team"] + 1 - w)
+
+    def masked(self, fields, lists: Lists) -> Callable:
+        """``f(n, logits)``: the element test of step n of an item."""
+        b, _, row, p0 = fields[:4]
+        elements = lists.elements
+        per_block = jnp.int32(self.steps_per_block)
+        test = _elements.apply(elements, self.tile)
+        words, entry = 0, 0
+        if elements.bits is not None:
+            words = elements.bits.shape[-1]
+            entry = elements.bits.shape[1] if elements.bits.shape[0] > 1 else 0
+
+        def f(n, logits):
+            nth, part = lax.div(n, per_block), lax.rem(n, per_block) * self.tile
+            first = self.row_half() * 64
+            block = fields[8] + nth + b * entry
+            word = (block * self.block_rows + first) * words + lax.div(
+                part, jnp.int32(32)
+            )
+            column = lists.partial[p0 + nth] * self.block_columns + part
+            at = Position(b, row * self.block_rows + first, column, word)
+            return test(logits, at)
+
+        return f
+
+    def steps(self, fields, step: Callable, carry, first: int):
+        """``step(n, carry, is_partial)`` for the item's steps from ``first`` on."""
+        partial = fields[4] * self.steps_per_block
+        total = partial + fields[6] * self.steps_per_block
+        first_full = jnp.int32(first)
+        if self.any_partial:
+            masked_step = functools.partial(step, is_partial=True)
+            carry = lax.fori_loop(first, partial, masked_step, carry)
+            first_full = jnp.maximum(partial, first)
+        full_step = functools.partial(step, is_partial=False)
+        return lax.fori_loop(first_full, total, full_step, carry)
+
+    def mask_first(self, fields, mask: Callable, logits):
+        """Tests the elements of the first step if its block is partial."""
+        if not self.any_partial:
+            return logits
+        test = functools.partial(mask, jnp.int32(0))
+        return lax.cond(fields[4] > 0, test, lambda x: x, logits)
+
+    def total_steps(self, fields):
+        """Steps of an item."""
+        return (fields[4] + fields[6]) * self.steps_per_block
+
+
+def barriers(teams: int, count: int, arrivals: int) -> plgpu.Barrier:
+    """``count`` barriers for each team."""
+    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=(teams, count))
+
+
+def tiles(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
+    """16-bit tiles as TMA writes and wgmma reads them."""
+    return plgpu.SMEM(shape, dtype, transforms=tile_transforms(shape[-1]))
+
+
+def check_smem(who: str, config: Any, scratch: dict) -> None:
+    """Refuses a config whose scratch does not fit, before anything is lowered."""
+    arrays = [x for x in scratch.values() if not isinstance(x, plgpu.Barrier)]
+    need = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
+    if need > MAX_SMEM_BYTES - 1024:
+        raise ValueError(
+            f"{who}: {config} needs {need} bytes of shared memory; a multiprocessor "
+            f"has {MAX_SMEM_BYTES}. Use fewer stages."
+        )
+
+
+def pad_rows(x: Array) -> Array:
+    """Rounds a length up to the 8 rows that a tiled TMA copy needs."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))

@@ -1,0 +1,358 @@
+"""Gradients of the keys and values: rows are keys, columns are queries.
+
+Everything is computed transposed, ``s = k q^T``, so that probabilities and the logits'
+gradient are left operands in registers: ``dv = p dout``, ``dk = ds q``; four products a
+step. See `_persistent` for the roles and the walk. Query heads that share a key head
+follow one another in the schedule; their sums stay in registers from item to item.
+May assume what `fwd_sm90` does; called by the adapter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from .._common import LOG2E, tile_transforms
+from . import _gradient as gradient
+from . import _persistent
+from . import _registers as r
+from ._elements import Elements
+from ._gradient import BackwardConfig
+from ._persistent import Lists, Stream, Walker
+from ._schedule import Schedule
+from ._softmax import operand
+from ._wgmma import Product, start, wait
+
+Array = Any
+STREAMS = ("q", "dout")
+
+
+def choose(
+    head_dim: int,
+    value_dim: int,
+    block_q: int = 128,
+    block_kv: int = 128,
+    num_ctas: int = 132,
+) -> BackwardConfig:
+    """The heuristic: what was fastest on an H100 (README.md has the figures)."""
+    widest = max(head_dim, value_dim)
+    if block_kv == 64:
+        narrow = widest <= 64
+        teams = 2 if narrow else 1
+        found = BackwardConfig(
+            tile=64, num_stages=2, ping_pong=False, overlap=narrow, teams=teams
+        )
+    elif widest <= 64:
+        found = BackwardConfig(tile=64, num_stages=4, num_fixed_stages=2)
+    else:
+        found = BackwardConfig(tile=64, num_stages=2, overlap=False)
+    return dataclasses.replace(found, tile=min(found.tile, block_q), num_ctas=num_ctas)
+
+
+def scratch_spec(
+    config: BackwardConfig, block_kv: int, head_dim: int, value_dim: int, dtype
+) -> dict:
+    """Shared memory of one CTA; the estimate and the launch both read it."""
+    c, wgs = config, block_kv // 64
+    tile = lambda *shape: _persistent.tiles((c.teams, *shape), dtype)
+    bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
+    row = plgpu.SMEM((c.teams, c.num_stages, c.tile), jnp.float32)
+    return dict(
+        k=tile(c.num_fixed_stages, wgs, 64, head_dim),
+        v=tile(c.num_fixed_stages, wgs, 64, value_dim),
+        q=tile(c.num_stages, c.tile, head_dim),
+        dout=tile(c.num_stages, c.tile, value_dim),
+        lse2=row,
+        delta=row,
+        dk=tile(wgs, 64, head_dim),
+        dv=tile(wgs, 64, value_dim),
+        fixed_full=bar(c.num_fixed_stages, 2 * wgs),
+        fixed_free=bar(c.num_fixed_stages, wgs),
+        q_full=bar(c.num_stages, 2),
+        q_free=bar(c.num_stages, wgs),
+        dout_full=bar(c.num_stages, 2),
+        dout_free=bar(c.num_stages, wgs),
+    )
+
+
+def backward_dkv(
+    q: Array,
+    k: Array,
+    v: Array,
+    dout: Array,
+    lse2: Array,
+    delta: Array,
+    q_indices: Array,
+    full_q_indices: Array,
+    elements: Elements,
+    schedule: Schedule,
+    *,
+    blocks: tuple[int, int],
+    scale: float,
+    config: BackwardConfig,
+) -> tuple[Array, Array]:
+    """dk and dv over the blocks of a schedule.
+
+    Args:
+        q: ``[B, T, H, D]`` float16 or bfloat16.
+        k: ``[B, S, K, D]``.
+        v: ``[B, S, K, Dv]``.
+        dout: ``[B, T, H, Dv]``, of the same dtype.
+        lse2: ``[B, H, nq * block_q]`` float32, base 2; +inf where a row saw nothing or
+            does not exist.
+        delta: as ``lse2``: ``sum(dout * out) - dlse``; finite where lse2 is +inf.
+        q_indices: int32, flattened lists of partial blocks by key block.
+        full_q_indices: int32, flattened lists of full blocks by key block.
+        elements: test of the partial blocks; rows are keys.
+        schedule: from `_schedule`, of these lists; with ``group`` where query heads
+            share key heads.
+        blocks: ``block_q`` and ``block_kv``.
+        scale: factor of the logits; above 0.
+        config: see `BackwardConfig`.
+
+    Returns:
+        dk: ``[B, S, K, D]`` in the dtype of k.
+        dv: ``[B, S, K, Dv]``.
+
+    Raises:
+        ValueError: for a config that does not fit into shared memory.
+    """
+    kv_len, head_dim, value_dim = k.shape[1], q.shape[-1], v.shape[-1]
+    block_kv = blocks[1]
+    scratch = scratch_spec(config, block_kv, head_dim, value_dim, q.dtype)
+    _persistent.check_smem("backward_dkv", config, scratch)
+    q, k, v, dout = (_persistent.pad_rows(x) for x in (q, k, v, dout))
+    slots = max(schedule.num_slots, 1)
+    out_type = (
+        jax.ShapeDtypeStruct(k.shape, k.dtype),
+        jax.ShapeDtypeStruct(v.shape, v.dtype),
+        jax.ShapeDtypeStruct((slots, block_kv, head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((slots, block_kv, value_dim), jnp.float32),
+    )
+    kernel = _BackwardDkv(
+        **config.walker(),
+        block_rows=block_kv,
+        block_columns=blocks[0],
+        group=q.shape[2] // k.shape[2],
+        rows_are_queries=False,
+        any_partial=schedule.any_partial,
+        any_split=schedule.num_slots > 0,
+        items_per_worker=schedule.items.shape[1],
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=q.dtype,
+        scale=scale,
+        overlap=config.overlap,
+    )
+    lists = Lists.of(q_indices, full_q_indices, elements, schedule)
+    arrays = (q, k, v, dout, lse2, delta)
+    dk, dv, dk_parts, dv_parts = kernel.launch(
+        arrays, lists, out_type, scratch, config.num_ctas, "jsparse_bwd_dkv"
+    )
+    dk = gradient.merge(dk, dk_parts, schedule)
+    dv = gradient.merge(dv, dv_parts, schedule)
+    return dk[:, :kv_len], dv[:, :kv_len]
+
+
+@dataclasses.dataclass(frozen=True)
+class _BackwardDkv(Walker):
+    head_dim: int
+    value_dim: int
+    dtype: Any
+    scale: float
+    overlap: bool
+
+    @property
+    def reads_ahead(self):
+        return self.overlap
+
+    def tiles(self, arrays):
+        q, k, v, dout, lse2, delta = arrays
+        streams = [
+            Stream("q", [(q, "q"), (lse2, "lse2")]),
+            Stream("dout", [(dout, "dout"), (delta, "delta")]),
+        ]
+        return [(k, "k"), (v, "v")], streams
+
+    def items(self, arrays, lists, outs, s):
+        """As in `Walker`, unless heads share keys: then sums pass between items."""
+        if self.group == 1:
+            super().items(arrays, lists, outs, s)
+            return
+
+        def item(fields, carry):
+            (count, step0), sums = carry
+            total = fields[4] + fields[6]
+            stage = lax.rem(count, jnp.int32(self.num_fixed_stages))
+            nth = lax.rem(fields[1], jnp.int32(self.group))
+            sums = lax.cond(nth == 0, lambda _: self.nothing(), lambda x: x, sums)
+
+            def rows(sums):
+                plgpu.barrier_wait(s["fixed_full"][stage])
+                return self.attend(fields, arrays, lists, s, step0, stage, sums)
+
+            sums = lax.cond(total > 0, rows, lambda x: x, sums)
+            last = nth == self.group - 1
+            pl.when(last)(lambda: self.store(sums, fields, outs, s))
+            return self.advance((count, step0), total), sums
+
+        start_ = (jnp.int32(0), jnp.int32(0)), self.nothing()
+        self.walk(s, lists, item, start_, self.reads_ahead)
+
+    def attend(self, fields, arrays, lists, s, step0, stage, sums=None):
+        """dk and dv of 64 rows, added to ``sums``."""
+        tile, w = self.tile, self.row_half()
+        qk_tiling = tile_transforms(self.head_dim)
+        v_tiling = tile_transforms(self.value_dim)
+        logits = Product(tile, qk_tiling, qk_tiling), Product(tile, v_tiling, v_tiling)
+        sums_ = (
+            Product(self.value_dim, v_tiling, accumulate=True),
+            Product(self.head_dim, qk_tiling, accumulate=True),
+        )
+        k, v = s["k"].at[stage, w], s["v"].at[stage, w]
+        mask = self.masked(fields, lists) if self.any_partial else None
+        walk = self.overlapped if self.overlap else self.one_by_one
+        dk, dv = walk(
+            fields, s, step0, (k, v), mask, logits, sums_, sums or self.nothing()
+        )
+        plgpu.barrier_arrive(s["fixed_free"][stage])
+        return dk, dv
+
+    def probabilities(self, logits, s, slot):
+        """p of a step."""
+        f = gradient.probabilities_by_column(self.tile, self.scale * LOG2E)
+        return f(logits, s["lse2"].at[slot])
+
+    def logits_gradient(self, p, dp, s, slot):
+        """ds of a step."""
+        f = gradient.logits_gradient_by_column(self.tile)
+        return f(p, dp, s["delta"].at[slot])
+
+    def release(self, s, slot):
+        """Frees the tiles of a step."""
+        for name in STREAMS:
+            plgpu.barrier_arrive(s[f"{name}_free"][slot])
+
+    def one_by_one(self, fields, s, step0, kv, mask, logits_, sums_, sums):
+        """Waits for a step's products before the next: the other warpgroup overlaps."""
+        tile, dims = self.tile, (self.head_dim, self.value_dim)
+        to_operand = operand(tile, self.dtype)
+        total = self.total_steps(fields)
+        self.await_operands(jnp.int32(0), total, step0, s, STREAMS)
+
+        def step(n, carry, is_partial):
+            dk, dv = carry
+            slot = self.slot(step0, n)
+            q, dout = s["q"].at[slot], s["dout"].at[slot]
+            self.take_turn(s, self.row_half())
+            logits, dp = start(*logits_)(kv[0], q, kv[1], dout)
+            self.pass_turn(s, self.row_half())
+            logits = wait((64, tile), 1)(logits)
+            if is_partial:
+                logits = mask(n, logits)
+            p = self.probabilities(logits, s, slot)
+            dp = wait((64, tile), 0)(dp)
+            ds = self.logits_gradient(p, dp, s, slot)
+            dv, dk = start(*sums_)(dv, to_operand(p), dout, dk, to_operand(ds), q)
+            self.await_operands(n + 1, total, step0, s, STREAMS)
+            dk, dv = gradient.await_all(*dims)(dk, dv)
+            self.release(s, slot)
+            return dk, dv
+
+        return self.steps(fields, step, sums, 0)
+
+    def overlapped(self, fields, s, step0, kv, mask, logits_, sums_, sums):
+        """A step's sums run beside the next step's logits."""
+        tile, dims = self.tile, (self.head_dim, self.value_dim)
+        to_operand = operand(tile, self.dtype)
+        total = self.total_steps(fields)
+        slot = self.slot(step0, jnp.int32(0))
+        self.await_operands(jnp.int32(0), total, step0, s, STREAMS)
+        self.take_turn(s, self.row_half())
+        logits, dp = start(*logits_)(
+            kv[0], s["q"].at[slot], kv[1], s["dout"].at[slot]
+        )
+        self.pass_turn(s, self.row_half())
+        logits, dp = gradient.await_all(tile, tile)(logits, dp)
+        logits = self.mask_first(fields, mask, logits)
+        p = self.probabilities(logits, s, slot)
+        ds = to_operand(self.logits_gradient(p, dp, s, slot))
+        p = to_operand(p)
+        self.await_operands(jnp.int32(1), total, step0, s, STREAMS)
+        start_all = start(*logits_, *sums_)
+
+        def step(n, carry, is_partial):
+            dk, dv, p, ds, before = carry
+            slot = self.slot(step0, n)
+            self.take_turn(s, self.row_half())
+            logits, dp, dv, dk = start_all(
+                *(kv[0], s["q"].at[slot], kv[1], s["dout"].at[slot]),
+                *(dv, p, s["dout"].at[before]),
+                *(dk, ds, s["q"].at[before]),
+            )
+            self.pass_turn(s, self.row_half())
+            logits = wait((64, tile), 3)(logits)
+            if is_partial:
+                logits = mask(n, logits)
+            p = self.probabilities(logits, s, slot)
+            dp = wait((64, tile), 2)(dp)
+            ds = self.logits_gradient(p, dp, s, slot)
+            self.await_operands(n + 1, total, step0, s, STREAMS)
+            dk, dv, p, ds = gradient.await_all(*dims, tile, tile)(dk, dv, p, ds)
+            self.release(s, before)
+            return dk, dv, to_operand(p), to_operand(ds), slot
+
+        dk, dv, p, ds, last = self.steps(fields, step, (*sums, p, ds, slot), 1)
+        dv, dk = start(*sums_)(dv, p, s["dout"].at[last], dk, ds, s["q"].at[last])
+        dk, dv = gradient.await_all(*dims)(dk, dv)
+        self.release(s, last)
+        return dk, dv
+
+    def nothing(self):
+        return tuple(
+            plgpu.layout_cast(jnp.zeros((64, dim), jnp.float32), r.ACC)
+            for dim in (self.head_dim, self.value_dim)
+        )
+
+    def store(self, result, fields, outs, s):
+        """64 rows of dk and dv, or parts of them."""
+        b, row, part = fields[0], fields[2], fields[7]
+        h = lax.div(fields[1], jnp.int32(self.group))
+        w = self.row_half()
+        rows = pl.ds(row * self.block_rows + w * 64, 64)
+        every = list(
+            zip(
+                (result[0], result[1]),
+                (self.head_dim, self.value_dim),
+                (self.scale, 1.0),
+                ("dk", "dv"),
+                outs[:2],
+                outs[2:],
+                strict=True,
+            )
+        )
+
+        def whole():
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for x, dim, factor, name, _, _ in every:
+                s[name].at[w][...] = gradient.scaled(dim, factor, self.dtype)(x)
+            plgpu.commit_smem()
+            for _, _, _, name, out, _ in every:
+                plgpu.copy_smem_to_gmem(s[name].at[w], out.at[b, rows, h])
+
+        def one_part():
+            for x, dim, factor, _, _, parts in every:
+                values = gradient.scaled(dim, factor, jnp.float32)(x)
+                parts[part, pl.ds(w * 64, 64)] = values
+
+        if not self.any_split:
+            whole()
+            return
+        pl.when(part < 0)(whole)
+        pl.when(part >= 0)(one_part)

@@ -1,0 +1,245 @@
+"""Gradient of the queries: rows are queries, columns are keys.
+
+``s = q k^T``, ``dp = dout v^T``, ``p = exp(s - lse)``, ``ds = p (dp - delta)``,
+``dq = ds k``: three products a step. See `_persistent` for the roles and the walk.
+May assume what `fwd_sm90` does; called by the adapter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from .._common import LOG2E, tile_transforms
+from . import _gradient as gradient
+from . import _persistent
+from . import _registers as r
+from ._elements import Elements
+from ._gradient import BackwardConfig
+from ._persistent import Lists, Stream, Walker
+from ._schedule import Schedule
+from ._softmax import operand
+from ._wgmma import Product, start, wait
+
+Array = Any
+
+
+def choose(
+    head_dim: int,
+    value_dim: int,
+    block_q: int = 128,
+    block_kv: int = 128,
+    num_ctas: int = 132,
+) -> BackwardConfig:
+    """The heuristic: what was fastest on an H100 (README.md has the figures)."""
+    widest = max(head_dim, value_dim)
+    if block_q == 64:
+        found = BackwardConfig(tile=64, num_stages=2, ping_pong=False, teams=2)
+    elif widest <= 64:
+        found = BackwardConfig(tile=128, num_stages=3, num_fixed_stages=2)
+    else:
+        found = BackwardConfig(tile=64, num_stages=3)
+    return dataclasses.replace(
+        found, tile=min(found.tile, block_kv), num_ctas=num_ctas
+    )
+
+
+def scratch_spec(
+    config: BackwardConfig, block_q: int, head_dim: int, value_dim: int, dtype
+) -> dict:
+    """Shared memory of one CTA; the estimate and the launch both read it."""
+    c, wgs = config, block_q // 64
+    tile = lambda *shape: _persistent.tiles((c.teams, *shape), dtype)
+    bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
+    return dict(
+        q=tile(c.num_fixed_stages, wgs, 64, head_dim),
+        dout=tile(c.num_fixed_stages, wgs, 64, value_dim),
+        k=tile(c.num_stages, c.tile, head_dim),
+        v=tile(c.num_stages, c.tile, value_dim),
+        dq=tile(wgs, 64, head_dim),
+        fixed_full=bar(c.num_fixed_stages, 2 * wgs),
+        fixed_free=bar(c.num_fixed_stages, wgs),
+        k_full=bar(c.num_stages, 1),
+        k_free=bar(c.num_stages, wgs),
+        v_full=bar(c.num_stages, 1),
+        v_free=bar(c.num_stages, wgs),
+    )
+
+
+def backward_dq(
+    q: Array,
+    k: Array,
+    v: Array,
+    dout: Array,
+    lse2: Array,
+    delta: Array,
+    kv_indices: Array,
+    full_kv_indices: Array,
+    elements: Elements,
+    schedule: Schedule,
+    *,
+    blocks: tuple[int, int],
+    scale: float,
+    config: BackwardConfig,
+) -> Array:
+    """dq over the blocks of a schedule.
+
+    Args:
+        q: ``[B, T, H, D]`` float16 or bfloat16.
+        k: ``[B, S, K, D]``.
+        v: ``[B, S, K, Dv]``.
+        dout: ``[B, T, H, Dv]``, of the same dtype.
+        lse2: ``[B, H, nq * block_q]`` float32, base 2; +inf where a row saw nothing or
+            does not exist.
+        delta: as ``lse2``: ``sum(dout * out) - dlse``; finite where lse2 is +inf.
+        kv_indices: int32, flattened lists of partial blocks.
+        full_kv_indices: int32, flattened lists of full blocks.
+        elements: test of the partial blocks; rows are queries.
+        schedule: from `_schedule`, of these lists.
+        blocks: ``block_q`` and ``block_kv``.
+        scale: factor of the logits; above 0.
+        config: see `BackwardConfig`.
+
+    Returns:
+        ``[B, T, H, D]`` in the dtype of q.
+
+    Raises:
+        ValueError: for a config that does not fit into shared memory.
+    """
+    batch, q_len, heads, head_dim = q.shape
+    value_dim, block_q = v.shape[-1], blocks[0]
+    scratch = scratch_spec(config, block_q, head_dim, value_dim, q.dtype)
+    _persistent.check_smem("backward_dq", config, scratch)
+    q, k, v, dout = (_persistent.pad_rows(x) for x in (q, k, v, dout))
+    slots = max(schedule.num_slots, 1)
+    out_type = (
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct((slots, block_q, head_dim), jnp.float32),
+    )
+    kernel = _BackwardDq(
+        **config.walker(),
+        block_rows=block_q,
+        block_columns=blocks[1],
+        group=heads // k.shape[2],
+        rows_are_queries=True,
+        any_partial=schedule.any_partial,
+        any_split=schedule.num_slots > 0,
+        items_per_worker=schedule.items.shape[1],
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=q.dtype,
+        scale=scale,
+    )
+    lists = Lists.of(kv_indices, full_kv_indices, elements, schedule)
+    arrays = (q, k, v, dout, lse2, delta)
+    dq, parts = kernel.launch(
+        arrays, lists, out_type, scratch, config.num_ctas, "jsparse_bwd_dq"
+    )
+    return gradient.merge(dq, parts, schedule)[:, :q_len]
+
+
+@dataclasses.dataclass(frozen=True)
+class _BackwardDq(Walker):
+    head_dim: int
+    value_dim: int
+    dtype: Any
+    scale: float
+
+    def tiles(self, arrays):
+        q, k, v, dout, _, _ = arrays
+        fixed = [(q, "q"), (dout, "dout")]
+        return fixed, [Stream("k", [(k, "k")]), Stream("v", [(v, "v")])]
+
+    def attend(self, fields, arrays, lists, s, step0, stage):
+        """dq of 64 rows; ``ds k`` of one block runs beside ``q k^T`` of the next."""
+        tile, dim, w = self.tile, self.head_dim, self.row_half()
+        k_tiling = tile_transforms(dim)
+        v_tiling = tile_transforms(self.value_dim)
+        qk = Product(tile, k_tiling, k_tiling)
+        dov = Product(tile, v_tiling, v_tiling)
+        dsk = Product(dim, k_tiling, accumulate=True)
+        probabilities = gradient.probabilities_by_row(tile, self.scale * LOG2E)
+        logits_gradient = gradient.logits_gradient_by_row(tile)
+        to_operand = operand(tile, self.dtype)
+        total = self.total_steps(fields)
+        mask = self.masked(fields, lists) if self.any_partial else None
+
+        q, dout = s["q"].at[stage, w], s["dout"].at[stage, w]
+        lse2, delta = (
+            gradient.rows(x, fields[0], fields[1], fields[2] * self.block_rows + w * 64)
+            for x in arrays[4:]
+        )
+        slot = self.slot(step0, jnp.int32(0))
+        plgpu.barrier_wait(s["k_full"][slot])
+        plgpu.barrier_wait(s["v_full"][slot])
+        self.take_turn(s, self.row_half())
+        logits, dp = start(qk, dov)(q, s["k"].at[slot], dout, s["v"].at[slot])
+        self.pass_turn(s, self.row_half())
+        logits, dp = gradient.await_all(tile, tile)(logits, dp)
+        plgpu.barrier_arrive(s["v_free"][slot])
+        logits = self.mask_first(fields, mask, logits)
+        ds = to_operand(logits_gradient(probabilities(logits, lse2), dp, delta))
+        dq = plgpu.layout_cast(jnp.zeros((64, dim), jnp.float32), r.ACC)
+        self.await_operands(jnp.int32(1), total, step0, s, ["k", "v"])
+        start_all = start(qk, dov, dsk)
+
+        def step(n, carry, is_partial):
+            dq, ds, before = carry
+            slot = self.slot(step0, n)
+            self.take_turn(s, self.row_half())
+            logits, dp, dq = start_all(
+                *(q, s["k"].at[slot], dout, s["v"].at[slot]),
+                *(dq, ds, s["k"].at[before]),
+            )
+            self.pass_turn(s, self.row_half())
+            logits = wait((64, tile), 2)(logits)
+            if is_partial:
+                logits = mask(n, logits)
+            p = probabilities(logits, lse2)
+            dp = wait((64, tile), 1)(dp)
+            plgpu.barrier_arrive(s["v_free"][slot])
+            ds = logits_gradient(p, dp, delta)
+            self.await_operands(n + 1, total, step0, s, ["k", "v"])
+            dq, ds = gradient.await_all(dim, tile)(dq, ds)
+            plgpu.barrier_arrive(s["k_free"][before])
+            return dq, to_operand(ds), slot
+
+        dq, ds, last = self.steps(fields, step, (dq, ds, slot), 1)
+        plgpu.barrier_arrive(s["fixed_free"][stage])
+        dq = start(dsk)(dq, ds, s["k"].at[last])
+        dq = wait((64, dim), 0)(dq)
+        plgpu.barrier_arrive(s["k_free"][last])
+        return dq
+
+    def nothing(self):
+        zero = jnp.zeros((64, self.head_dim), jnp.float32)
+        return plgpu.layout_cast(zero, r.ACC)
+
+    def store(self, result, fields, outs, s):
+        """64 rows of dq, or parts of them."""
+        dq, parts = outs
+        b, h, row, part = fields[0], fields[1], fields[2], fields[7]
+        w = self.row_half()
+        rows = pl.ds(row * self.block_rows + w * 64, 64)
+
+        def whole():
+            values = gradient.scaled(self.head_dim, self.scale, self.dtype)(result)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            s["dq"].at[w][...] = values
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(s["dq"].at[w], dq.at[b, rows, h])
+
+        def one_part():
+            values = gradient.scaled(self.head_dim, self.scale, jnp.float32)(result)
+            parts[part, pl.ds(w * 64, 64)] = values
+
+        if not self.any_split:
+            whole()
+            return
+        pl.when(part < 0)(whole)
+        pl.when(part >= 0)(one_part)

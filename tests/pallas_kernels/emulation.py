@@ -1,0 +1,194 @@
+"""The kernels on a CPU: Pallas interprets them, jnp stands in for one warpgroup's work.
+
+What runs for real is all that a kernel does above the registers: roles, the walk over
+the schedule, copies, barriers, stages, positions, stores. Each stand-in states what the
+instructions it replaces must compute; the GPU tests hold those to the same results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from jsparse.pallas_kernels.mosaic_gpu import (
+    _elements,
+    _gradient,
+    _registers,
+    _softmax,
+    bwd_dkv_sm90,
+    bwd_dq_sm90,
+    fwd_sm90,
+)
+
+F32 = jnp.float32
+
+
+def _value(x):
+    """An array, or what a reference holds."""
+    is_array = isinstance(x, jax.Array) and not hasattr(x.aval, "inner_aval")
+    return x if is_array else x[...]
+
+
+def start(*products):
+    def f(*args):
+        rest, out = list(args), []
+        for p in products:
+            acc = rest.pop(0) if p.accumulate else 0.0
+            a, b = (_value(rest.pop(0)).astype(F32) for _ in range(2))
+            out.append(acc + a @ (b if p.accumulate else b.T))
+        return tuple(out) if len(out) > 1 else out[0]
+
+    return f
+
+
+def wait(shape, pending):
+    del pending
+    return lambda x: x.reshape(shape)
+
+
+def await_all(*columns):
+    del columns
+    return lambda *tiles: tiles
+
+
+def softmax_step(tile_kv, scale_log2, lazy):
+    del tile_kv
+
+    def f(s, m, l):
+        top = jnp.maximum(m, s.max(1) * scale_log2)
+        if lazy:
+            top = jnp.where(top - m > lazy, top, m)
+        shift = jnp.where(top == -jnp.inf, 0, top)
+        alpha = jnp.exp2(m - shift)
+        p = jnp.exp2(s * scale_log2 - shift[:, None])
+        return p, top, l * alpha + p.sum(1), alpha
+
+    return f
+
+
+def operand(columns, dtype):
+    del columns
+    return lambda x: x.astype(dtype)
+
+
+def end_step(tile_kv, value_dim, dtype, lazy):
+    del tile_kv, value_dim, lazy
+    return lambda acc, p, alpha: (acc * alpha[:, None], p.astype(dtype))
+
+
+def finish(value_dim, dtype):
+    del value_dim
+
+    def f(acc, m, l):
+        inverse = jnp.where(l == 0, 0, 1 / l)
+        lse = (m + jnp.log2(l)) * jnp.log(2.0)
+        return (acc * inverse[:, None]).astype(dtype), lse
+
+    return f
+
+
+def probabilities_by_row(columns, scale_log2):
+    del columns
+    return lambda s, lse2: jnp.exp2(s * scale_log2 - lse2[:, None])
+
+
+def logits_gradient_by_row(columns):
+    del columns
+    return lambda p, dp, delta: p * (dp - delta[:, None])
+
+
+def probabilities_by_column(columns, scale_log2):
+    del columns
+    return lambda s, lse2: jnp.exp2(s * scale_log2 - lse2[...])
+
+
+def logits_gradient_by_column(columns):
+    del columns
+    return lambda p, dp, delta: p * (dp - delta[...])
+
+
+def scaled(columns, factor, dtype):
+    del columns
+    return lambda x: (x * factor).astype(dtype)
+
+
+def rows(values, b, h, first):
+    return values[b, h, pl.ds(first, 64)]
+
+
+def apply(elements, columns):
+    """The element test, from its definition."""
+
+    def f(s, at):
+        row = at.row + jnp.arange(64)[:, None]
+        column = at.column + jnp.arange(columns)[None]
+        counts = row < elements.lengths[2 * at.batch]
+        counts &= column < elements.lengths[2 * at.batch + 1]
+        if elements.bits is not None:
+            words = elements.bits.shape[-1]
+            block, first = jnp.divmod(at.bit_word, elements.bits.shape[-2] * words)
+            entry, block = jnp.divmod(block, elements.bits.shape[1])
+            first_row, first_word = jnp.divmod(first, words)
+            bits = elements.bits[
+                entry, block, pl.ds(first_row, 64), pl.ds(first_word, -(-columns // 32))
+            ]
+            bits = bits[..., None] >> jnp.arange(32, dtype=jnp.int32) & 1
+            counts &= bits.reshape(64, -1)[:, :columns] == 1
+        for rule in elements.rules:
+            counts &= _allows(rule, at, columns, row, column)
+        return jnp.where(counts, s, -jnp.inf)
+
+    return f
+
+
+def _allows(rule, at, columns, row, column):
+    entry = lambda x: at.batch if x.shape[0] > 1 else 0
+    by_row = lambda x: x[entry(x), ..., pl.ds(at.row, 64)][..., :, None]
+    by_column = lambda x: x[entry(x), ..., pl.ds(at.column, columns)][..., None, :]
+    if isinstance(rule, _elements.SameLabel):
+        return by_row(rule.rows) == by_column(rule.columns)
+    if isinstance(rule, _elements.RowInterval):
+        return (by_row(rule.start) <= column) & (column < by_row(rule.stop))
+    if isinstance(rule, _elements.ColumnInterval):
+        return (by_column(rule.start) <= row) & (row < by_column(rule.stop))
+    square = 0.0
+    for axis in range(3):
+        x = rule.rows[entry(rule.rows), axis, pl.ds(at.row, 64)][:, None]
+        y = rule.columns[entry(rule.columns), axis, pl.ds(at.column, columns)][None]
+        square += (x - y) * (x - y)
+    return square <= rule.cutoff2[entry(rule.cutoff2)]
+
+
+_STAND_INS = {
+    _softmax: (softmax_step, operand, end_step, finish),
+    _gradient: (
+        *(await_all, rows, scaled),
+        *(probabilities_by_row, logits_gradient_by_row),
+        *(probabilities_by_column, logits_gradient_by_column),
+    ),
+    _elements: (apply,),
+    fwd_sm90: (start, wait),
+    bwd_dq_sm90: (start, wait, operand),
+    bwd_dkv_sm90: (start, wait, operand),
+}
+
+
+@contextlib.contextmanager
+def emulated() -> Iterator[None]:
+    """Runs kernels as described above."""
+    with contextlib.ExitStack() as stack:
+        for module, functions in _STAND_INS.items():
+            for f in functions:
+                stack.enter_context(mock.patch.object(module, f.__name__, f))
+        quiet = lambda text: lambda index: None
+        stack.enter_context(mock.patch.object(_registers, "named_barrier", quiet))
+        stack.enter_context(
+            plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())
+        )
+        yield
