@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -14,6 +15,9 @@ hypothesis.settings.register_profile(
     "repeatable", deadline=None, derandomize=True, max_examples=25
 )
 hypothesis.settings.load_profile("repeatable")
+
+# Threads of JAX's pool: interpreted kernels wait for one another, each in a thread.
+os.environ.setdefault("NPROC", "16")
 
 # Two devices on a CPU, so that sharding is tested anywhere.
 jax.config.update("jax_num_cpu_devices", 2)

@@ -39,6 +39,8 @@ Array = Any
 name = "mosaic_gpu"
 differentiable = False
 
+RUN_ON_A_GPU = False
+"""Whether the contract suite has passed on a GPU since the kernels last changed."""
 DTYPES = ("bfloat16", "float16")
 LARGEST_HEAD = 128
 BLOCKS = (64, 128)
@@ -51,6 +53,8 @@ def why_not(problem: Problem) -> str | None:
     capability = _compute_capability()
     if capability != "9.0":
         return f"it needs a GPU of compute capability 9.0, and this one has {capability}"
+    if not RUN_ON_A_GPU:
+        return "its kernels have been compiled and emulated, but not yet run on a GPU"
     if problem.dtype not in DTYPES:
         return f"dtype {problem.dtype}; expected {' or '.join(DTYPES)}"
     if max(problem.head_dim, problem.value_dim) > LARGEST_HEAD:
@@ -88,10 +92,15 @@ def forward(
     call = _Call.of(operands, scale, pattern)
     config = fwd_sm90.Config.choose(*call.dims, *call.blocks, _num_multiprocessors())
     lists = call.rows
+    schedule = call.schedule(lists, config.num_workers)
+    k, v = call.k, call.v
+    if schedule.any_partial:
+        bad = _bad(k) | _bad(v)
+        k, v = _fill(k, bad, jnp.nan), _fill(v, bad, 0)
     out, lse = fwd_sm90.forward(
-        *(call.q, call.k, call.v),
+        *(call.q, k, v),
         *(lists.partial, lists.full, call.elements()),
-        call.schedule(lists, config.num_workers),
+        schedule,
         blocks=call.blocks,
         scale=call.scale,
         config=config,
@@ -112,21 +121,30 @@ def backward(
 ) -> tuple[Array, Array, Array, None]:
     """See `Backend.backward`."""
     call = _Call.of(operands, scale, pattern)
+    q, k, v = call.q, call.k, call.v
+    config = bwd_dq_sm90.choose(*call.dims, *call.blocks, _num_multiprocessors())
+    lists = call.rows
+    schedule = call.schedule(lists, config.num_workers)
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     delta = jnp.moveaxis(delta, -1, -2) - dlse
     blind = jnp.isneginf(lse)
     lse2 = call.pad_queries(jnp.where(blind, jnp.inf, lse * LOG2E), jnp.inf)
     delta = call.pad_queries(jnp.where(blind, 0, delta), 0)
     dout = call.flat(_pad_dim(dout))
-    arrays = (call.q, call.k, call.v, dout, lse2, delta)
+    if schedule.any_partial:
+        bad = _bad(k) | _bad(v)
+        k, v = _fill(k, bad, 0), _fill(v, bad, 0)
+        bad = _bad(q) | _bad(dout)
+        q, dout = _fill(q, bad, 0), _fill(dout, bad, 0)
+        bad = call.pad_queries(jnp.moveaxis(bad, 1, 2), False) | ~jnp.isfinite(delta)
+        lse2, delta = jnp.where(bad, jnp.nan, lse2), jnp.where(bad, 0, delta)
+    arrays = (q, k, v, dout, lse2, delta)
     kinds = dict(blocks=call.blocks, scale=call.scale)
 
-    config = bwd_dq_sm90.choose(*call.dims, *call.blocks, _num_multiprocessors())
-    lists = call.rows
     dq = bwd_dq_sm90.backward_dq(
         *arrays,
         *(lists.partial, lists.full, call.elements()),
-        call.schedule(lists, config.num_workers),
+        schedule,
         config=config,
         **kinds,
     )
@@ -146,6 +164,20 @@ def backward(
         for g, x in zip((dq, dk, dv), operands[:3], strict=True)
     )
     return (*grads, None)
+
+
+# In a partial block 0 * NaN would carry a NaN from a key to queries that do not attend to
+# it, and back. Tokens with a value that is not finite therefore enter products as zeros;
+# a key's NaN reaches its queries through their logits, and a query's its keys by its lse.
+
+
+def _bad(x: Array) -> Array:
+    """Tokens and heads of ``[B, n, heads, D]`` with a value that is not finite."""
+    return ~jnp.isfinite(x).all(-1)
+
+
+def _fill(x: Array, where: Array, value: float) -> Array:
+    return jnp.where(where[..., None], jnp.asarray(value, x.dtype), x)
 
 
 # ------------------------------------------------------------------------ preparation
@@ -217,8 +249,8 @@ class _Call:
         return x.reshape(-1, *x.shape[len(self.batch) :])
 
     def pad_queries(self, x: Array, value: float) -> Array:
-        """``[*B, H, T]`` to ``[B, H, nq * block_q]``."""
-        x = self.flat(x)
+        """``[..., H, T]`` to ``[B, H, nq * block_q]``."""
+        x = x.reshape(-1, *x.shape[-2:])
         return _pad_last(x, self.mask.num_q_blocks * self.mask.block_q, value)
 
     def sum_shared(self, grad: Array, primal: Array) -> Array:

@@ -198,10 +198,10 @@ def _both(x: ir.Value, y: ir.Value) -> ir.Value:
     return arith.andi(x, y)
 
 
-def apply(elements: Elements, columns: int) -> Callable:
-    """``f(s, position) -> s``, -inf where an element does not count.
+def apply(elements: Elements, columns: int, fill: float) -> Callable:
+    """``f(x, position) -> x``, ``fill`` where an element does not count.
 
-    ``elements`` holds references to global memory; s is 64 x ``columns``.
+    ``elements`` holds references to global memory; x is 64 x ``columns``.
     """
     refs, tree = jax.tree_util.tree_flatten(elements)
 
@@ -231,7 +231,7 @@ def apply(elements: Elements, columns: int) -> Callable:
                     counts = _both(counts, _compare("ne", word, r.integer(0)))
                 for rule, values_ in zip(arrays.rules, loaded, strict=True):
                     counts = _both(counts, rule.allows(values_, at, half, n))
-                out.append(arith.select(counts, x, r.number(-float("inf"))))
+                out.append(arith.select(counts, x, r.number(fill)))
             halves.append(out)
         return r.accumulator(r.interleave(halves), (64, columns))
 

@@ -1,7 +1,8 @@
 """Probabilities and the logits' gradient, recomputed from lse, on one warpgroup's tile.
 
 ``p = exp(s * scale - lse)`` and ``ds = p * (dp - delta)``, with lse in base 2 and +inf
-for a row that saw nothing, so that its p is 0.
+for a row that saw nothing, so that its p is 0. The element test comes after the
+exponential: a NaN in lse must not reach elements that do not count.
 """
 
 from __future__ import annotations

@@ -370,18 +370,20 @@ class Walker:
         if self.ping_pong:
             r.named_barrier("arrive")(FIRST_NAMED_BARRIER + 2 * s["team"] + 1 - w)
 
-    def masked(self, fields, lists: Lists) -> Callable:
-        """``f(n, logits)``: the element test of step n of an item."""
+    def masked(self, fields, lists: Lists, fill: float) -> Callable | None:
+        """``f(n, x)``: the element test of step n of an item; None if there is none."""
+        if not self.any_partial:
+            return None
         b, _, row, p0 = fields[:4]
         elements = lists.elements
         per_block = jnp.int32(self.steps_per_block)
-        test = _elements.apply(elements, self.tile)
+        test = _elements.apply(elements, self.tile, fill)
         words, entry = 0, 0
         if elements.bits is not None:
             words = elements.bits.shape[-1]
             entry = elements.bits.shape[1] if elements.bits.shape[0] > 1 else 0
 
-        def f(n, logits):
+        def f(n, x):
             nth, part = lax.div(n, per_block), lax.rem(n, per_block) * self.tile
             first = self.row_half() * 64
             block = fields[8] + nth + b * entry
@@ -390,7 +392,7 @@ class Walker:
             )
             column = lists.partial[p0 + nth] * self.block_columns + part
             at = Position(b, row * self.block_rows + first, column, word)
-            return test(logits, at)
+            return test(x, at)
 
         return f
 
@@ -406,12 +408,12 @@ class Walker:
         full_step = functools.partial(step, is_partial=False)
         return lax.fori_loop(first_full, total, full_step, carry)
 
-    def mask_first(self, fields, mask: Callable, logits):
+    def mask_first(self, fields, mask: Callable | None, x):
         """Tests the elements of the first step if its block is partial."""
-        if not self.any_partial:
-            return logits
+        if mask is None:
+            return x
         test = functools.partial(mask, jnp.int32(0))
-        return lax.cond(fields[4] > 0, test, lambda x: x, logits)
+        return lax.cond(fields[4] > 0, test, lambda x: x, x)
 
     def total_steps(self, fields):
         """Steps of an item."""

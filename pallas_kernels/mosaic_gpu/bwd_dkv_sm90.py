@@ -216,7 +216,7 @@ class _BackwardDkv(Walker):
             Product(self.head_dim, qk_tiling, accumulate=True),
         )
         k, v = s["k"].at[stage, w], s["v"].at[stage, w]
-        mask = self.masked(fields, lists) if self.any_partial else None
+        mask = self.masked(fields, lists, fill=0.0)
         walk = self.overlapped if self.overlap else self.one_by_one
         dk, dv = walk(
             fields, s, step0, (k, v), mask, logits, sums_, sums or self.nothing()
@@ -254,9 +254,9 @@ class _BackwardDkv(Walker):
             logits, dp = start(*logits_)(kv[0], q, kv[1], dout)
             self.pass_turn(s, self.row_half())
             logits = wait((64, tile), 1)(logits)
-            if is_partial:
-                logits = mask(n, logits)
             p = self.probabilities(logits, s, slot)
+            if is_partial:
+                p = mask(n, p)
             dp = wait((64, tile), 0)(dp)
             ds = self.logits_gradient(p, dp, s, slot)
             dv, dk = start(*sums_)(dv, to_operand(p), dout, dk, to_operand(ds), q)
@@ -280,8 +280,8 @@ class _BackwardDkv(Walker):
         )
         self.pass_turn(s, self.row_half())
         logits, dp = gradient.await_all(tile, tile)(logits, dp)
-        logits = self.mask_first(fields, mask, logits)
         p = self.probabilities(logits, s, slot)
+        p = self.mask_first(fields, mask, p)
         ds = to_operand(self.logits_gradient(p, dp, s, slot))
         p = to_operand(p)
         self.await_operands(jnp.int32(1), total, step0, s, STREAMS)
@@ -298,9 +298,9 @@ class _BackwardDkv(Walker):
             )
             self.pass_turn(s, self.row_half())
             logits = wait((64, tile), 3)(logits)
-            if is_partial:
-                logits = mask(n, logits)
             p = self.probabilities(logits, s, slot)
+            if is_partial:
+                p = mask(n, p)
             dp = wait((64, tile), 2)(dp)
             ds = self.logits_gradient(p, dp, s, slot)
             self.await_operands(n + 1, total, step0, s, STREAMS)

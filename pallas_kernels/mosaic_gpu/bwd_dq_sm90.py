@@ -167,7 +167,7 @@ class _BackwardDq(Walker):
         logits_gradient = gradient.logits_gradient_by_row(tile)
         to_operand = operand(tile, self.dtype)
         total = self.total_steps(fields)
-        mask = self.masked(fields, lists) if self.any_partial else None
+        mask = self.masked(fields, lists, fill=0.0)
 
         q, dout = s["q"].at[stage, w], s["dout"].at[stage, w]
         lse2, delta = (
@@ -182,8 +182,8 @@ class _BackwardDq(Walker):
         self.pass_turn(s, self.row_half())
         logits, dp = gradient.await_all(tile, tile)(logits, dp)
         plgpu.barrier_arrive(s["v_free"][slot])
-        logits = self.mask_first(fields, mask, logits)
-        ds = to_operand(logits_gradient(probabilities(logits, lse2), dp, delta))
+        p = self.mask_first(fields, mask, probabilities(logits, lse2))
+        ds = to_operand(logits_gradient(p, dp, delta))
         dq = plgpu.layout_cast(jnp.zeros((64, dim), jnp.float32), r.ACC)
         self.await_operands(jnp.int32(1), total, step0, s, ["k", "v"])
         start_all = start(qk, dov, dsk)
@@ -198,9 +198,9 @@ class _BackwardDq(Walker):
             )
             self.pass_turn(s, self.row_half())
             logits = wait((64, tile), 2)(logits)
-            if is_partial:
-                logits = mask(n, logits)
             p = probabilities(logits, lse2)
+            if is_partial:
+                p = mask(n, p)
             dp = wait((64, tile), 1)(dp)
             plgpu.barrier_arrive(s["v_free"][slot])
             ds = logits_gradient(p, dp, delta)

@@ -248,7 +248,7 @@ class _Forward(Walker):
         softmax_step = softmax.softmax_step(tile, self.scale * LOG2E, c.lazy)
         end_step = softmax.end_step(tile, dim, self.dtype, c.lazy > 0)
         total = self.total_steps(fields)
-        mask = self.masked(fields, lists) if self.any_partial else None
+        mask = self.masked(fields, lists, fill=-math.inf)
 
         m = plgpu.layout_cast(jnp.full((64,), -jnp.inf, jnp.float32), r.ROW)
         l = plgpu.layout_cast(jnp.zeros((64,), jnp.float32), r.ROW)

@@ -122,10 +122,10 @@ def rows(values, b, h, first):
     return values[b, h, pl.ds(first, 64)]
 
 
-def apply(elements, columns):
+def apply(elements, columns, fill):
     """The element test, from its definition."""
 
-    def f(s, at):
+    def f(x, at):
         row = at.row + jnp.arange(64)[:, None]
         column = at.column + jnp.arange(columns)[None]
         counts = row < elements.lengths[2 * at.batch]
@@ -142,7 +142,7 @@ def apply(elements, columns):
             counts &= bits.reshape(64, -1)[:, :columns] == 1
         for rule in elements.rules:
             counts &= _allows(rule, at, columns, row, column)
-        return jnp.where(counts, s, -jnp.inf)
+        return jnp.where(counts, x, fill)
 
     return f
 

@@ -1,0 +1,125 @@
+"""Launches of each kernel on arrays of given sizes, for tests that only lower them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from jsparse.pallas_kernels.mosaic_gpu import bwd_dkv_sm90, bwd_dq_sm90, fwd_sm90
+from jsparse.pallas_kernels.mosaic_gpu._elements import (
+    ColumnInterval,
+    Elements,
+    RowInterval,
+    SameLabel,
+    Within,
+)
+from jsparse.pallas_kernels.mosaic_gpu._schedule import (
+    schedule_on_device,
+    schedule_on_host,
+)
+
+KERNELS = {
+    "forward": (fwd_sm90.forward, fwd_sm90.Config.choose),
+    "dq": (bwd_dq_sm90.backward_dq, bwd_dq_sm90.choose),
+    "dkv": (bwd_dkv_sm90.backward_dkv, bwd_dkv_sm90.choose),
+}
+H100 = AbstractDevice(
+    device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel on 7 query and 5 key blocks, the last of each ragged."""
+
+    kernel: str
+    dims: tuple[int, int] = (64, 64)
+    blocks: tuple[int, int] = (128, 128)
+    heads: tuple[int, int] = (2, 2)
+    dtype: str = "bfloat16"
+    bits: bool = True
+    rules: bool = False
+    on_host: bool = True
+
+    def config(self):
+        """The heuristic's."""
+        return KERNELS[self.kernel][1](*self.dims, *self.blocks)
+
+    def lower(self) -> str:
+        """The text of the program for an H100."""
+        with use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
+            traced = jax.jit(self).trace(*self.arguments())
+            return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    def arguments(self) -> tuple:
+        """Shapes of q, k, v, dout, lse2, delta and the two counts."""
+        block_q, block_kv = self.blocks
+        q_len, kv_len = 7 * block_q - 5, 5 * block_kv - 9
+        side = lambda n, h, d: jax.ShapeDtypeStruct((1, n, h, d), self.dtype)
+        row = jax.ShapeDtypeStruct((1, self.heads[0], 7 * block_q), "float32")
+        rows, _ = self.grid()
+        counts = jax.ShapeDtypeStruct((1, 1, rows), "int32")
+        return (
+            side(q_len, self.heads[0], self.dims[0]),
+            side(kv_len, self.heads[1], self.dims[0]),
+            side(kv_len, self.heads[1], self.dims[1]),
+            side(q_len, self.heads[0], self.dims[1]),
+            *(row, row, counts, counts),
+        )
+
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns in blocks."""
+        return (5, 7) if self.kernel == "dkv" else (7, 5)
+
+    def __call__(self, q, k, v, dout, lse2, delta, partial, full):
+        run, _ = KERNELS[self.kernel]
+        config = self.config()
+        rows, columns = self.grid()
+        make = schedule_on_device
+        if self.on_host:
+            make, partial, full = schedule_on_host, *self.counts()
+        group = self.heads[0] // self.heads[1] if self.kernel == "dkv" else 1
+        schedule = make(
+            *(partial, columns, full, columns),
+            batch=1,
+            heads=self.heads[0],
+            workers=config.num_workers,
+            group=group,
+        )
+        arrays = (q, k, v)
+        if self.kernel != "forward":
+            arrays += (dout, lse2, delta)
+        lists = jnp.zeros((rows, columns), jnp.int32)
+        return run(
+            *(*arrays, lists, lists, self.elements(), schedule),
+            blocks=self.blocks,
+            scale=0.125,
+            config=config,
+        )
+
+    def counts(self):
+        """Blocks of each row, partial and full."""
+        rows, columns = self.grid()
+        counts = jnp.arange(rows)[None, None] % columns
+        return jax.device_get(counts), jax.device_get(counts + 1)
+
+    def elements(self) -> Elements:
+        """Of every kind, or bits alone, or lengths alone."""
+        rows, columns = self.blocks[::-1] if self.kernel == "dkv" else self.blocks
+        count = self.grid()
+        bits = jnp.zeros((1, 40, rows, columns // 32), jnp.int32) if self.bits else None
+        row = jnp.zeros((1, rows * count[0]), jnp.int32)
+        column = jnp.zeros((1, columns * count[1]), jnp.int32)
+        points = [
+            jnp.zeros((1, 3, n), jnp.float32) for n in (row.shape[1], column.shape[1])
+        ]
+        rules = (
+            SameLabel(row, column),
+            RowInterval(row, row),
+            ColumnInterval(column, column),
+            Within(*points, jnp.ones(1, jnp.float32)),
+        )
+        return Elements(jnp.zeros(2, jnp.int32), bits, rules if self.rules else ())
