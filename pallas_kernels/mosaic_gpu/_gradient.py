@@ -186,8 +186,13 @@ class BackwardConfig:
     def __post_init__(self):
         if self.tile not in (32, 64, 128):
             raise ValueError(f"tile={self.tile}; expected 32, 64 or 128.")
-        if self.num_stages < 2:
-            raise ValueError(f"num_stages={self.num_stages}; expected at least 2.")
+        # Overlapped, a step holds its own tiles and the last step's, and waits for the
+        # next step's.
+        fewest = 3 if self.overlap else 2
+        if self.num_stages < fewest:
+            raise ValueError(
+                f"num_stages={self.num_stages}; expected at least {fewest}."
+            )
         if self.num_fixed_stages not in (1, 2):
             raise ValueError(
                 f"num_fixed_stages={self.num_fixed_stages}; expected 1 or 2."

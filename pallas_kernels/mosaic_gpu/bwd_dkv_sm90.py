@@ -44,9 +44,9 @@ def choose(
     widest = max(head_dim, value_dim)
     if block_kv == 64:
         narrow = widest <= 64
-        teams = 2 if narrow else 1
+        stages, teams = (3, 2) if narrow else (2, 1)
         found = BackwardConfig(
-            tile=64, num_stages=2, ping_pong=False, overlap=narrow, teams=teams
+            tile=64, num_stages=stages, ping_pong=False, overlap=narrow, teams=teams
         )
     elif widest <= 64:
         found = BackwardConfig(tile=64, num_stages=4, num_fixed_stages=2)

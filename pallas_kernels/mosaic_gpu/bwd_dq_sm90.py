@@ -39,7 +39,8 @@ def choose(
     """The heuristic: what was fastest on an H100 (README.md has the figures)."""
     widest = max(head_dim, value_dim)
     if block_q == 64:
-        found = BackwardConfig(tile=64, num_stages=2, ping_pong=False, teams=2)
+        teams = 2 if widest <= 64 else 1
+        found = BackwardConfig(tile=64, num_stages=3, ping_pong=False, teams=teams)
     elif widest <= 64:
         found = BackwardConfig(tile=128, num_stages=3, num_fixed_stages=2)
     else:
