@@ -7,23 +7,38 @@ import itertools
 
 import pytest
 
+from jsparse.backends import mosaic_gpu
 from tests.pallas_kernels.launches import KERNELS, Launch
 
-DIMS = ((16, 16), (32, 32), (48, 48), (64, 64), (96, 96), (128, 128), (64, 128))
-BLOCKS = tuple(itertools.product((64, 128), repeat=2))
+DIMS = ((16, 16), (32, 32), (48, 48), (64, 64), (80, 80), (96, 96), (128, 128))
+DIMS += ((64, 128), (128, 16))
+BLOCKS = tuple(itertools.product(mosaic_gpu.BLOCKS, repeat=2))
 
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("blocks", BLOCKS, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_lowers(kernel, blocks, dims):
-    assert "mosaic_gpu" in Launch(kernel, dims, blocks).lower()
+    assert "mosaic_gpu" in Launch(kernel, dims, blocks, rules=True).lower()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_these_are_all_the_configs(kernel):
+    choose = KERNELS[kernel][1]
+    sizes = range(16, mosaic_gpu.LARGEST_HEAD + 1, 16)
+    possible = {
+        choose(*dims, *blocks)
+        for dims in itertools.product(sizes, repeat=2)
+        for blocks in BLOCKS
+    }
+    assert possible == {choose(*dims, *blocks) for dims in DIMS for blocks in BLOCKS}
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"dtype": "float16"},
+        {"dtype": "float16", "dims": (128, 128)},
         {"heads": (4, 1)},
         {"bits": False},
         {"bits": False, "rules": True},
@@ -44,6 +59,12 @@ def test_impossible_configs_are_refused(kernel):
     for change in ({tile: 96}, {"num_stages": 1}, {"teams": 3}):
         with pytest.raises(ValueError, match=next(iter(change))):
             dataclasses.replace(config, **change)
+
+
+@pytest.mark.parametrize("kernel", ["dq", "dkv"])
+def test_steps_that_overlap_need_three_stages(kernel):
+    with pytest.raises(ValueError, match="num_stages=2; expected at least 3"):
+        dataclasses.replace(Launch(kernel).config(), num_stages=2)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
