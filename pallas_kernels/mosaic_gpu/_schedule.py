@@ -40,7 +40,7 @@ class Schedule:
         count: ``[workers]`` int32, items of each worker.
         items: ``[workers, most, NUM_FIELDS]`` int32, zero beyond the count.
         split_rows: ``[s, 3]`` int32: batch, head, row of each row that several items
-            share.
+            share, ascending.
         split_slots: ``[s, parts]`` int32 workspace slots of its parts, -1 where a row
             has fewer.
         num_slots: workspace slots in use.
@@ -148,7 +148,7 @@ def schedule_on_device(
     part = jnp.tile(jnp.arange(parts), num_rows)
     begin = rows.total[which] * part // parts
     end = rows.total[which] * (part + 1) // parts
-    slots = jnp.arange(len(which)) if parts > 1 else jnp.full(len(which), -1)
+    slots = which * parts + part if parts > 1 else jnp.full(len(which), -1)
     items = rows.items(
         jnp, which, begin, end, slots, (partial_capacity, full_capacity)
     )
@@ -165,13 +165,13 @@ def schedule_on_device(
             (np, used.reshape(turns, workers, group, 1)),
         )
     )
-    row_of = order if parts > 1 else order[:0]
+    split = np.arange(num_rows if parts > 1 else 0)
     return Schedule(
         used.sum((0, 2, 3)).astype(np.int32),
         padded.swapaxes(0, 1).reshape(workers, turns * group, NUM_FIELDS),
-        jnp.stack([jnp.asarray(x)[row_of] for x in (b, h, i)], 1).astype(jnp.int32),
-        np.arange(len(row_of) * parts, dtype=np.int32).reshape(-1, parts),
-        len(row_of) * parts,
+        np.stack([b[split], h[split], i[split]], 1).astype(np.int32),
+        np.arange(len(split) * parts, dtype=np.int32).reshape(-1, parts),
+        len(split) * parts,
         partial_capacity > 0,
     )
 
