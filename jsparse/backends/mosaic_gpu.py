@@ -52,7 +52,7 @@ def why_not(problem: Problem) -> str | None:
         return f"it needs an H100 or H200, and JAX computes on {problem.platform}"
     capability = _compute_capability()
     if capability != "9.0":
-        return f"it needs a GPU of compute capability 9.0, and this one has {capability}"
+        return f"it needs compute capability 9.0, and this GPU has {capability}"
     if not RUN_ON_A_GPU:
         return "its kernels have been compiled and emulated, but not yet run on a GPU"
     if problem.dtype not in DTYPES:
@@ -139,14 +139,14 @@ def backward(
         bad = call.pad_queries(jnp.moveaxis(bad, 1, 2), False) | ~jnp.isfinite(delta)
         lse2, delta = jnp.where(bad, jnp.nan, lse2), jnp.where(bad, 0, delta)
     arrays = (q, k, v, dout, lse2, delta)
-    kinds = dict(blocks=call.blocks, scale=call.scale)
 
     dq = bwd_dq_sm90.backward_dq(
         *arrays,
         *(lists.partial, lists.full, call.elements()),
         schedule,
+        blocks=call.blocks,
+        scale=call.scale,
         config=config,
-        **kinds,
     )
     config = bwd_dkv_sm90.choose(*call.dims, *call.blocks, _num_multiprocessors())
     lists, group = call.columns, call.q.shape[2] // call.k.shape[2]
@@ -154,21 +154,22 @@ def backward(
         *arrays,
         *(lists.partial, lists.full, call.transposed_elements()),
         call.schedule(lists, config.num_workers, group),
+        blocks=call.blocks,
+        scale=call.scale,
         config=config,
-        **kinds,
     )
     if call.sign != 1:
         dq = dq * jnp.asarray(call.sign, dq.dtype)
     grads = (
-        call.sum_shared(g, x)
-        for g, x in zip((dq, dk, dv), operands[:3], strict=True)
+        call.sum_shared(g, x) for g, x in zip((dq, dk, dv), operands[:3], strict=True)
     )
     return (*grads, None)
 
 
-# In a partial block 0 * NaN would carry a NaN from a key to queries that do not attend to
-# it, and back. Tokens with a value that is not finite therefore enter products as zeros;
-# a key's NaN reaches its queries through their logits, and a query's its keys by its lse.
+# In a partial block 0 * NaN would carry a NaN from a key to queries that do not attend
+# to it, and back. Tokens with a value that is not finite therefore enter products as
+# zeros; a key's NaN reaches its queries through their logits, and a query's its keys by
+# its lse.
 
 
 def _bad(x: Array) -> Array:
@@ -207,14 +208,18 @@ class _Call:
     known: BlockMask | None
 
     @classmethod
-    def of(
-        cls, operands: Operands, scale: float, pattern: HostPattern | None
-    ) -> _Call:
+    def of(cls, operands: Operands, scale: float, pattern: HostPattern | None) -> _Call:
         """The canonical form. The kernels want a positive scale: q takes the sign."""
         batch = operands.batch_shape
         rank, total = len(batch), math.prod(batch)
         sign = 1.0 if scale > 0 else float(np.sign(scale))
-        flat = lambda x: _flatten(jnp, x, x.shape[:rank], batch)
+
+        def flat(x):
+            return _flatten(jnp, x, x.shape[:rank], batch)
+
+        def full(x):
+            return jnp.broadcast_to(flat(x), (total, *x.shape[rank:]))
+
         mask = jax.tree_util.tree_map(flat, operands.mask)
         known = None
         if pattern is not None:
@@ -223,7 +228,6 @@ class _Call:
         q = _pad_dim(operands.q)
         if sign != 1:
             q = q * jnp.asarray(sign, q.dtype)
-        full = lambda x: jnp.broadcast_to(flat(x), (total, *x.shape[rank:]))
         return cls(
             full(q),
             full(_pad_dim(operands.k)),
@@ -281,7 +285,7 @@ class _Call:
         known = None
         if self.known is not None:
             known = tuple(getattr(self.known, names[n]) for n in (0, 2))
-        return _Lists(*(getattr(self.mask, name) for name in names), known)
+        return _Lists(*(getattr(self.mask, name) for name in names), known=known)
 
     def schedule(self, lists: _Lists, workers: int, group: int = 1) -> Schedule:
         """On the host if the pattern is known, else on the device."""
@@ -310,7 +314,8 @@ class _Call:
         """The test of partial blocks; rows are keys."""
         bits = self.mask.bits
         if bits is not None:
-            bits = jax.lax.bitcast_convert_type(_transpose_bits(self.mask), jnp.int32)
+            bits = _transpose_bits(self.mask, bits)
+            bits = jax.lax.bitcast_convert_type(bits, jnp.int32)
         lengths = self._lengths().reshape(-1, 2)[:, ::-1].reshape(-1)
         mask = dataclasses.replace(
             self.mask, rules=tuple(rule.transpose() for rule in self.mask.rules)
@@ -334,17 +339,22 @@ class _Call:
 
 def _kernel_rule(rule: Segments | Window | Distance, rows: int, columns: int) -> Rule:
     """A rule by row and column, its arrays padded to whole blocks."""
-    whole = lambda x, n: _pad_last(x.astype(jnp.int32), n, 0)
+
+    def whole(x, n):
+        return _pad_last(x.astype(jnp.int32), n, 0)
+
+    def by_axis(x, n):
+        return _pad_last(jnp.moveaxis(x.astype(jnp.float32), -1, -2), n, 0)
+
     if isinstance(rule, Segments):
         return SameLabel(whole(rule.q_ids, rows), whole(rule.kv_ids, columns))
     if isinstance(rule, Window):
         by_row = rule.side == "q"
         ends = [whole(x, rows if by_row else columns) for x in (rule.start, rule.stop)]
         return RowInterval(*ends) if by_row else ColumnInterval(*ends)
-    axes = lambda x, n: _pad_last(jnp.moveaxis(x.astype(jnp.float32), -1, -2), n, 0)
     cutoff = rule.cutoff[:, 0].astype(jnp.float32)
     return Within(
-        axes(rule.q_coords, rows), axes(rule.kv_coords, columns), cutoff * cutoff
+        by_axis(rule.q_coords, rows), by_axis(rule.kv_coords, columns), cutoff * cutoff
     )
 
 
@@ -377,12 +387,12 @@ def _known_lists(mask: BlockMask, leads: Any, batch: tuple[int, ...]) -> BlockMa
     return dataclasses.replace(mask, **found)
 
 
-def _transpose_bits(mask: BlockMask) -> Array:
+def _transpose_bits(mask: BlockMask, bits: Array) -> Array:
     """Bits in the order of the transposed lists, ``[B or 1, n, block_kv, words]``."""
-    order = jax.vmap(functools.partial(_transposed_order, count=mask.bits.shape[1]))
+    order = jax.vmap(functools.partial(_transposed_order, count=bits.shape[1]))
     order = order(mask.kv_num_blocks, mask.kv_indices)
-    shape = (max(mask.bits.shape[0], order.shape[0]),)
-    bits = jnp.broadcast_to(mask.bits, (*shape, *mask.bits.shape[1:]))
+    shape = (max(bits.shape[0], order.shape[0]),)
+    bits = jnp.broadcast_to(bits, (*shape, *bits.shape[1:]))
     order = jnp.broadcast_to(order, (*shape, *order.shape[1:]))
     bits = jnp.take_along_axis(bits, order[..., None, None], 1)
     # [B, n, word of queries, query, word of keys, key]: bit `key` moves to `query`.
@@ -396,7 +406,7 @@ def _transpose_bits(mask: BlockMask) -> Array:
 
 def _transposed_order(counts: Array, indices: Array, count: int) -> Array:
     """For each partial block by key block, its number by query block."""
-    heads, rows, capacity = indices.shape
+    heads, _, capacity = indices.shape
     slots = jnp.arange(capacity)
     valid = slots < counts[..., None]
     # A stable sort by (head, key block) keeps the query blocks ascending.

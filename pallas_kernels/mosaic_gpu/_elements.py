@@ -174,7 +174,7 @@ class _Place:
         return r.global_word(ref, at, 0, r.f32())
 
     def bit_words(self, ref: ir.Value) -> list[list[ir.Value]]:
-        """Bits of each row half; bit 0 of a word is the thread's column of that word."""
+        """Bits of each row half; bit 0 of a word is the thread's column of the word."""
         words = ir.MemRefType(ref.type).shape[-1]
         row = arith.muli(self.thread_row, r.integer(words))
         first = arith.addi(self.bit_word, row)

@@ -8,6 +8,7 @@ exponential: a NaN in lse must not reach elements that do not count.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -23,7 +24,7 @@ def _tile(columns: int) -> plgpu.ShapeDtypeStruct:
 
 
 def load_rows() -> Callable:
-    """``f(ref, first) -> values`` of 64 rows of a flat float32 array in global memory."""
+    """``f(ref, first) -> values``: 64 rows of a flat float32 array in global memory."""
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), r.SCALAR),
@@ -112,7 +113,7 @@ def await_all(*columns: int) -> Callable:
     )
     def f(_, *tiles):
         values = [r.scalars(x) for x in tiles]
-        flat = r.tied(sum(values, []), "wgmma.wait_group.sync.aligned 0;")
+        flat = r.tied([*itertools.chain(*values)], "wgmma.wait_group.sync.aligned 0;")
         out = []
         for n, x in zip(columns, values, strict=True):
             out.append(r.accumulator(flat[: len(x)], (64, n)))
@@ -185,8 +186,13 @@ class BackwardConfig:
     def __post_init__(self):
         if self.tile not in (32, 64, 128):
             raise ValueError(f"tile={self.tile}; expected 32, 64 or 128.")
-        if self.num_stages < 2:
-            raise ValueError(f"num_stages={self.num_stages}; expected at least 2.")
+        # Overlapped, a step holds its own tiles and the last step's, and waits for the
+        # next step's.
+        fewest = 3 if self.overlap else 2
+        if self.num_stages < fewest:
+            raise ValueError(
+                f"num_stages={self.num_stages}; expected at least {fewest}."
+            )
         if self.num_fixed_stages not in (1, 2):
             raise ValueError(
                 f"num_fixed_stages={self.num_fixed_stages}; expected 1 or 2."

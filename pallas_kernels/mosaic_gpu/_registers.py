@@ -1,9 +1,9 @@
 """The registers of one thread: arrays opened into scalars, and instructions on them.
 
-Pallas keeps a 64 x N accumulator as an array with a layout. Kernels here open that array
-and work on the registers of one thread, because two things cannot be said above this
-level: a wgmma that starts from zero without clearing its registers, and row sums that
-stay split over the four lanes of a row until the end.
+Pallas keeps a 64 x N accumulator as an array with a layout. Kernels here open that
+array and work on the registers of one thread, because two things cannot be said above
+this level: a wgmma that starts from zero without clearing its registers, and row sums
+that stay split over the four lanes of a row until the end.
 
 In the accumulator layout the registers of a thread are ``[N / 8, 2, 2]``: column tile,
 row half (rows r and r + 8), and two neighbouring columns.
@@ -212,13 +212,11 @@ def first_row() -> ir.Value:
 
 def first_column() -> ir.Value:
     """Column of the thread's first register; the others: + 1, and + 8 j."""
-    text = (
-        "{ .reg .b32 a; mov.u32 a, %tid.x; and.b32 a, a, 3; shl.b32 $0, a, 1; }"
-    )
+    text = "{ .reg .b32 a; mov.u32 a, %tid.x; and.b32 a, a, 3; shl.b32 $0, a, 1; }"
     return asm(i32(), [], text, "=r")
 
 
-# ---------------------------------------------------------------------- memory, unswizzled
+# ------------------------------------------------------------------- memory, unswizzled
 
 
 def global_word(ref: ir.Value, index: ir.Value, offset: int, ty: ir.Type) -> ir.Value:

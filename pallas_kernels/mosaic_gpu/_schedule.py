@@ -1,9 +1,9 @@
-"""The work list of a launch: which worker computes which part of which row, in what order.
+"""The work list of a launch: which worker computes which part of which row, and when.
 
 Made from the block counts: on the host with NumPy, balanced by a list scheduler, where
-the pattern is known before tracing; on the device in a few vector operations where it is
-traced. A kernel only reads the arrays. A row here is a row of blocks: of queries for the
-forward and dq kernels, of keys for the dk and dv kernel.
+the pattern is known before tracing; on the device in a few vector operations where it
+is traced. A kernel only reads the arrays. A row here is a row of blocks: of queries for
+the forward and dq kernels, of keys for the dk and dv kernel.
 
 An item is ``NUM_FIELDS`` int32: batch, query head, row, first and number of its partial
 list entries, first and number of its full ones (both as positions in the flattened
@@ -25,7 +25,7 @@ from .._common import NUM_FIELDS
 
 Array = Any
 ROW_COST = 1.0
-"""Fixed cost of an item in units of one block: load the row's tiles, start, write out."""
+"""Fixed cost of an item in units of one block: load the row, start, write out."""
 MIN_PART = 3
 """Fewest blocks of a part of a split row."""
 MOST_PARTS = 8
@@ -97,9 +97,7 @@ def schedule_on_host(
     pieces = pieces[np.argsort(pieces[:, 0], kind="stable")]
     owner, which, begin, end = pieces.T
     slots, split, split_slots = _slots(which, len(rows.total))
-    items = rows.items(
-        np, which, begin, end, slots, (partial_capacity, full_capacity)
-    )
+    items = rows.items(np, which, begin, end, slots, (partial_capacity, full_capacity))
     count = np.bincount(owner, minlength=workers)
     padded = np.zeros((workers, max(1, int(count.max())), NUM_FIELDS), np.int32)
     nth = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
@@ -149,9 +147,7 @@ def schedule_on_device(
     begin = rows.total[which] * part // parts
     end = rows.total[which] * (part + 1) // parts
     slots = which * parts + part if parts > 1 else jnp.full(len(which), -1)
-    items = rows.items(
-        jnp, which, begin, end, slots, (partial_capacity, full_capacity)
-    )
+    items = rows.items(jnp, which, begin, end, slots, (partial_capacity, full_capacity))
     turns = -(-len(which) // (workers * group))
     padded = jnp.zeros((turns * workers * group, NUM_FIELDS), jnp.int32)
     padded = padded.at[: len(which)].set(items)

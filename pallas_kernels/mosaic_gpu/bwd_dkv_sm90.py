@@ -44,9 +44,9 @@ def choose(
     widest = max(head_dim, value_dim)
     if block_kv == 64:
         narrow = widest <= 64
-        teams = 2 if narrow else 1
+        stages, teams = (3, 2) if narrow else (2, 1)
         found = BackwardConfig(
-            tile=64, num_stages=2, ping_pong=False, overlap=narrow, teams=teams
+            tile=64, num_stages=stages, ping_pong=False, overlap=narrow, teams=teams
         )
     elif widest <= 64:
         found = BackwardConfig(tile=64, num_stages=4, num_fixed_stages=2)
@@ -97,7 +97,7 @@ def backward_dkv(
     scale: float,
     config: BackwardConfig,
 ) -> tuple[Array, Array]:
-    """dk and dv over the blocks of a schedule.
+    """Computes dk and dv over the blocks of a schedule.
 
     Args:
         q: ``[B, T, H, D]`` float16 or bfloat16.
@@ -206,7 +206,7 @@ class _BackwardDkv(Walker):
         self.walk(s, lists, item, start_, self.reads_ahead)
 
     def attend(self, fields, arrays, lists, s, step0, stage, sums=None):
-        """dk and dv of 64 rows, added to ``sums``."""
+        """Adds dk and dv of 64 rows to ``sums``."""
         tile, w = self.tile, self.row_half()
         qk_tiling = tile_transforms(self.head_dim)
         v_tiling = tile_transforms(self.value_dim)
@@ -225,12 +225,12 @@ class _BackwardDkv(Walker):
         return dk, dv
 
     def probabilities(self, logits, s, slot):
-        """p of a step."""
+        """The step's p."""
         f = gradient.probabilities_by_column(self.tile, self.scale * LOG2E)
         return f(logits, s["lse2"].at[slot])
 
     def logits_gradient(self, p, dp, s, slot):
-        """ds of a step."""
+        """The step's ds."""
         f = gradient.logits_gradient_by_column(self.tile)
         return f(p, dp, s["delta"].at[slot])
 
@@ -275,9 +275,7 @@ class _BackwardDkv(Walker):
         slot = self.slot(step0, jnp.int32(0))
         self.await_operands(jnp.int32(0), total, step0, s, STREAMS)
         self.take_turn(s, self.row_half())
-        logits, dp = start(*logits_)(
-            kv[0], s["q"].at[slot], kv[1], s["dout"].at[slot]
-        )
+        logits, dp = start(*logits_)(kv[0], s["q"].at[slot], kv[1], s["dout"].at[slot])
         self.pass_turn(s, self.row_half())
         logits, dp = gradient.await_all(tile, tile)(logits, dp)
         p = self.probabilities(logits, s, slot)

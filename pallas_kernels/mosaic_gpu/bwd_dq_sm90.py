@@ -39,14 +39,13 @@ def choose(
     """The heuristic: what was fastest on an H100 (README.md has the figures)."""
     widest = max(head_dim, value_dim)
     if block_q == 64:
-        found = BackwardConfig(tile=64, num_stages=2, ping_pong=False, teams=2)
+        teams = 2 if widest <= 64 else 1
+        found = BackwardConfig(tile=64, num_stages=3, ping_pong=False, teams=teams)
     elif widest <= 64:
         found = BackwardConfig(tile=128, num_stages=3, num_fixed_stages=2)
     else:
         found = BackwardConfig(tile=64, num_stages=3)
-    return dataclasses.replace(
-        found, tile=min(found.tile, block_kv), num_ctas=num_ctas
-    )
+    return dataclasses.replace(found, tile=min(found.tile, block_kv), num_ctas=num_ctas)
 
 
 def scratch_spec(
@@ -87,7 +86,7 @@ def backward_dq(
     scale: float,
     config: BackwardConfig,
 ) -> Array:
-    """dq over the blocks of a schedule.
+    """Computes dq over the blocks of a schedule.
 
     Args:
         q: ``[B, T, H, D]`` float16 or bfloat16.
@@ -111,7 +110,7 @@ def backward_dq(
     Raises:
         ValueError: for a config that does not fit into shared memory.
     """
-    batch, q_len, heads, head_dim = q.shape
+    _, q_len, heads, head_dim = q.shape
     value_dim, block_q = v.shape[-1], blocks[0]
     scratch = scratch_spec(config, block_q, head_dim, value_dim, q.dtype)
     _persistent.check_smem("backward_dq", config, scratch)
@@ -156,7 +155,7 @@ class _BackwardDq(Walker):
         return fixed, [Stream("k", [(k, "k")]), Stream("v", [(v, "v")])]
 
     def attend(self, fields, arrays, lists, s, step0, stage):
-        """dq of 64 rows; ``ds k`` of one block runs beside ``q k^T`` of the next."""
+        """Computes dq of 64 rows: ``ds k`` of a block beside ``q k^T`` of the next."""
         tile, dim, w = self.tile, self.head_dim, self.row_half()
         k_tiling = tile_transforms(dim)
         v_tiling = tile_transforms(self.value_dim)

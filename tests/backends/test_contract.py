@@ -238,8 +238,8 @@ def _check_bias_gradient(case: Case, found, dense) -> None:
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_sixteen_bits(implementation, dtype):
     rng = np.random.default_rng(4)
-    blocks = sizes_of(implementation)[2:] if implementation in HALF else (32, 32)
-    mask = random_mask(rng, (256, 256, *blocks), 30)
+    block_q, block_kv = BLOCKS.get(implementation, (256, 256, 32, 32))[2:]
+    mask = random_mask(rng, (256, 256, block_q, block_kv), 30)
     case = make_case(rng, mask, dims=(32, 32)).cast(dtype)
     if implementation not in HALF:
         case.bias = rng.standard_normal((2, 256, 256)).astype(np.float32)

@@ -60,14 +60,14 @@ def await_all(*columns):
 def softmax_step(tile_kv, scale_log2, lazy):
     del tile_kv
 
-    def f(s, m, l):
+    def f(s, m, total):
         top = jnp.maximum(m, s.max(1) * scale_log2)
         if lazy:
             top = jnp.where(top - m > lazy, top, m)
         shift = jnp.where(top == -jnp.inf, 0, top)
         alpha = jnp.exp2(m - shift)
         p = jnp.exp2(s * scale_log2 - shift[:, None])
-        return p, top, l * alpha + p.sum(1), alpha
+        return p, top, total * alpha + p.sum(1), alpha
 
     return f
 
@@ -85,9 +85,9 @@ def end_step(tile_kv, value_dim, dtype, lazy):
 def finish(value_dim, dtype):
     del value_dim
 
-    def f(acc, m, l):
-        inverse = jnp.where(l == 0, 0, 1 / l)
-        lse = (m + jnp.log2(l)) * jnp.log(2.0)
+    def f(acc, m, total):
+        inverse = jnp.where(total == 0, 0, 1 / total)
+        lse = (m + jnp.log2(total)) * jnp.log(2.0)
         return (acc * inverse[:, None]).astype(dtype), lse
 
     return f
@@ -116,6 +116,11 @@ def logits_gradient_by_column(columns):
 def scaled(columns, factor, dtype):
     del columns
     return lambda x: (x * factor).astype(dtype)
+
+
+def named_barrier(text):
+    del text
+    return lambda index: None
 
 
 def rows(values, b, h, first):
@@ -148,9 +153,15 @@ def apply(elements, columns, fill):
 
 
 def _allows(rule, at, columns, row, column):
-    entry = lambda x: at.batch if x.shape[0] > 1 else 0
-    by_row = lambda x: x[entry(x), ..., pl.ds(at.row, 64)][..., :, None]
-    by_column = lambda x: x[entry(x), ..., pl.ds(at.column, columns)][..., None, :]
+    def entry(x):
+        return at.batch if x.shape[0] > 1 else 0
+
+    def by_row(x):
+        return x[entry(x), ..., pl.ds(at.row, 64)][..., :, None]
+
+    def by_column(x):
+        return x[entry(x), ..., pl.ds(at.column, columns)][..., None, :]
+
     if isinstance(rule, _elements.SameLabel):
         return by_row(rule.rows) == by_column(rule.columns)
     if isinstance(rule, _elements.RowInterval):
@@ -186,9 +197,8 @@ def emulated() -> Iterator[None]:
         for module, functions in _STAND_INS.items():
             for f in functions:
                 stack.enter_context(mock.patch.object(module, f.__name__, f))
-        quiet = lambda text: lambda index: None
-        stack.enter_context(mock.patch.object(_registers, "named_barrier", quiet))
         stack.enter_context(
-            plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())
+            mock.patch.object(_registers, "named_barrier", named_barrier)
         )
+        stack.enter_context(plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()))
         yield

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from jsparse.pallas_kernels.mosaic_gpu import bwd_dkv_sm90, bwd_dq_sm90, fwd_sm90
@@ -58,7 +59,10 @@ class Launch:
         """Shapes of q, k, v, dout, lse2, delta and the two counts."""
         block_q, block_kv = self.blocks
         q_len, kv_len = 7 * block_q - 5, 5 * block_kv - 9
-        side = lambda n, h, d: jax.ShapeDtypeStruct((1, n, h, d), self.dtype)
+
+        def side(n, h, d):
+            return jax.ShapeDtypeStruct((1, n, h, d), self.dtype)
+
         row = jax.ShapeDtypeStruct((1, self.heads[0], 7 * block_q), "float32")
         rows, _ = self.grid()
         counts = jax.ShapeDtypeStruct((1, 1, rows), "int32")
@@ -103,8 +107,8 @@ class Launch:
     def counts(self):
         """Blocks of each row, partial and full."""
         rows, columns = self.grid()
-        counts = jnp.arange(rows)[None, None] % columns
-        return jax.device_get(counts), jax.device_get(counts + 1)
+        counts = np.arange(rows)[None, None] % columns
+        return counts, counts + 1
 
     def elements(self) -> Elements:
         """Of every kind, or bits alone, or lengths alone."""
@@ -113,13 +117,11 @@ class Launch:
         bits = jnp.zeros((1, 40, rows, columns // 32), jnp.int32) if self.bits else None
         row = jnp.zeros((1, rows * count[0]), jnp.int32)
         column = jnp.zeros((1, columns * count[1]), jnp.int32)
-        points = [
-            jnp.zeros((1, 3, n), jnp.float32) for n in (row.shape[1], column.shape[1])
-        ]
+        points = [jnp.zeros((1, 3, x.shape[1]), jnp.float32) for x in (row, column)]
         rules = (
             SameLabel(row, column),
             RowInterval(row, row),
             ColumnInterval(column, column),
-            Within(*points, jnp.ones(1, jnp.float32)),
+            Within(points[0], points[1], jnp.ones(1, jnp.float32)),
         )
         return Elements(jnp.zeros(2, jnp.int32), bits, rules if self.rules else ())

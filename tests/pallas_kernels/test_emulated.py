@@ -1,4 +1,4 @@
-"""The whole Mosaic backend on a CPU: see `emulation` for what runs and what is stood in.
+"""The whole Mosaic backend on a CPU; `emulation` says what runs and what is stood in.
 
 Its numbers are held to those of the contract suite.
 """
@@ -44,14 +44,10 @@ def check(case: Case, static: bool = False) -> None:
         run = functools.partial(
             contract.run.__wrapped__, "mosaic_gpu", mask=case.mask, bias=None
         )
-        found = jax.jit(run)(
-            case.q, case.k, case.v, dout=case.dout, dlse=case.dlse
-        )
+        found = jax.jit(run)(case.q, case.k, case.v, dout=case.dout, dlse=case.dlse)
     else:
         found = contract.run_case("mosaic_gpu", case)
-    for name, x, y in zip(
-        contract.NAMES, found, contract.expected(case), strict=False
-    ):
+    for name, x, y in zip(contract.NAMES, found, contract.expected(case), strict=False):
         if np.all(np.isneginf(y) | (y == 0)):
             np.testing.assert_array_equal(np.asarray(x, np.float64), y, err_msg=name)
         else:
