@@ -31,8 +31,9 @@ from ._schedule import Schedule
 Array = Any
 FIRST_NAMED_BARRIER = 8
 """Mosaic numbers its own barriers from 0."""
-REGISTERS = {(1, 2): (24, 240), (2, 2): (32, 104), (1, 1): (24, 240), (2, 1): (40, 208)}
-"""Of a load and of a compute thread, by teams and compute warpgroups in each."""
+LOAD_REGISTERS = 24
+COMPUTE_REGISTERS = {1: 240, 2: 240, 3: 160, 4: 112}
+"""Of a thread, by compute warpgroups of a CTA: what the load warpgroup leaves."""
 
 
 class Lists(NamedTuple):
@@ -160,7 +161,7 @@ class Walker:
             scratch_types=[scratch],
             grid=(num_ctas,),
             grid_names=("cta",),
-            num_threads=self.teams * (self.wgs + 1),
+            num_threads=self.teams * self.wgs + 1,
             thread_name="wg",
             kernel_name=name,
             compiler_params=plgpu.CompilerParams(
@@ -170,19 +171,24 @@ class Walker:
         return run(*inputs)
 
     def split_roles(self, arrays, lists, outs, s) -> None:
-        """Every warpgroup becomes a load or a compute warpgroup of one team."""
+        """The last warpgroup loads, a warp for each team; the others compute."""
         index, compute_wgs = lax.axis_index("wg"), self.wgs * self.teams
-        few, many = REGISTERS[self.teams, self.wgs]
 
-        @pl.when(index >= compute_wgs)
+        @pl.when(index == compute_wgs)
         def _load():
-            plgpu.set_max_registers(few, action="decrease")
-            team = self.of_team(s, index - compute_wgs)
-            self.load(*self.tiles(arrays), lists, team)
+            plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+
+            @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
+            def _warps():
+                team = lax.axis_index("warp")
+
+                @pl.when(team < self.teams)
+                def _one():
+                    self.load(*self.tiles(arrays), lists, self.of_team(s, team))
 
         @pl.when(index < compute_wgs)
         def _compute():
-            plgpu.set_max_registers(many, action="increase")
+            plgpu.set_max_registers(COMPUTE_REGISTERS[compute_wgs], action="increase")
             team = self.of_team(s, lax.div(index, jnp.int32(self.wgs)))
             self.compute(arrays, lists, outs, team)
 

@@ -229,6 +229,10 @@ class _Forward(Walker):
     dtype: Any
     scale: float
 
+    @property
+    def reads_ahead(self):
+        return self.teams * self.wgs <= 3
+
     def tiles(self, arrays):
         q, k, v = arrays
         return [(q, "q")], [Stream("k", [(k, "k")]), Stream("v", [(v, "v")])]
