@@ -1,0 +1,58 @@
+"""What the Mosaic backend refuses, and with which words."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from jsparse.backends import mosaic_gpu
+from jsparse.backends._contract import Problem
+
+TAKEN = Problem(
+    batch=1,
+    q_len=256,
+    kv_len=256,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=64,
+    value_dim=64,
+    dtype="bfloat16",
+    block_q=128,
+    block_kv=64,
+    mask_heads=1,
+    rules=(),
+    bits=True,
+    bias=None,
+    platform="gpu",
+)
+REFUSED = {
+    "it needs an H100 or H200, and JAX computes on cpu": {"platform": "cpu"},
+    "dtype float32; expected bfloat16 or float16": {"dtype": "float32"},
+    "head size 160; expected at most 128": {"value_dim": 160},
+    "block_q=32; expected 64 or 128": {"block_q": 32},
+    "block_kv=256; expected 64 or 128": {"block_kv": 256},
+    "a table bias; expected none": {"bias": "table"},
+}
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "RUN_ON_A_GPU", True)
+    monkeypatch.setattr(mosaic_gpu, "_compute_capability", lambda: "9.0")
+
+
+def test_takes_what_its_kernels_take():
+    assert mosaic_gpu.why_not(TAKEN) is None
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refuses(reason):
+    assert mosaic_gpu.why_not(dataclasses.replace(TAKEN, **REFUSED[reason])) == reason
+
+
+def test_refuses_other_gpus(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "_compute_capability", lambda: "8.0")
+    assert mosaic_gpu.why_not(TAKEN) == (
+        "it needs compute capability 9.0, and this GPU has 8.0"
+    )
