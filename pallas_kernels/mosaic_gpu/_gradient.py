@@ -169,36 +169,28 @@ class BackwardConfig:
         num_stages: tiles of a stream in flight.
         num_fixed_stages: fixed tiles in flight.
         ping_pong: whether two compute warpgroups take turns on the tensor core.
-        overlap: whether a step's last products run beside the next step's first, which
-            takes more registers; only the dk and dv kernel can do without.
-        teams: teams of a CTA, each with a load warpgroup of its own.
+        teams: teams of a CTA, each with a load warp of its own.
         num_ctas: CTAs of the launch; one fits on a multiprocessor.
     """
 
     tile: int = 64
     num_stages: int = 3
     num_fixed_stages: int = 1
-    ping_pong: bool = True
-    overlap: bool = True
+    ping_pong: bool = False
     teams: int = 1
     num_ctas: int = 132
 
     def __post_init__(self):
         if self.tile not in (32, 64, 128):
             raise ValueError(f"tile={self.tile}; expected 32, 64 or 128.")
-        # Overlapped, a step holds its own tiles and the last step's, and waits for the
-        # next step's.
-        fewest = 3 if self.overlap else 2
-        if self.num_stages < fewest:
-            raise ValueError(
-                f"num_stages={self.num_stages}; expected at least {fewest}."
-            )
+        if self.num_stages < 2:
+            raise ValueError(f"num_stages={self.num_stages}; expected at least 2.")
         if self.num_fixed_stages not in (1, 2):
             raise ValueError(
                 f"num_fixed_stages={self.num_fixed_stages}; expected 1 or 2."
             )
-        if self.teams not in (1, 2):
-            raise ValueError(f"teams={self.teams}; expected 1 or 2.")
+        if self.teams not in (1, 2, 3, 4):
+            raise ValueError(f"teams={self.teams}; expected 1 to 4.")
 
     @property
     def num_workers(self) -> int:

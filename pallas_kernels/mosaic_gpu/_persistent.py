@@ -1,10 +1,10 @@
 """What the kernels share: persistent CTAs that walk the items of a schedule.
 
-A CTA has one or two teams. A team is one load warpgroup, which fetches tiles with TMA,
-and one compute warpgroup for each 64 rows of a block. An item is a row of blocks, or a
-part of one: *fixed* tiles, loaded once (the rows), and *streams*, a tile for each step
-(the columns: partial blocks first, then full ones). What a stream's tiles hold is freed
-by every compute warpgroup of the team for the load warpgroup.
+A CTA has one to four teams. A team is one load warp, which fetches tiles with TMA, and
+one compute warpgroup for each 64 rows of a block; the load warps share a warpgroup. An
+item is a row of blocks, or a part of one: *fixed* tiles, loaded once (the rows), and
+*streams*, a tile for each step (the columns: partial blocks first, then full ones). What
+a stream's tiles hold is freed by every compute warpgroup of the team for the load warp.
 """
 
 from __future__ import annotations
@@ -178,10 +178,8 @@ class Walker:
         def _load():
             plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
 
-            @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
-            def _warps():
-                team = lax.axis_index("warp")
-
+            @plgpu.warp_map
+            def _warps(team):
                 @pl.when(team < self.teams)
                 def _one():
                     self.load(*self.tiles(arrays), lists, self.of_team(s, team))

@@ -41,17 +41,13 @@ def choose(
     num_ctas: int = 132,
 ) -> BackwardConfig:
     """The heuristic: what was fastest on an H100 (README.md has the figures)."""
-    widest = max(head_dim, value_dim)
+    narrow = max(head_dim, value_dim) <= 64
     if block_kv == 64:
-        narrow = widest <= 64
-        stages, teams = (3, 2) if narrow else (2, 1)
-        found = BackwardConfig(
-            tile=64, num_stages=stages, ping_pong=False, overlap=narrow, teams=teams
-        )
-    elif widest <= 64:
-        found = BackwardConfig(tile=64, num_stages=4, num_fixed_stages=2)
+        found = BackwardConfig(tile=64, num_stages=2, teams=2 if narrow else 1)
+    elif narrow:
+        found = BackwardConfig(tile=128, num_stages=2)
     else:
-        found = BackwardConfig(tile=64, num_stages=2, overlap=False)
+        found = BackwardConfig(tile=64, num_stages=2)
     return dataclasses.replace(found, tile=min(found.tile, block_q), num_ctas=num_ctas)
 
 
@@ -148,7 +144,6 @@ def backward_dkv(
         value_dim=value_dim,
         dtype=q.dtype,
         scale=scale,
-        overlap=config.overlap,
     )
     lists = Lists.of(q_indices, full_q_indices, elements, schedule)
     arrays = (q, k, v, dout, lse2, delta)
@@ -166,11 +161,10 @@ class _BackwardDkv(Walker):
     value_dim: int
     dtype: Any
     scale: float
-    overlap: bool
 
     @property
     def reads_ahead(self):
-        return self.overlap
+        return False
 
     def tiles(self, arrays):
         q, k, v, dout, lse2, delta = arrays
@@ -217,10 +211,8 @@ class _BackwardDkv(Walker):
         )
         k, v = s["k"].at[stage, w], s["v"].at[stage, w]
         mask = self.masked(fields, lists, fill=0.0)
-        walk = self.overlapped if self.overlap else self.one_by_one
-        dk, dv = walk(
-            fields, s, step0, (k, v), mask, logits, sums_, sums or self.nothing()
-        )
+        sums = sums or self.nothing()
+        dk, dv = self.accumulate(fields, s, step0, (k, v), mask, logits, sums_, sums)
         plgpu.barrier_arrive(s["fixed_free"][stage])
         return dk, dv
 
@@ -239,8 +231,11 @@ class _BackwardDkv(Walker):
         for name in STREAMS:
             plgpu.barrier_arrive(s[f"{name}_free"][slot])
 
-    def one_by_one(self, fields, s, step0, kv, mask, logits_, sums_, sums):
-        """Waits for a step's products before the next: the other warpgroup overlaps."""
+    def accumulate(self, fields, s, step0, kv, mask, logits_, sums_, sums):
+        """Waits for a step's products before the next: the other warpgroup overlaps.
+
+        Run beside the next step's logits, they would need registers for p and ds twice.
+        """
         tile, dims = self.tile, (self.head_dim, self.value_dim)
         to_operand = operand(tile, self.dtype)
         total = self.total_steps(fields)
@@ -266,51 +261,6 @@ class _BackwardDkv(Walker):
             return dk, dv
 
         return self.steps(fields, step, sums, 0)
-
-    def overlapped(self, fields, s, step0, kv, mask, logits_, sums_, sums):
-        """A step's sums run beside the next step's logits."""
-        tile, dims = self.tile, (self.head_dim, self.value_dim)
-        to_operand = operand(tile, self.dtype)
-        total = self.total_steps(fields)
-        slot = self.slot(step0, jnp.int32(0))
-        self.await_operands(jnp.int32(0), total, step0, s, STREAMS)
-        self.take_turn(s, self.row_half())
-        logits, dp = start(*logits_)(kv[0], s["q"].at[slot], kv[1], s["dout"].at[slot])
-        self.pass_turn(s, self.row_half())
-        logits, dp = gradient.await_all(tile, tile)(logits, dp)
-        p = self.probabilities(logits, s, slot)
-        p = self.mask_first(fields, mask, p)
-        ds = to_operand(self.logits_gradient(p, dp, s, slot))
-        p = to_operand(p)
-        self.await_operands(jnp.int32(1), total, step0, s, STREAMS)
-        start_all = start(*logits_, *sums_)
-
-        def step(n, carry, is_partial):
-            dk, dv, p, ds, before = carry
-            slot = self.slot(step0, n)
-            self.take_turn(s, self.row_half())
-            logits, dp, dv, dk = start_all(
-                *(kv[0], s["q"].at[slot], kv[1], s["dout"].at[slot]),
-                *(dv, p, s["dout"].at[before]),
-                *(dk, ds, s["q"].at[before]),
-            )
-            self.pass_turn(s, self.row_half())
-            logits = wait((64, tile), 3)(logits)
-            p = self.probabilities(logits, s, slot)
-            if is_partial:
-                p = mask(n, p)
-            dp = wait((64, tile), 2)(dp)
-            ds = self.logits_gradient(p, dp, s, slot)
-            self.await_operands(n + 1, total, step0, s, STREAMS)
-            dk, dv, p, ds = gradient.await_all(*dims, tile, tile)(dk, dv, p, ds)
-            self.release(s, before)
-            return dk, dv, to_operand(p), to_operand(ds), slot
-
-        dk, dv, p, ds, last = self.steps(fields, step, (*sums, p, ds, slot), 1)
-        dv, dk = start(*sums_)(dv, p, s["dout"].at[last], dk, ds, s["q"].at[last])
-        dk, dv = gradient.await_all(*dims)(dk, dv)
-        self.release(s, last)
-        return dk, dv
 
     def nothing(self):
         return tuple(

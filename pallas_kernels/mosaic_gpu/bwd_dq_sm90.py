@@ -39,10 +39,10 @@ def choose(
     """The heuristic: what was fastest on an H100 (README.md has the figures)."""
     widest = max(head_dim, value_dim)
     if block_q == 64:
-        teams = 2 if widest <= 64 else 1
-        found = BackwardConfig(tile=64, num_stages=3, ping_pong=False, teams=teams)
+        found = BackwardConfig(tile=64, num_stages=3, teams=2 if widest <= 64 else 1)
     elif widest <= 64:
-        found = BackwardConfig(tile=128, num_stages=3, num_fixed_stages=2)
+        pp = widest <= 32
+        found = BackwardConfig(128, num_stages=3, num_fixed_stages=2, ping_pong=pp)
     else:
         found = BackwardConfig(tile=64, num_stages=3)
     return dataclasses.replace(found, tile=min(found.tile, block_kv), num_ctas=num_ctas)
@@ -112,6 +112,11 @@ def backward_dq(
     """
     _, q_len, heads, head_dim = q.shape
     value_dim, block_q = v.shape[-1], blocks[0]
+    if config.num_stages < 3:
+        # A step holds its own tiles and the last step's, and waits for the next step's.
+        raise ValueError(
+            f"backward_dq: num_stages={config.num_stages}; expected at least 3."
+        )
     scratch = scratch_spec(config, block_q, head_dim, value_dim, q.dtype)
     _persistent.check_smem("backward_dq", config, scratch)
     q, k, v, dout = (_persistent.pad_rows(x) for x in (q, k, v, dout))

@@ -41,7 +41,7 @@ class Config:
             rescaled; 0 rescales at every step.
         q_in_registers: whether queries are kept in registers, not read from shared
             memory by every product.
-        teams: teams of a CTA, each with a load warpgroup of its own.
+        teams: teams of a CTA, each with a load warp of its own.
         num_ctas: CTAs of the launch; one fits on a multiprocessor.
     """
 
@@ -66,8 +66,8 @@ class Config:
             raise ValueError(f"num_stages={self.num_stages}; expected at least 2.")
         if self.num_q_stages not in (1, 2):
             raise ValueError(f"num_q_stages={self.num_q_stages}; expected 1 or 2.")
-        if self.teams not in (1, 2):
-            raise ValueError(f"teams={self.teams}; expected 1 or 2.")
+        if self.teams not in (1, 2, 3, 4):
+            raise ValueError(f"teams={self.teams}; expected 1 to 4.")
 
     @classmethod
     def choose(
@@ -77,16 +77,22 @@ class Config:
         block_q: int = 128,
         block_kv: int = 128,
         num_ctas: int = 132,
+        most_blocks: int | None = None,
     ) -> Config:
-        """The heuristic: what was fastest on an H100 (README.md has the figures)."""
+        """The heuristic: what was fastest on an H100 (README.md has the figures).
+
+        ``most_blocks`` is what the lists have room for. Where that is little for each
+        multiprocessor, latency counts, and two teams would split rows further.
+        """
         widest = max(head_dim, value_dim)
+        few = most_blocks is not None and most_blocks < 16 * num_ctas
         if block_q == 64:
             stages = 4 if widest <= 64 else 2
             found = cls(tile_kv=64, num_stages=stages, ping_pong=False, teams=2)
-        elif widest <= 32:
-            found = cls(tile_kv=64, num_stages=4, ping_pong=False, teams=2)
-        elif widest <= 64:
+        elif widest <= 64 and few:
             found = cls(num_stages=4, num_q_stages=2, lazy=0.0)
+        elif widest <= 64:
+            found = cls(tile_kv=64, num_stages=4, ping_pong=False, teams=2)
         else:
             found = cls(num_stages=2, q_in_registers=True)
         tile_kv = min(found.tile_kv, block_kv)
@@ -231,6 +237,7 @@ class _Forward(Walker):
 
     @property
     def reads_ahead(self):
+        # Four compute warpgroups leave 112 registers a thread.
         return self.teams * self.wgs <= 3
 
     def tiles(self, arrays):

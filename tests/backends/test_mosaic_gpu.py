@@ -38,7 +38,6 @@ REFUSED = {
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "RUN_ON_A_GPU", True)
     monkeypatch.setattr(mosaic_gpu, "_compute_capability", lambda: "9.0")
 
 
