@@ -300,46 +300,60 @@ class _Call:
 
     def elements(self, bad: Array) -> Elements:
         """The test of partial blocks; rows are queries."""
-        bits = self.mask.bits
-        if bits is not None:
-            bits = jax.lax.bitcast_convert_type(bits, jnp.int32)
-        return Elements(self._lengths(), bad, bits, self._rules(self.mask))
+        q, kv = self._tokens
+        return self._elements(q, kv, self.mask.bits, self.mask.rules, bad)
 
     def transposed_elements(self, bad: Array) -> Elements:
         """The test of partial blocks; rows are keys."""
-        bits = self.mask.bits
+        bits, rules = self.mask.bits, tuple(x.transpose() for x in self.mask.rules)
         if bits is not None:
             bits = _transpose_bits(self.mask, bits)
-            bits = jax.lax.bitcast_convert_type(bits, jnp.int32)
-        lengths = self._lengths().reshape(-1, 2)[:, ::-1].reshape(-1)
-        mask = dataclasses.replace(
-            self.mask, rules=tuple(rule.transpose() for rule in self.mask.rules)
+        q, kv = self._tokens
+        return self._elements(kv, q, bits, rules, bad)
+
+    @property
+    def _tokens(self) -> tuple[_Tokens, _Tokens]:
+        """The queries and the keys."""
+        m = self.mask
+        return (
+            _Tokens(m.q_lengths, m.num_q_blocks * m.block_q),
+            _Tokens(m.kv_lengths, m.num_kv_blocks * m.block_kv),
         )
-        return Elements(lengths, bad, bits, self._rules(mask, transposed=True))
 
-    def _lengths(self) -> Array:
-        shape = (self.q.shape[0],)
-        lengths = (self.mask.q_lengths, self.mask.kv_lengths)
-        both = [jnp.broadcast_to(x, shape) for x in lengths]
-        return jnp.stack(both, 1).reshape(-1).astype(jnp.int32)
-
-    def _rules(self, mask: BlockMask, transposed: bool = False) -> tuple[Rule, ...]:
-        sizes = [
-            mask.num_q_blocks * mask.block_q,
-            mask.num_kv_blocks * mask.block_kv,
-        ]
-        rows, columns = sizes[::-1] if transposed else sizes
-        return tuple(_kernel_rule(rule, rows, columns) for rule in mask.rules)
+    def _elements(self, rows, columns, bits, rules, bad) -> Elements:
+        rules = tuple(_kernel_rule(rule, rows, columns) for rule in rules)
+        if bits is not None:
+            bits = jax.lax.bitcast_convert_type(bits, jnp.int32)
+        lengths = None
+        if not any(isinstance(rule, Within) for rule in rules):
+            shape = (self.q.shape[0],)
+            both = [jnp.broadcast_to(x.lengths, shape) for x in (rows, columns)]
+            lengths = jnp.stack(both, 1).reshape(-1).astype(jnp.int32)
+        return Elements(lengths, bad, bits, rules)
 
 
-def _kernel_rule(rule: Segments | Window | Distance, rows: int, columns: int) -> Rule:
-    """A rule by row and column, its arrays padded to whole blocks."""
+class _Tokens(NamedTuple):
+    """Queries or keys: ``lengths [B or 1]`` that exist, and the size of whole blocks."""
 
-    def whole(x, n):
-        return _pad_last(x.astype(jnp.int32), n, 0)
+    lengths: Array
+    padded: int
 
-    def by_axis(x, n):
-        return _pad_last(jnp.moveaxis(x.astype(jnp.float32), -1, -2), n, 0)
+
+def _kernel_rule(
+    rule: Segments | Window | Distance, rows: _Tokens, columns: _Tokens
+) -> Rule:
+    """A rule by row and column, its arrays padded to whole blocks.
+
+    Tokens that do not exist get coordinates that are NaN, and are close to nothing.
+    """
+
+    def whole(x, tokens):
+        return _pad_last(x.astype(jnp.int32), tokens.padded, 0)
+
+    def by_axis(x, tokens):
+        exists = jnp.arange(x.shape[-2]) < tokens.lengths[:, None]
+        x = jnp.where(exists[..., None], x.astype(jnp.float32), jnp.nan)
+        return _pad_last(jnp.moveaxis(x, -1, -2), tokens.padded, jnp.nan)
 
     if isinstance(rule, Segments):
         return SameLabel(whole(rule.q_ids, rows), whole(rule.kv_ids, columns))
@@ -348,9 +362,8 @@ def _kernel_rule(rule: Segments | Window | Distance, rows: int, columns: int) ->
         ends = [whole(x, rows if by_row else columns) for x in (rule.start, rule.stop)]
         return RowInterval(*ends) if by_row else ColumnInterval(*ends)
     cutoff = rule.cutoff[:, 0].astype(jnp.float32)
-    return Within(
-        by_axis(rule.q_coords, rows), by_axis(rule.kv_coords, columns), cutoff * cutoff
-    )
+    coords = by_axis(rule.q_coords, rows), by_axis(rule.kv_coords, columns)
+    return Within(*coords, cutoff * cutoff)
 
 
 def _pad_last(x: Array, length: int, value: float) -> Array:

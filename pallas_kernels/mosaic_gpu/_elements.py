@@ -7,6 +7,8 @@ element counts if its row and column exist, its bit is set and every rule allows
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ from .._common import swizzle_bytes, tile_transforms
 from . import _registers as r
 
 Array = Any
+Values = list[Any]
 
 
 class SameLabel(NamedTuple):
@@ -30,14 +33,18 @@ class SameLabel(NamedTuple):
     rows: Array
     columns: Array
 
-    def load(self, at: _Place) -> tuple:
-        """What the thread needs of the arrays."""
-        return at.rows(self.rows), at.columns(self.columns)
+    def by_row(self, at: _Place) -> Values:
+        """What the thread needs for its two rows."""
+        return [at.rows(self.rows)]
 
-    def allows(self, loaded: tuple, at: _Place, half: int, n: int) -> ir.Value:
-        """Whether element (row half, n-th column) counts."""
-        rows, columns = loaded
-        return _compare("eq", rows[half], columns[n])
+    def by_column(self, at: _Place, pair: int) -> Values:
+        """What it needs for two neighbouring columns."""
+        return [at.columns(self.columns, pair)]
+
+    def allows(self, row: Values, column: Values, i: ir.Value, j: ir.Value):
+        """Whether the element of row i and column j counts."""
+        del i, j
+        return _compare("eq", row[0], column[0])
 
 
 class RowInterval(NamedTuple):
@@ -46,17 +53,18 @@ class RowInterval(NamedTuple):
     start: Array
     stop: Array
 
-    def load(self, at: _Place) -> tuple:
-        """See `SameLabel.load`."""
-        return at.rows(self.start), at.rows(self.stop)
+    def by_row(self, at: _Place) -> Values:
+        """See `SameLabel`."""
+        return [at.rows(self.start), at.rows(self.stop)]
 
-    def allows(self, loaded: tuple, at: _Place, half: int, n: int) -> ir.Value:
-        """See `SameLabel.allows`."""
-        start, stop = loaded
-        column = at.column(n)
-        return _both(
-            _compare("sle", start[half], column), _compare("slt", column, stop[half])
-        )
+    def by_column(self, at: _Place, pair: int) -> Values:
+        """See `SameLabel`."""
+        return []
+
+    def allows(self, row: Values, column: Values, i: ir.Value, j: ir.Value):
+        """See `SameLabel`."""
+        start, stop = row
+        return _both(_compare("sle", start, j), _compare("slt", j, stop))
 
 
 class ColumnInterval(NamedTuple):
@@ -65,41 +73,47 @@ class ColumnInterval(NamedTuple):
     start: Array
     stop: Array
 
-    def load(self, at: _Place) -> tuple:
-        """See `SameLabel.load`."""
-        return at.columns(self.start), at.columns(self.stop)
+    def by_row(self, at: _Place) -> Values:
+        """See `SameLabel`."""
+        return []
 
-    def allows(self, loaded: tuple, at: _Place, half: int, n: int) -> ir.Value:
-        """See `SameLabel.allows`."""
-        start, stop = loaded
-        row = at.row(half)
-        return _both(_compare("sle", start[n], row), _compare("slt", row, stop[n]))
+    def by_column(self, at: _Place, pair: int) -> Values:
+        """See `SameLabel`."""
+        return [at.columns(self.start, pair), at.columns(self.stop, pair)]
+
+    def allows(self, row: Values, column: Values, i: ir.Value, j: ir.Value):
+        """See `SameLabel`."""
+        start, stop = column
+        return _both(_compare("sle", start, i), _compare("slt", i, stop))
 
 
 class Within(NamedTuple):
     """Allows pairs no farther apart than a cut-off.
 
     ``rows [B or 1, 3, R]``, ``columns [B or 1, 3, C]``, ``cutoff2 [B or 1]``, the
-    squared cut-off; float32. The same operations in every kernel, so that they agree on
-    each pair.
+    squared cut-off; float32. Coordinates that are NaN are close to nothing. The same
+    operations in every kernel, so that they agree on each pair.
     """
 
     rows: Array
     columns: Array
     cutoff2: Array
 
-    def load(self, at: _Place) -> tuple:
-        """See `SameLabel.load`."""
-        return (
-            [at.rows(self.rows, axis) for axis in range(3)],
-            [at.columns(self.columns, axis) for axis in range(3)],
-            at.entry(self.cutoff2),
-        )
+    def by_row(self, at: _Place) -> Values:
+        """See `SameLabel`."""
+        return [at.rows(self.rows, axis) for axis in range(3)] + [
+            2 * [at.entry(self.cutoff2)]
+        ]
 
-    def allows(self, loaded: tuple, at: _Place, half: int, n: int) -> ir.Value:
-        """See `SameLabel.allows`."""
-        rows, columns, cutoff2 = loaded
-        dx, dy, dz = (r.sub(x[half], y[n]) for x, y in zip(rows, columns, strict=True))
+    def by_column(self, at: _Place, pair: int) -> Values:
+        """See `SameLabel`."""
+        return [at.columns(self.columns, pair, axis) for axis in range(3)]
+
+    def allows(self, row: Values, column: Values, i: ir.Value, j: ir.Value):
+        """See `SameLabel`."""
+        del i, j
+        *xyz, cutoff2 = row
+        dx, dy, dz = (r.sub(x, y) for x, y in zip(xyz, column, strict=True))
         square = r.fma(dz, dz, r.fma(dy, dy, r.mul(dx, dx)))
         return arith.cmpf(arith.CmpFPredicate.OLE, square, cutoff2)
 
@@ -111,14 +125,15 @@ class Elements(NamedTuple):
     """The element test of a launch; see the module.
 
     Attributes:
-        lengths: ``[2 B]`` int32, existing rows and columns of each batch entry.
+        lengths: ``[2 B]`` int32, existing rows and columns of each batch entry; None if
+            bits or coordinates rule out the others.
         bits: ``[B or 1, n, block_rows, ceil(block_columns / 32)]`` int32 or None.
         rules: all of them must allow.
         bad: ``[B, heads of the columns, C]`` int32, not 0 where a column has a value
             that is not finite; see `_persistent`.
     """
 
-    lengths: Array
+    lengths: Array | None
     bad: Array
     bits: Array | None = None
     rules: tuple[Rule, ...] = ()
@@ -147,7 +162,7 @@ class _Place:
         return arith.addi(row, r.integer(8 * half))
 
     def column(self, n: int) -> ir.Value:
-        """Index of the n-th column of the thread."""
+        """Index of the thread's n-th column."""
         column = arith.addi(self.column0, self.thread_column)
         return arith.addi(column, r.integer(n // 2 * 8 + n % 2))
 
@@ -166,12 +181,12 @@ class _Place:
         at = self._start(ref, axis, first)
         return [r.global_word(ref, at, 8 * half, ty) for half in range(2)]
 
-    def columns(self, ref: ir.Value, axis: int = 0) -> list[ir.Value]:
-        """Values of the thread's columns."""
+    def columns(self, ref: ir.Value, pair: int, axis: int = 0) -> list[ir.Value]:
+        """Values of two neighbouring columns of the thread."""
         ty = ir.MemRefType(ref.type).element_type
         first = arith.addi(self.column0, self.thread_column)
         at = self._start(ref, axis, first)
-        return r.global_pairs(ref, at, self.num_columns // 8, ty)
+        return r.global_pair(ref, at, 8 * pair, ty)
 
     def entry(self, ref: ir.Value) -> ir.Value:
         """Value of the batch entry."""
@@ -179,21 +194,32 @@ class _Place:
         at = r.integer(0) if shared else self.batch
         return r.global_word(ref, at, 0, r.f32())
 
-    def bit_words(self, ref: ir.Value) -> list[list[ir.Value]]:
-        """Bits of each row half; bit 0 of a word is the thread's column of the word."""
-        words = ir.MemRefType(ref.type).shape[-1]
-        row = arith.muli(self.thread_row, r.integer(words))
-        first = arith.addi(self.bit_word, row)
-        return [
-            [
-                arith.shrui(
-                    r.global_word(ref, first, 8 * half * words + w, r.i32()),
-                    self.thread_column,
-                )
-                for w in range(-(-self.num_columns // 32))
-            ]
-            for half in range(2)
-        ]
+    def words(self, lengths: Any, bits: Any) -> list[list[ir.Value]] | None:
+        """For each row half, bits of the columns that exist and whose own bit is set.
+
+        Bit 0 of a word is the thread's column of that word. None if nothing is tested.
+        """
+        if lengths is None and bits is None:
+            return None
+        count = -(-self.num_columns // 32)
+        out = [[r.integer(-1)] * count for _ in range(2)]
+        if bits is not None:
+            stride = ir.MemRefType(bits.type).shape[-1]
+            first = arith.muli(self.thread_row, r.integer(stride))
+            first = arith.addi(self.bit_word, first)
+            for half, w in itertools.product(range(2), range(count)):
+                word = r.global_word(bits, first, 8 * half * stride + w, r.i32())
+                out[half][w] = arith.shrui(word, self.thread_column)
+        if lengths is not None:
+            two = arith.muli(self.batch, r.integer(2))
+            rows, columns = (r.global_word(lengths, two, i, r.i32()) for i in range(2))
+            left = arith.subi(columns, self.column(0))
+            for half, w in itertools.product(range(2), range(count)):
+                exist = r.low_bits(arith.subi(left, r.integer(32 * w)))
+                row_exists = _compare("slt", self.row(half), rows)
+                exist = arith.select(row_exists, exist, r.integer(0))
+                out[half][w] = arith.andi(out[half][w], exist)
+        return out
 
 
 def _compare(how: str, x: ir.Value, y: ir.Value) -> ir.Value:
@@ -218,28 +244,28 @@ def apply(elements: Elements, columns: int, fill: float) -> Callable:
     def f(_, s, *args):
         arrays = jax.tree_util.tree_unflatten(tree, args[: len(refs)])
         at = _Place([x.registers.item() for x in args[len(refs) :]], columns)
-        loaded = [rule.load(at) for rule in arrays.rules]
-        bits = None if arrays.bits is None else at.bit_words(arrays.bits)
-        two = arith.muli(at.batch, r.integer(2))
-        lengths = [
-            r.global_word(arrays.lengths, two, side, r.i32()) for side in range(2)
-        ]
-        values, halves = r.scalars(s), []
-        for half in range(2):
-            row_exists = _compare("slt", at.row(half), lengths[0])
-            out = []
-            for n, x in enumerate(r.row_half(values, half)):
-                counts = _both(row_exists, _compare("slt", at.column(n), lengths[1]))
-                if bits is not None:
-                    column = n // 2 * 8 + n % 2
-                    bit = r.integer(_signed(1 << (column % 32)))
-                    word = arith.andi(bits[half][column // 32], bit)
-                    counts = _both(counts, _compare("ne", word, r.integer(0)))
-                for rule, values_ in zip(arrays.rules, loaded, strict=True):
-                    counts = _both(counts, rule.allows(values_, at, half, n))
-                out.append(arith.select(counts, x, r.number(fill)))
-            halves.append(out)
-        return r.accumulator(r.interleave(halves), (64, columns))
+        rules, rows = arrays.rules, [rule.by_row(at) for rule in arrays.rules]
+        words = at.words(arrays.lengths, arrays.bits)
+        out = r.scalars(s)
+        # Two columns at a time: what both rows need of them is loaded once, soon used.
+        for i, x in enumerate(out):
+            pair, half, second = i >> 2, (i >> 1) & 1, i & 1
+            if i % 4 == 0:
+                values = [rule.by_column(at, pair) for rule in rules]
+            row, column = at.row(half), at.column(2 * pair + second)
+            tests = []
+            if words is not None:
+                position = 8 * pair + second
+                bit = r.integer(_signed(1 << (position % 32)))
+                bit = arith.andi(words[half][position // 32], bit)
+                tests.append(_compare("ne", bit, r.integer(0)))
+            for rule, of_row, of_column in zip(rules, rows, values, strict=True):
+                of_row = [x[half] for x in of_row]
+                of_column = [x[second] for x in of_column]
+                tests.append(rule.allows(of_row, of_column, row, column))
+            counts = functools.reduce(_both, tests)
+            out[i] = arith.select(counts, x, r.number(fill))
+        return r.accumulator(out, (64, columns))
 
     return lambda s, position: f(s, *refs, *position)
 
@@ -258,7 +284,8 @@ def poison(columns: int) -> Callable:
         first = arith.addi(first.registers.item(), r.first_column())
         flags = [
             _compare("ne", flag, r.integer(0))
-            for flag in r.global_pairs(bad, first, columns // 8, r.i32())
+            for pair in range(columns // 8)
+            for flag in r.global_pair(bad, first, 8 * pair, r.i32())
         ]
         values = [
             arith.select(flags[i >> 2 << 1 | i & 1], r.number(math.nan), v)

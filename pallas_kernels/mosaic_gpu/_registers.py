@@ -179,6 +179,12 @@ def exp2(x: ir.Value) -> ir.Value:
     return asm(f32(), [x], "ex2.approx.ftz.f32 $0, $1;", "=f,f")
 
 
+def low_bits(count: ir.Value) -> ir.Value:
+    """A word with its ``count`` lowest bits set; all from 32 on, none below 1."""
+    text = "{ .reg .b32 t; max.s32 t, $1, 0; bmsk.clamp.b32 $0, 0, t; }"
+    return asm(i32(), [count], text, "=r,r")
+
+
 def across_row(op: Callable, x: ir.Value) -> ir.Value:
     """Combines the four lanes that hold one row."""
     for distance in (1, 2):
@@ -229,21 +235,18 @@ def global_word(ref: ir.Value, index: ir.Value, offset: int, ty: ir.Type) -> ir.
     return asm(ty, [utils.memref_ptr(ref), index], text, f"={kind},l,r")
 
 
-def global_pairs(
-    ref: ir.Value, index: ir.Value, count: int, ty: ir.Type
+def global_pair(
+    ref: ir.Value, index: ir.Value, offset: int, ty: ir.Type
 ) -> list[ir.Value]:
-    """``ref[index + 8 j + e]`` for j < count and e < 2; ``index`` is even."""
+    """``ref[index + offset]`` and the next, as `global_word`; ``index`` is even."""
     kind = "f" if ty == f32() else "r"
     struct = llvm.StructType.get_literal([ty, ty])
-    out = []
-    for j in range(count):
-        text = (
-            "{ .reg .b64 a; mad.wide.s32 a, $3, 4, $2; "
-            f"ld.global.nc.v2.b32 {{$0, $1}}, [a+{32 * j}]; }}"
-        )
-        both = asm(struct, [utils.memref_ptr(ref), index], text, f"={kind},={kind},l,r")
-        out += [llvm.extractvalue(ty, both, [e]) for e in range(2)]
-    return out
+    text = (
+        "{ .reg .b64 a; mad.wide.s32 a, $3, 4, $2; "
+        f"ld.global.nc.v2.b32 {{$0, $1}}, [a+{4 * offset}]; }}"
+    )
+    both = asm(struct, [utils.memref_ptr(ref), index], text, f"={kind},={kind},l,r")
+    return [llvm.extractvalue(ty, both, [e]) for e in range(2)]
 
 
 def shared_pairs(ref: ir.Value, count: int) -> list[ir.Value]:

@@ -139,7 +139,8 @@ def check(implementation: str, case: Case, floor: float) -> None:
         else:
             limit = 2 * error(z, y) * (implementation != "reference") + floor
             if half and name != "lse":
-                limit = HALF_LIMIT
+                # Of a few numbers the error is that of rounding twice, not its mean.
+                limit = HALF_LIMIT if np.count_nonzero(y) > 2000 else 2.0**-8
             assert error(x, y) <= limit, (name, error(x, y), limit)
 
 
@@ -309,7 +310,8 @@ def test_reference_has_second_derivatives():
 
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_queries_that_see_nothing(implementation):
-    case = named(implementation, "plain", np.random.default_rng(8))
+    rng = np.random.default_rng(8)
+    case = made(implementation, rng, random_mask(rng, sizes_of(implementation), 2))
     blind = ~case.mask.to_dense()[0, 0].any(1)
     assert blind.any()
     assert not blind.all()
@@ -419,8 +421,11 @@ def test_static_and_traced_masks_agree(implementation):
     def closed_over(q, k, v):
         return block_sparse_attention(q, k, v, case.mask, implementation=implementation)
 
-    out = closed_over(case.q, case.k, case.v)
-    np.testing.assert_array_equal(out, run_case(implementation, case)[0])
+    out, traced = closed_over(case.q, case.k, case.v), run_case(implementation, case)[0]
+    if implementation in HALF:  # rows are split elsewhere where the lists are known
+        assert error(out, traced) < HALF_LIMIT
+    else:
+        np.testing.assert_array_equal(out, traced)
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
@@ -497,10 +502,9 @@ def test_vmap_over_masks(implementation):
     attend = functools.partial(block_sparse_attention, implementation=implementation)
     out = jax.jit(jax.vmap(attend))(batched.q, batched.k, batched.v, stacked)
     for n, mask in enumerate(masks):
-        one = block_sparse_attention(
-            batched.q[n], batched.k[n], batched.v[n], mask, implementation="reference"
-        )
-        assert error(out[n], one) < limit_of(implementation, 2e-6)
+        one = [np.asarray(x[n], np.float32) for x in (batched.q, batched.k, batched.v)]
+        truth = block_sparse_attention(*one, mask, implementation="reference")
+        assert error(out[n], truth) < limit_of(implementation, 2e-6)
 
 
 def _bias_gradient(rows: int, length: int):

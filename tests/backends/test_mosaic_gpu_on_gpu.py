@@ -97,8 +97,13 @@ def _check_some_rows(rng, rows, columns, blocks, heads, dim):
     keys = jax.random.split(jax.random.key(int(rng.integers(1 << 30))), 4)
     shape = (length, heads, dim)
     q, k, v, dout = (jax.random.normal(x, shape, jnp.bfloat16) for x in keys)
-    out, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, mask), q, k, v)
-    dq, dk, dv = pullback(dout)
+
+    @jax.jit
+    def run(q, k, v, dout):
+        out, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, mask), q, k, v)
+        return out, *pullback(dout)
+
+    out, dq, dk, dv = run(q, k, v, dout)
     found, truth = [], []
 
     def take(x, block):
@@ -169,14 +174,12 @@ def test_compiles_fast_and_once_for_a_bucket():
         ).cast("bfloat16")
         for n in (1000, 1500)
     ]
-    start = time.perf_counter()
     for case in cases:
+        start = time.perf_counter()
         found = gradients(case.q, case.k, case.v, case.dout, case.mask)
         jax.block_until_ready(found)
+        assert time.perf_counter() - start < 15
         case.dlse = np.zeros_like(case.dlse)
-        truth = contract.expected(case)
-        for x, y in zip(found, truth[2:5], strict=True):
+        for x, y in zip(found, contract.expected(case)[2:5], strict=True):
             assert contract.error(x, y) < contract.HALF_LIMIT
-        if case is cases[0]:
-            assert time.perf_counter() - start < 15
     assert len(traces) == 1

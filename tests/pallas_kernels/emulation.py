@@ -143,8 +143,10 @@ def apply(elements, columns, fill):
     def f(x, at):
         row = at.row + jnp.arange(64)[:, None]
         column = at.column + jnp.arange(columns)[None]
-        counts = row < elements.lengths[2 * at.batch]
-        counts &= column < elements.lengths[2 * at.batch + 1]
+        counts = jnp.ones((64, columns), bool)
+        if elements.lengths is not None:
+            counts &= row < elements.lengths[2 * at.batch]
+            counts &= column < elements.lengths[2 * at.batch + 1]
         if elements.bits is not None:
             words = elements.bits.shape[-1]
             block, first = jnp.divmod(at.bit_word, elements.bits.shape[-2] * words)

@@ -127,4 +127,6 @@ class Launch:
         heads = self.heads[self.kernel != "dkv"]
         bad = jnp.zeros((1, heads, column.shape[1]), jnp.int32)
         lengths = jnp.zeros(2, jnp.int32)
-        return Elements(lengths, bad, bits, rules if self.rules else ())
+        if self.rules:
+            return Elements(None, bad, bits, rules)
+        return Elements(lengths, bad, bits)
