@@ -6,6 +6,8 @@ item is a row of blocks, or a part of one: *fixed* tiles, loaded once (the rows)
 *streams*, a tile for each step (the columns: partial blocks first, then full ones). A
 stream's tile is freed for the load warp by every compute warpgroup of the team.
 
+Of a block of 32 rows a warpgroup computes 64; `crop` drops the second half.
+
 A column that some rows do not see must not reach them as 0 * NaN. Entries of partial
 blocks that have a column with a value that is not finite are therefore flagged; there,
 and only there, such columns' tiles are set to zero in shared memory (`Walker.clean`),
@@ -103,7 +105,7 @@ class Walker:
     """One kernel's static sizes; its phases are the methods.
 
     Attributes:
-        block_rows: rows of a block, 64 for each compute warpgroup.
+        block_rows: rows of a block: 32, or 64 for each compute warpgroup.
         block_columns: columns of a block.
         tile: columns of one step.
         num_stages: tiles of a stream in flight.
@@ -133,7 +135,7 @@ class Walker:
     @property
     def wgs(self) -> int:
         """Compute warpgroups of a team."""
-        return self.block_rows // 64
+        return warpgroups(self.block_rows)
 
     @property
     def steps_per_block(self) -> int:
@@ -251,6 +253,10 @@ class Walker:
             return following, body(fields, carry)
 
         return lax.fori_loop(0, count, step, (read(jnp.int32(0)), carry))[1]
+
+    def rows_out(self, row, w):
+        """Where the w-th 64 rows of a block stand in an output."""
+        return pl.ds(row * self.wgs * 64 + w * 64, 64)
 
     # ------------------------------------------------------------------------- load
 
@@ -390,7 +396,7 @@ class Walker:
         b, _, row = fields[:3]
         elements = lists.elements
         per_block = jnp.int32(self.steps_per_block)
-        test = _elements.apply(elements, self.tile, fill)
+        test = _elements.apply(elements, self.tile, fill, min(self.block_rows, 64))
         words, entry = 0, 0
         if elements.bits is not None:
             words = elements.bits.shape[-1]
@@ -466,6 +472,11 @@ class Walker:
         return (fields[4] + fields[6]) * self.steps_per_block
 
 
+def warpgroups(block_rows: int) -> int:
+    """Compute warpgroups for the rows of a block."""
+    return max(1, block_rows // 64)
+
+
 def barriers(teams: int, count: int, arrivals: int) -> plgpu.Barrier:
     """``count`` barriers for each team."""
     return plgpu.Barrier(num_arrivals=arrivals, num_barriers=(teams, count))
@@ -485,6 +496,20 @@ def check_smem(who: str, config: Any, scratch: dict) -> None:
             f"{who}: {config} needs {need} bytes of shared memory; a multiprocessor "
             f"has {MAX_SMEM_BYTES}. Use fewer stages."
         )
+
+
+def padded(length: int, block_rows: int) -> int:
+    """Rows of an output of whole blocks, 64 rows for each compute warpgroup."""
+    return -(-length // block_rows) * warpgroups(block_rows) * 64
+
+
+def crop(x: Array, length: int, block_rows: int) -> Array:
+    """The first ``length`` rows of an output, without what blocks of 32 rows add."""
+    if block_rows < 64:
+        batch, _, *rest = x.shape
+        x = x.reshape(batch, -1, 64, *rest)[:, :, :block_rows]
+        x = x.reshape(batch, -1, *rest)
+    return x[:, :length]
 
 
 def pad_rows(x: Array) -> Array:

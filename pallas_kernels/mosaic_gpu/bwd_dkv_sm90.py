@@ -42,7 +42,7 @@ def choose(
 ) -> BackwardConfig:
     """The heuristic: what was fastest on an H100 (README.md has the figures)."""
     narrow = max(head_dim, value_dim) <= 64
-    if block_kv == 64:
+    if block_kv <= 64:
         found = BackwardConfig(tile=64, num_stages=2, teams=2 if narrow else 1)
     elif narrow:
         found = BackwardConfig(tile=128, num_stages=2)
@@ -55,7 +55,7 @@ def scratch_spec(
     config: BackwardConfig, block_kv: int, head_dim: int, value_dim: int, dtype
 ) -> dict:
     """Shared memory of one CTA; the estimate and the launch both read it."""
-    c, wgs = config, block_kv // 64
+    c, wgs = config, _persistent.warpgroups(block_kv)
     tile = lambda *shape: _persistent.tiles((c.teams, *shape), dtype)
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
     row = plgpu.SMEM((c.teams, c.num_stages, c.tile), jnp.float32)
@@ -125,12 +125,13 @@ def backward_dkv(
     scratch = scratch_spec(config, block_kv, head_dim, value_dim, q.dtype)
     _persistent.check_smem("backward_dkv", config, scratch)
     q, k, v, dout = (_persistent.pad_rows(x) for x in (q, k, v, dout))
-    slots = max(schedule.num_slots, 1)
+    slots = max(schedule.num_slots, 1), _persistent.padded(block_kv, block_kv)
+    rows = k.shape[1] if block_kv >= 64 else _persistent.padded(kv_len, block_kv)
     out_type = (
-        jax.ShapeDtypeStruct(k.shape, k.dtype),
-        jax.ShapeDtypeStruct(v.shape, v.dtype),
-        jax.ShapeDtypeStruct((slots, block_kv, head_dim), jnp.float32),
-        jax.ShapeDtypeStruct((slots, block_kv, value_dim), jnp.float32),
+        jax.ShapeDtypeStruct((k.shape[0], rows, *k.shape[2:]), k.dtype),
+        jax.ShapeDtypeStruct((v.shape[0], rows, *v.shape[2:]), v.dtype),
+        jax.ShapeDtypeStruct((*slots, head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((*slots, value_dim), jnp.float32),
     )
     kernel = _BackwardDkv(
         **config.walker(),
@@ -153,7 +154,7 @@ def backward_dkv(
     )
     dk = gradient.merge(dk, dk_parts, schedule)
     dv = gradient.merge(dv, dv_parts, schedule)
-    return dk[:, :kv_len], dv[:, :kv_len]
+    return tuple(_persistent.crop(x, kv_len, block_kv) for x in (dk, dv))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +279,7 @@ class _BackwardDkv(Walker):
         b, row, part = fields[0], fields[2], fields[7]
         h = lax.div(fields[1], jnp.int32(self.group))
         w = self.row_half()
-        rows = pl.ds(row * self.block_rows + w * 64, 64)
+        rows = self.rows_out(row, w)
         every = list(
             zip(
                 (result[0], result[1]),

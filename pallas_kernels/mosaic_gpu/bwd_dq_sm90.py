@@ -239,7 +239,7 @@ class _BackwardDq(Walker):
         dq, parts = outs
         b, h, row, part = fields[0], fields[1], fields[2], fields[7]
         w = self.row_half()
-        rows = pl.ds(row * self.block_rows + w * 64, 64)
+        rows = self.rows_out(row, w)
 
         def whole():
             values = gradient.scaled(self.head_dim, self.scale, self.dtype)(result)

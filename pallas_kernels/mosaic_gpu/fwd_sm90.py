@@ -342,7 +342,7 @@ class _Forward(Walker):
         b, h, row, part = fields[0], fields[1], fields[2], fields[7]
         w = self.row_half()
         o_smem, lse_smem = s["out"].at[w], s["lse"].at[w]
-        rows = pl.ds(row * self.block_rows + w * 64, 64)
+        rows = self.rows_out(row, w)
 
         def whole():
             values, row_lse = softmax.finish(self.value_dim, self.dtype)(*result)

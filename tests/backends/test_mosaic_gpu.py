@@ -31,7 +31,7 @@ REFUSED = {
     "dtype float32; expected bfloat16 or float16": {"dtype": "float32"},
     "head size 160; expected at most 128": {"value_dim": 160},
     "block_q=32; expected 64 or 128": {"block_q": 32},
-    "block_kv=256; expected 64 or 128": {"block_kv": 256},
+    "block_kv=256; expected 32, 64 or 128": {"block_kv": 256},
     "a table bias; expected none": {"bias": "table"},
 }
 

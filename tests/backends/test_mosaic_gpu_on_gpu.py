@@ -38,8 +38,8 @@ def check(case: Case, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", mosaic_gpu.DTYPES)
-@pytest.mark.parametrize("block_kv", mosaic_gpu.BLOCKS)
-@pytest.mark.parametrize("block_q", mosaic_gpu.BLOCKS)
+@pytest.mark.parametrize("block_kv", mosaic_gpu.BLOCKS["block_kv"])
+@pytest.mark.parametrize("block_q", mosaic_gpu.BLOCKS["block_q"])
 @pytest.mark.parametrize("dim", [16, 24, 32, 48, 64, 96, 128])
 def test_every_head_size_block_and_dtype(dim, block_q, block_kv, dtype):
     rng = np.random.default_rng(dim)

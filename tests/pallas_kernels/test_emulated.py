@@ -24,6 +24,7 @@ SIZES = {
     "64 x 64": (150, 200, 64, 64),
     "64 x 128": (100, 300, 64, 128),
     "128 x 64": (150, 150, 128, 64),
+    "64 x 32": (100, 110, 64, 32),
 }
 LONGEST = 120
 """Seconds of a test; each takes about ten, or for ever where a kernel waits in vain."""

@@ -18,7 +18,7 @@ from tests.support.cases import random_mask
 
 DIMS = ((16, 16), (32, 32), (48, 48), (64, 64), (80, 80), (96, 96), (128, 128))
 DIMS += ((64, 128), (128, 16))
-BLOCKS = tuple(itertools.product(mosaic_gpu.BLOCKS, repeat=2))
+BLOCKS = tuple(itertools.product(*mosaic_gpu.BLOCKS.values()))
 
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)
