@@ -41,7 +41,7 @@ name = "mosaic_gpu"
 differentiable = False
 
 DTYPES = ("bfloat16", "float16")
-LARGEST_HEAD = 128
+LARGEST_HEAD = 256
 BLOCKS = {"block_q": (64, 128), "block_kv": (32, 64, 128)}
 
 
