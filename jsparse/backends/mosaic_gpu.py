@@ -41,8 +41,8 @@ name = "mosaic_gpu"
 differentiable = False
 
 DTYPES = ("bfloat16", "float16")
-LARGEST_HEAD = 128
-BLOCKS = (64, 128)
+LARGEST_HEAD = 256
+BLOCKS = {"block_q": (64, 128), "block_kv": (32, 64, 128)}
 
 
 def why_not(problem: Problem) -> str | None:
@@ -57,10 +57,11 @@ def why_not(problem: Problem) -> str | None:
     if max(problem.head_dim, problem.value_dim) > LARGEST_HEAD:
         size = max(problem.head_dim, problem.value_dim)
         return f"head size {size}; expected at most {LARGEST_HEAD}"
-    for side in ("block_q", "block_kv"):
+    for side, taken in BLOCKS.items():
         size = getattr(problem, side)
-        if size not in BLOCKS:
-            return f"{side}={size}; expected {' or '.join(map(str, BLOCKS))}"
+        if size not in taken:
+            *most, last = taken
+            return f"{side}={size}; expected {', '.join(map(str, most))} or {last}"
     if problem.bias is not None:
         return f"a {problem.bias} bias; expected none"
     return None
@@ -333,7 +334,7 @@ class _Call:
 
 
 class _Tokens(NamedTuple):
-    """Queries or keys: ``lengths [B or 1]`` that exist, and the size of whole blocks."""
+    """Queries or keys: ``lengths [B or 1]``, and how many whole blocks hold."""
 
     lengths: Array
     padded: int

@@ -151,9 +151,11 @@ class Position(NamedTuple):
 class _Place:
     """The thread's rows and columns of a tile, in one batch entry."""
 
-    def __init__(self, scalars: Sequence[ir.Value], columns: int):
+    def __init__(self, scalars: Sequence[ir.Value], columns: int, rows: int):
         self.batch, self.row0, self.column0, self.bit_word = scalars
         self.thread_row, self.thread_column = r.first_row(), r.first_column()
+        if rows < 64:
+            self.thread_row = arith.andi(self.thread_row, r.integer(rows - 1))
         self.num_columns = columns
 
     def row(self, half: int) -> ir.Value:
@@ -230,10 +232,12 @@ def _both(x: ir.Value, y: ir.Value) -> ir.Value:
     return arith.andi(x, y)
 
 
-def apply(elements: Elements, columns: int, fill: float) -> Callable:
+def apply(elements: Elements, columns: int, fill: float, rows: int) -> Callable:
     """``f(x, position) -> x``, ``fill`` where an element does not count.
 
-    ``elements`` holds references to global memory; x is 64 x ``columns``.
+    ``elements`` holds references to global memory; x is 64 x ``columns``. Where a block
+    has only 32 ``rows``, the others are tested as if they were these: nothing beyond
+    the block is read.
     """
     refs, tree = jax.tree_util.tree_flatten(elements._replace(bad=None))
 
@@ -243,8 +247,8 @@ def apply(elements: Elements, columns: int, fill: float) -> Callable:
     )
     def f(_, s, *args):
         arrays = jax.tree_util.tree_unflatten(tree, args[: len(refs)])
-        at = _Place([x.registers.item() for x in args[len(refs) :]], columns)
-        rules, rows = arrays.rules, [rule.by_row(at) for rule in arrays.rules]
+        at = _Place([x.registers.item() for x in args[len(refs) :]], columns, rows)
+        rules, by_row = arrays.rules, [rule.by_row(at) for rule in arrays.rules]
         words = at.words(arrays.lengths, arrays.bits)
         out = r.scalars(s)
         # Two columns at a time: what both rows need of them is loaded once, soon used.
@@ -259,7 +263,7 @@ def apply(elements: Elements, columns: int, fill: float) -> Callable:
                 bit = r.integer(_signed(1 << (position % 32)))
                 bit = arith.andi(words[half][position // 32], bit)
                 tests.append(_compare("ne", bit, r.integer(0)))
-            for rule, of_row, of_column in zip(rules, rows, values, strict=True):
+            for rule, of_row, of_column in zip(rules, by_row, values, strict=True):
                 of_row = [x[half] for x in of_row]
                 of_column = [x[second] for x in of_column]
                 tests.append(rule.allows(of_row, of_column, row, column))

@@ -6,6 +6,10 @@ item is a row of blocks, or a part of one: *fixed* tiles, loaded once (the rows)
 *streams*, a tile for each step (the columns: partial blocks first, then full ones). A
 stream's tile is freed for the load warp by every compute warpgroup of the team.
 
+Of a block of 32 rows a warpgroup computes 64; `crop` drops the second half. Outputs
+leave by shared memory, or, where they are too wide for what is left of it, straight
+from registers, in whole blocks (`rows_of`, `Walker.write`).
+
 A column that some rows do not see must not reach them as 0 * NaN. Entries of partial
 blocks that have a column with a value that is not finite are therefore flagged; there,
 and only there, such columns' tiles are set to zero in shared memory (`Walker.clean`),
@@ -40,6 +44,8 @@ FIRST_NAMED_BARRIER = 8
 LOAD_REGISTERS = 24
 FLAGGED = 1 << 30
 """Added to the list entry of a partial block with a column that is not finite."""
+WIDEST_STAGED = 128
+"""Columns of an output that leaves by shared memory."""
 COMPUTE_REGISTERS = {1: 240, 2: 240, 3: 160, 4: 112}
 """Of a thread, by compute warpgroups of a CTA: what the load warpgroup leaves."""
 
@@ -103,7 +109,7 @@ class Walker:
     """One kernel's static sizes; its phases are the methods.
 
     Attributes:
-        block_rows: rows of a block, 64 for each compute warpgroup.
+        block_rows: rows of a block: 32, or 64 for each compute warpgroup.
         block_columns: columns of a block.
         tile: columns of one step.
         num_stages: tiles of a stream in flight.
@@ -133,7 +139,7 @@ class Walker:
     @property
     def wgs(self) -> int:
         """Compute warpgroups of a team."""
-        return self.block_rows // 64
+        return warpgroups(self.block_rows)
 
     @property
     def steps_per_block(self) -> int:
@@ -251,6 +257,24 @@ class Walker:
             return following, body(fields, carry)
 
         return lax.fori_loop(0, count, step, (read(jnp.int32(0)), carry))[1]
+
+    def rows_out(self, row, w):
+        """Where the w-th 64 rows of a block stand in an output."""
+        return pl.ds(row * self.wgs * 64 + w * 64, 64)
+
+    def write(self, s: dict, w, outputs: Sequence[tuple[Any, str, Any]]) -> None:
+        """Writes the w-th 64 rows of outputs: ``(values, scratch name, place)``."""
+        staged = [x for x in outputs if x[1] in s]
+        if staged:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for values, name, _ in staged:
+                s[name].at[w][...] = values
+            plgpu.commit_smem()
+        for values, name, place in outputs:
+            if name in s:
+                plgpu.copy_smem_to_gmem(s[name].at[w], place)
+            else:
+                place[...] = values
 
     # ------------------------------------------------------------------------- load
 
@@ -390,7 +414,7 @@ class Walker:
         b, _, row = fields[:3]
         elements = lists.elements
         per_block = jnp.int32(self.steps_per_block)
-        test = _elements.apply(elements, self.tile, fill)
+        test = _elements.apply(elements, self.tile, fill, min(self.block_rows, 64))
         words, entry = 0, 0
         if elements.bits is not None:
             words = elements.bits.shape[-1]
@@ -466,6 +490,11 @@ class Walker:
         return (fields[4] + fields[6]) * self.steps_per_block
 
 
+def warpgroups(block_rows: int) -> int:
+    """Compute warpgroups for the rows of a block."""
+    return max(1, block_rows // 64)
+
+
 def barriers(teams: int, count: int, arrivals: int) -> plgpu.Barrier:
     """``count`` barriers for each team."""
     return plgpu.Barrier(num_arrivals=arrivals, num_barriers=(teams, count))
@@ -485,6 +514,27 @@ def check_smem(who: str, config: Any, scratch: dict) -> None:
             f"{who}: {config} needs {need} bytes of shared memory; a multiprocessor "
             f"has {MAX_SMEM_BYTES}. Use fewer stages."
         )
+
+
+def staging(tile: Callable, wgs: int, **columns: int) -> dict:
+    """Shared memory of the outputs that leave by it, made by ``tile(*shape)``."""
+    return {n: tile(wgs, 64, c) for n, c in columns.items() if c <= WIDEST_STAGED}
+
+
+def rows_of(length: int, block_rows: int, columns: int) -> int:
+    """Rows of an output: of whole blocks, unless a copy can end with the array."""
+    if block_rows >= 64 and columns <= WIDEST_STAGED:
+        return length + -length % 8
+    return -(-length // block_rows) * warpgroups(block_rows) * 64
+
+
+def crop(x: Array, length: int, block_rows: int) -> Array:
+    """The first ``length`` rows of an output of `rows_of`."""
+    if block_rows < 64:
+        batch, _, *rest = x.shape
+        x = x.reshape(batch, -1, 64, *rest)[:, :, :block_rows]
+        x = x.reshape(batch, -1, *rest)
+    return x[:, :length]
 
 
 def pad_rows(x: Array) -> Array:

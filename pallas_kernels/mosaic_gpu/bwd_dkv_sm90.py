@@ -2,14 +2,16 @@
 
 Everything is computed transposed, ``s = k q^T``, so that probabilities and the logits'
 gradient are left operands in registers: ``dv = p dout``, ``dk = ds q``; four products a
-step. See `_persistent` for the roles and the walk. Query heads that share a key head
-follow one another in the schedule; their sums stay in registers from item to item.
+step. Where registers do not hold both sums, one launch computes dk and one dv. See
+`_persistent` for the roles and the walk. Query heads that share a key head follow one
+another in the schedule; their sums stay in registers from item to item.
 May assume what `fwd_sm90` does; called by the adapter.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -31,6 +33,8 @@ from ._wgmma import Product, start, wait
 
 Array = Any
 STREAMS = ("q", "dout")
+MOST_COLUMNS = 256
+"""Of the sums of a launch: half as many registers a thread."""
 
 
 def choose(
@@ -40,9 +44,15 @@ def choose(
     block_kv: int = 128,
     num_ctas: int = 132,
 ) -> BackwardConfig:
-    """The heuristic: what was fastest on an H100 (README.md has the figures)."""
-    narrow = max(head_dim, value_dim) <= 64
-    if block_kv == 64:
+    """The heuristic: what was fastest on an H100 (README.md has the figures).
+
+    For head sizes above 128, what fits.
+    """
+    widest = max(head_dim, value_dim)
+    narrow = widest <= 64
+    if widest > 128:
+        found = BackwardConfig(tile=32, num_stages=2)
+    elif block_kv <= 64:
         found = BackwardConfig(tile=64, num_stages=2, teams=2 if narrow else 1)
     elif narrow:
         found = BackwardConfig(tile=128, num_stages=2)
@@ -54,8 +64,11 @@ def choose(
 def scratch_spec(
     config: BackwardConfig, block_kv: int, head_dim: int, value_dim: int, dtype
 ) -> dict:
-    """Shared memory of one CTA; the estimate and the launch both read it."""
-    c, wgs = config, block_kv // 64
+    """Shared memory of one CTA; the estimate and the launch both read it.
+
+    A launch for dk or dv alone leaves some of it unused.
+    """
+    c, wgs = config, _persistent.warpgroups(block_kv)
     tile = lambda *shape: _persistent.tiles((c.teams, *shape), dtype)
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
     row = plgpu.SMEM((c.teams, c.num_stages, c.tile), jnp.float32)
@@ -66,8 +79,7 @@ def scratch_spec(
         dout=tile(c.num_stages, c.tile, value_dim),
         lse2=row,
         delta=row,
-        dk=tile(wgs, 64, head_dim),
-        dv=tile(wgs, 64, value_dim),
+        **_persistent.staging(tile, wgs, dk=head_dim, dv=value_dim),
         fixed_full=bar(c.num_fixed_stages, 2 * wgs),
         fixed_free=bar(c.num_fixed_stages, wgs),
         q_full=bar(c.num_stages, 2),
@@ -125,13 +137,6 @@ def backward_dkv(
     scratch = scratch_spec(config, block_kv, head_dim, value_dim, q.dtype)
     _persistent.check_smem("backward_dkv", config, scratch)
     q, k, v, dout = (_persistent.pad_rows(x) for x in (q, k, v, dout))
-    slots = max(schedule.num_slots, 1)
-    out_type = (
-        jax.ShapeDtypeStruct(k.shape, k.dtype),
-        jax.ShapeDtypeStruct(v.shape, v.dtype),
-        jax.ShapeDtypeStruct((slots, block_kv, head_dim), jnp.float32),
-        jax.ShapeDtypeStruct((slots, block_kv, value_dim), jnp.float32),
-    )
     kernel = _BackwardDkv(
         **config.walker(),
         block_rows=block_kv,
@@ -145,15 +150,29 @@ def backward_dkv(
         value_dim=value_dim,
         dtype=q.dtype,
         scale=scale,
+        sums=("dk", "dv"),
     )
     lists = Lists.of(q_indices, full_q_indices, elements, schedule)
-    arrays = (q, k, v, dout, lse2, delta)
-    dk, dv, dk_parts, dv_parts = kernel.launch(
-        arrays, lists, out_type, scratch, config.num_ctas, "jsparse_bwd_dkv"
+    arrays, found = (q, k, v, dout, lse2, delta), []
+    for part in kernel.launches():
+        out_type = part.out_type(k.shape, kv_len, max(schedule.num_slots, 1))
+        outs = part.launch(
+            arrays, lists, out_type, scratch, config.num_ctas, part.kernel_name
+        )
+        half = len(outs) // 2
+        for whole, parts in zip(outs[:half], outs[half:], strict=True):
+            whole = gradient.merge(whole, parts, schedule)
+            found.append(_persistent.crop(whole, kv_len, block_kv))
+    return tuple(found)
+
+
+def _start(products: dict[str, Product], operands: dict[str, tuple]) -> dict:
+    """Issues the products that have operands, in the operands' order."""
+    found = start(*(products[name] for name in operands))(
+        *itertools.chain(*operands.values())
     )
-    dk = gradient.merge(dk, dk_parts, schedule)
-    dv = gradient.merge(dv, dv_parts, schedule)
-    return dk[:, :kv_len], dv[:, :kv_len]
+    found = found if len(operands) > 1 else (found,)
+    return dict(zip(operands, found, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,10 +181,40 @@ class _BackwardDkv(Walker):
     value_dim: int
     dtype: Any
     scale: float
+    sums: tuple[str, ...]
 
     @property
     def reads_ahead(self):
         return False
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Columns of the sums that this launch computes."""
+        every = dict(dk=self.head_dim, dv=self.value_dim)
+        return {name: every[name] for name in self.sums}
+
+    @property
+    def kernel_name(self) -> str:
+        return "jsparse_bwd_" + ("dkv" if len(self.sums) == 2 else self.sums[0])
+
+    def launches(self) -> list[_BackwardDkv]:
+        """One launch for both sums, or one for each."""
+        if self.head_dim + self.value_dim <= MOST_COLUMNS:
+            return [self]
+        return [dataclasses.replace(self, sums=(name,)) for name in self.sums]
+
+    def out_type(self, shape, length: int, slots: int) -> list[jax.ShapeDtypeStruct]:
+        """The sums, then the parts of rows that are split."""
+        (batch, _, heads, _), rows = shape, self.block_rows
+        return [
+            jax.ShapeDtypeStruct(
+                (batch, _persistent.rows_of(length, rows, dim), heads, dim), self.dtype
+            )
+            for dim in self.dims.values()
+        ] + [
+            jax.ShapeDtypeStruct((slots, self.wgs * 64, dim), jnp.float32)
+            for dim in self.dims.values()
+        ]
 
     def tiles(self, arrays):
         q, k, v, dout, lse2, delta = arrays
@@ -201,23 +250,23 @@ class _BackwardDkv(Walker):
         self.walk(s, lists, item, start_, self.reads_ahead)
 
     def attend(self, fields, arrays, lists, s, step0, stage, sums=None):
-        """Adds dk and dv of 64 rows to ``sums``."""
+        """Adds an item's part of 64 rows to ``sums``, which are by name."""
         tile, w = self.tile, self.row_half()
         qk_tiling = tile_transforms(self.head_dim)
         v_tiling = tile_transforms(self.value_dim)
-        logits = Product(tile, qk_tiling, qk_tiling), Product(tile, v_tiling, v_tiling)
-        sums_ = (
-            Product(self.value_dim, v_tiling, accumulate=True),
-            Product(self.head_dim, qk_tiling, accumulate=True),
+        products = dict(
+            logits=Product(tile, qk_tiling, qk_tiling),
+            dp=Product(tile, v_tiling, v_tiling),
+            dv=Product(self.value_dim, v_tiling, accumulate=True),
+            dk=Product(self.head_dim, qk_tiling, accumulate=True),
         )
         k, v = s["k"].at[stage, w], s["v"].at[stage, w]
         mask = self.masked(fields, lists, fill=0.0)
-        sums = sums or self.nothing()
-        dk, dv = self.accumulate(
-            fields, lists, s, step0, (k, v), mask, logits, sums_, sums
+        sums = self.accumulate(
+            fields, lists, s, step0, (k, v), mask, products, sums or self.nothing()
         )
         plgpu.barrier_arrive(s["fixed_free"][stage])
-        return dk, dv
+        return sums
 
     def probabilities(self, logits, s, slot):
         """The step's p."""
@@ -234,75 +283,76 @@ class _BackwardDkv(Walker):
         for name in STREAMS:
             plgpu.barrier_arrive(s[f"{name}_free"][slot])
 
-    def accumulate(self, fields, lists, s, step0, kv, mask, logits_, sums_, sums):
+    def accumulate(self, fields, lists, s, step0, kv, mask, products, sums):
         """Waits for a step's products before the next: the other warpgroup overlaps.
 
         Run beside the next step's logits, they would need registers for p and ds twice.
         """
-        tile, dims = self.tile, (self.head_dim, self.value_dim)
+        tile, dims, (k, v) = self.tile, self.dims, kv
         to_operand = operand(tile, self.dtype)
         total = self.total_steps(fields)
         self.await_operands(jnp.int32(0), total, step0, s, STREAMS)
 
-        def step(n, carry, is_partial):
-            dk, dv = carry
+        def step(n, sums, is_partial):
             slot = self.slot(step0, n)
             q, dout = s["q"].at[slot], s["dout"].at[slot]
             if is_partial:
                 self.clean(fields, lists, n, [q, dout])
+            operands = dict(logits=(k, q), dp=(v, dout))
+            if "dk" not in dims:
+                del operands["dp"]
             self.take_turn(s, self.row_half())
-            logits, dp = start(*logits_)(kv[0], q, kv[1], dout)
+            found = _start(products, operands)
             self.pass_turn(s, self.row_half())
-            logits = wait((64, tile), 1)(logits)
+            logits = wait((64, tile), len(found) - 1)(found["logits"])
             p = self.probabilities(logits, s, slot)
             if is_partial:
                 p = mask(n, p)
-            dp = wait((64, tile), 0)(dp)
-            ds = self.logits_gradient(p, dp, s, slot, is_partial)
-            dv, dk = start(*sums_)(dv, to_operand(p), dout, dk, to_operand(ds), q)
+            operands = {}
+            if "dk" in dims:
+                dp = wait((64, tile), 0)(found["dp"])
+                ds = self.logits_gradient(p, dp, s, slot, is_partial)
+            if "dv" in dims:
+                operands["dv"] = sums["dv"], to_operand(p), dout
+            if "dk" in dims:
+                operands["dk"] = sums["dk"], to_operand(ds), q
+            found = _start(products, operands)
             self.await_operands(n + 1, total, step0, s, STREAMS)
-            dk, dv = gradient.await_all(*dims)(dk, dv)
+            done = gradient.await_all(*dims.values())(*(found[x] for x in dims))
             self.release(s, slot)
-            return dk, dv
+            return dict(zip(dims, done, strict=True))
 
         return self.steps(fields, step, sums, 0)
 
     def nothing(self):
-        return tuple(
-            plgpu.layout_cast(jnp.zeros((64, dim), jnp.float32), r.ACC)
-            for dim in (self.head_dim, self.value_dim)
-        )
+        return {
+            name: plgpu.layout_cast(jnp.zeros((64, dim), jnp.float32), r.ACC)
+            for name, dim in self.dims.items()
+        }
 
     def store(self, result, fields, outs, s):
         """64 rows of dk and dv, or parts of them."""
         b, row, part = fields[0], fields[2], fields[7]
         h = lax.div(fields[1], jnp.int32(self.group))
         w = self.row_half()
-        rows = pl.ds(row * self.block_rows + w * 64, 64)
-        every = list(
-            zip(
-                (result[0], result[1]),
-                (self.head_dim, self.value_dim),
-                (self.scale, 1.0),
-                ("dk", "dv"),
-                outs[:2],
-                outs[2:],
-                strict=True,
-            )
-        )
+        rows = self.rows_out(row, w)
+        half = len(outs) // 2
+        places = list(zip(self.dims.items(), outs[:half], outs[half:], strict=True))
+
+        def values(name, dim, dtype):
+            factor = self.scale if name == "dk" else 1.0
+            return gradient.scaled(dim, factor, dtype)(result[name])
 
         def whole():
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for x, dim, factor, name, _, _ in every:
-                s[name].at[w][...] = gradient.scaled(dim, factor, self.dtype)(x)
-            plgpu.commit_smem()
-            for _, _, _, name, out, _ in every:
-                plgpu.copy_smem_to_gmem(s[name].at[w], out.at[b, rows, h])
+            outputs = [
+                (values(name, dim, self.dtype), name, out.at[b, rows, h])
+                for (name, dim), out, _ in places
+            ]
+            self.write(s, w, outputs)
 
         def one_part():
-            for x, dim, factor, _, _, parts in every:
-                values = gradient.scaled(dim, factor, jnp.float32)(x)
-                parts[part, pl.ds(w * 64, 64)] = values
+            for (name, dim), _, parts in places:
+                parts[part, pl.ds(w * 64, 64)] = values(name, dim, jnp.float32)
 
         if not self.any_split:
             whole()

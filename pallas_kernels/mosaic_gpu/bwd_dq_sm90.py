@@ -37,9 +37,14 @@ def choose(
     block_kv: int = 128,
     num_ctas: int = 132,
 ) -> BackwardConfig:
-    """The heuristic: what was fastest on an H100 (README.md has the figures)."""
+    """The heuristic: what was fastest on an H100 (README.md has the figures).
+
+    For head sizes above 128, what fits.
+    """
     widest = max(head_dim, value_dim)
-    if block_q == 64:
+    if widest > 128:
+        found = BackwardConfig(tile=32, num_stages=3)
+    elif block_q == 64:
         found = BackwardConfig(tile=64, num_stages=3, teams=2 if widest <= 64 else 1)
     elif widest <= 64:
         pp = widest <= 32
@@ -61,7 +66,7 @@ def scratch_spec(
         dout=tile(c.num_fixed_stages, wgs, 64, value_dim),
         k=tile(c.num_stages, c.tile, head_dim),
         v=tile(c.num_stages, c.tile, value_dim),
-        dq=tile(wgs, 64, head_dim),
+        **_persistent.staging(tile, wgs, dq=head_dim),
         fixed_full=bar(c.num_fixed_stages, 2 * wgs),
         fixed_free=bar(c.num_fixed_stages, wgs),
         k_full=bar(c.num_stages, 1),
@@ -122,8 +127,9 @@ def backward_dq(
     _persistent.check_smem("backward_dq", config, scratch)
     q, k, v, dout = (_persistent.pad_rows(x) for x in (q, k, v, dout))
     slots = max(schedule.num_slots, 1)
+    rows = _persistent.rows_of(q_len, block_q, head_dim)
     out_type = (
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct((q.shape[0], rows, heads, head_dim), q.dtype),
         jax.ShapeDtypeStruct((slots, block_q, head_dim), jnp.float32),
     )
     kernel = _BackwardDq(
@@ -239,14 +245,11 @@ class _BackwardDq(Walker):
         dq, parts = outs
         b, h, row, part = fields[0], fields[1], fields[2], fields[7]
         w = self.row_half()
-        rows = pl.ds(row * self.block_rows + w * 64, 64)
+        rows = self.rows_out(row, w)
 
         def whole():
             values = gradient.scaled(self.head_dim, self.scale, self.dtype)(result)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            s["dq"].at[w][...] = values
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(s["dq"].at[w], dq.at[b, rows, h])
+            self.write(s, w, [(values, "dq", dq.at[b, rows, h])])
 
         def one_part():
             values = gradient.scaled(self.head_dim, self.scale, jnp.float32)(result)

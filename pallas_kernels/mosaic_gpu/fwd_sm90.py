@@ -83,12 +83,15 @@ class Config:
     ) -> Config:
         """The heuristic: what was fastest on an H100 (README.md has the figures).
 
-        ``most_blocks`` is what the lists have room for. Where that is little for each
-        multiprocessor, latency counts, and two teams would split rows further.
+        For head sizes above 128, what fits. ``most_blocks`` is what the lists have room
+        for. Where that is little for each multiprocessor, latency counts, and two teams
+        would split rows further.
         """
         widest = max(head_dim, value_dim)
         few = most_blocks is not None and most_blocks < 16 * num_ctas
-        if block_q == 64:
+        if widest > 128:
+            found = cls(tile_kv=64, num_stages=2, ping_pong=block_q == 128)
+        elif block_q == 64:
             stages = 4 if widest <= 64 else 2
             found = cls(tile_kv=64, num_stages=stages, ping_pong=False, teams=2)
         elif widest <= 64 and few:
@@ -112,7 +115,7 @@ def scratch_spec(
         q=tile(c.num_q_stages, wgs, 64, head_dim),
         k=tile(c.num_stages, c.tile_kv, head_dim),
         v=tile(c.num_stages, c.tile_kv, value_dim),
-        out=tile(wgs, 64, value_dim),
+        **_persistent.staging(tile, wgs, out=value_dim),
         lse=plgpu.SMEM((c.teams, wgs, 64), jnp.float32),
         fixed_full=bar(c.num_q_stages, wgs),
         fixed_free=bar(c.num_q_stages, wgs),
@@ -167,8 +170,9 @@ def forward(
     q_pad = -(-q_len // block_q) * block_q
     slots = max(schedule.num_slots, 1)
     f32 = jnp.float32
+    rows = _persistent.rows_of(q_len, block_q, value_dim)
     out_type = (
-        jax.ShapeDtypeStruct((batch, q.shape[1], heads, value_dim), q.dtype),
+        jax.ShapeDtypeStruct((batch, rows, heads, value_dim), q.dtype),
         jax.ShapeDtypeStruct((batch, heads, q_pad), f32),
         jax.ShapeDtypeStruct((slots, block_q, value_dim), f32),
         jax.ShapeDtypeStruct((slots, block_q), f32),
@@ -337,29 +341,22 @@ class _Forward(Walker):
         )
 
     def store(self, result, fields, outs, s):
-        """64 finished rows, or parts of them, leave by shared memory."""
+        """64 finished rows, or parts of them."""
         out, lse, part_out, part_lse = outs
         b, h, row, part = fields[0], fields[1], fields[2], fields[7]
         w = self.row_half()
-        o_smem, lse_smem = s["out"].at[w], s["lse"].at[w]
-        rows = pl.ds(row * self.block_rows + w * 64, 64)
+        rows = self.rows_out(row, w)
 
         def whole():
             values, row_lse = softmax.finish(self.value_dim, self.dtype)(*result)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            o_smem[...] = values
-            lse_smem[...] = row_lse
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_smem, out.at[b, rows, h])
-            plgpu.copy_smem_to_gmem(lse_smem, lse.at[b, h, rows])
+            places = out.at[b, rows, h], lse.at[b, h, rows]
+            self.write(s, w, [(values, "out", places[0]), (row_lse, "lse", places[1])])
 
         def one_part():
             values, row_lse = softmax.finish(self.value_dim, jnp.float32)(*result)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            lse_smem[...] = row_lse
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(lse_smem, part_lse.at[part, pl.ds(w * 64, 64)])
-            part_out[part, pl.ds(w * 64, 64)] = values
+            rows = pl.ds(w * 64, 64)
+            self.write(s, w, [(row_lse, "lse", part_lse.at[part, rows])])
+            part_out[part, rows] = values
 
         if not self.any_split:
             whole()

@@ -29,9 +29,9 @@ TAKEN = Problem(
 REFUSED = {
     "it needs an H100 or H200, and JAX computes on cpu": {"platform": "cpu"},
     "dtype float32; expected bfloat16 or float16": {"dtype": "float32"},
-    "head size 160; expected at most 128": {"value_dim": 160},
+    "head size 272; expected at most 256": {"value_dim": 272},
     "block_q=32; expected 64 or 128": {"block_q": 32},
-    "block_kv=256; expected 64 or 128": {"block_kv": 256},
+    "block_kv=256; expected 32, 64 or 128": {"block_kv": 256},
     "a table bias; expected none": {"bias": "table"},
 }
 
@@ -41,8 +41,18 @@ def hopper(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "_compute_capability", lambda: "9.0")
 
 
-def test_takes_what_its_kernels_take():
-    assert mosaic_gpu.why_not(TAKEN) is None
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"head_dim": 256, "value_dim": 256},
+        {"head_dim": 192, "value_dim": 128},
+        {"block_q": 64, "block_kv": 32},
+    ],
+    ids=str,
+)
+def test_takes_what_its_kernels_take(change):
+    assert mosaic_gpu.why_not(dataclasses.replace(TAKEN, **change)) is None
 
 
 @pytest.mark.parametrize("reason", REFUSED)

@@ -18,7 +18,7 @@ import pytest
 from jsparse import BlockMask, block_sparse_attention
 from jsparse.backends import mosaic_gpu
 from tests.backends import test_contract as contract
-from tests.support.cases import Case, make_case, random_mask
+from tests.support.cases import CASES, Case, make_case, random_mask
 
 pytestmark = pytest.mark.gpu
 FP16_LIMIT = 1e-3
@@ -38,20 +38,68 @@ def check(case: Case, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", mosaic_gpu.DTYPES)
-@pytest.mark.parametrize("block_kv", mosaic_gpu.BLOCKS)
-@pytest.mark.parametrize("block_q", mosaic_gpu.BLOCKS)
-@pytest.mark.parametrize("dim", [16, 24, 32, 48, 64, 96, 128])
+@pytest.mark.parametrize("block_kv", mosaic_gpu.BLOCKS["block_kv"])
+@pytest.mark.parametrize("block_q", mosaic_gpu.BLOCKS["block_q"])
+@pytest.mark.parametrize("dim", [16, 24, 32, 48, 64, 96, 128, 160, 192, 256])
 def test_every_head_size_block_and_dtype(dim, block_q, block_kv, dtype):
     rng = np.random.default_rng(dim)
     sizes = (block_q * 4 - 9, block_kv * 5 + 7, block_q, block_kv)
     check(make_case(rng, random_mask(rng, sizes, 12), dims=(dim, dim)), dtype)
 
 
-@pytest.mark.parametrize("dims", [(64, 32), (32, 128), (128, 16)], ids=str)
-def test_values_of_another_size(dims):
+@pytest.mark.parametrize("block_kv", [128, 32])
+@pytest.mark.parametrize(
+    "dims",
+    [(64, 32), (32, 128), (128, 16), (192, 128), (64, 192), (256, 80), (224, 144)],
+    ids=str,
+)
+def test_values_of_another_size(dims, block_kv):
     rng = np.random.default_rng(1)
-    mask = random_mask(rng, (500, 600, 128, 128), 12)
+    mask = random_mask(rng, (500, 600, 128, block_kv), 12)
     check(make_case(rng, mask, heads=(4, 2), dims=dims), "bfloat16")
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("block_q", mosaic_gpu.BLOCKS["block_q"])
+def test_every_case_in_narrow_blocks(block_q, name):
+    rng, sizes = np.random.default_rng(0), (300, 340, block_q, 32)
+    check(CASES[name](rng, sizes), "bfloat16")
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
+@pytest.mark.parametrize("dims", [(16, 16), (192, 256)], ids=str)
+def test_nan_in_wide_heads_and_narrow_blocks(dims, where, monkeypatch):
+    def plain(rng, sizes):
+        return make_case(rng, random_mask(rng, sizes, 12), dims=dims)
+
+    monkeypatch.setitem(contract.CASES, "plain", plain)
+    monkeypatch.setitem(contract.BLOCKS, "mosaic_gpu", (300, 340, 64, 32))
+    contract.test_nan_stays_where_attention_carries_it("mosaic_gpu", where)
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_split_rows_of_wide_heads_in_narrow_blocks(static):
+    rng = np.random.default_rng(7)
+    mask = BlockMask.from_blocks(
+        np.repeat([0, 1], [9, 30]),
+        np.r_[:9, :30],
+        q_len=200,
+        kv_len=950,
+        block_q=128,
+        block_kv=32,
+        elements=rng.random((39, 128, 32)) < 0.5,
+        full=np.arange(39) % 2 == 0,
+    )
+    case = make_case(rng, mask, dims=(192, 256)).cast("bfloat16")
+    run = functools.partial(contract.results, "mosaic_gpu", bias=None)
+    if static:
+        run = functools.partial(run, mask=mask)
+    args = () if static else (mask,)
+    found = jax.jit(run)(
+        *(case.q, case.k, case.v, *args), dout=case.dout, dlse=case.dlse
+    )
+    for x, y in zip(found[:5], contract.expected(case)[:5], strict=True):
+        assert contract.error(x, y) < contract.HALF_LIMIT
 
 
 def test_the_same_bits_a_thousand_times():

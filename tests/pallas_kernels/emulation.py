@@ -137,11 +137,11 @@ def rows(values, b, h, first):
     return values[b, h, pl.ds(first, 64)]
 
 
-def apply(elements, columns, fill):
+def apply(elements, columns, fill, rows):
     """The element test, from its definition."""
 
     def f(x, at):
-        row = at.row + jnp.arange(64)[:, None]
+        row = at.row + jnp.arange(64)[:, None] % rows
         column = at.column + jnp.arange(columns)[None]
         counts = jnp.ones((64, columns), bool)
         if elements.lengths is not None:
@@ -153,12 +153,15 @@ def apply(elements, columns, fill):
             entry, block = jnp.divmod(block, elements.bits.shape[1])
             first_row, first_word = jnp.divmod(first, words)
             bits = elements.bits[
-                entry, block, pl.ds(first_row, 64), pl.ds(first_word, -(-columns // 32))
+                entry,
+                block,
+                pl.ds(first_row, rows),
+                pl.ds(first_word, -(-columns // 32)),
             ]
             bits = bits[..., None] >> jnp.arange(32, dtype=jnp.int32) & 1
-            counts &= bits.reshape(64, -1)[:, :columns] == 1
+            counts &= _tile(bits.reshape(rows, -1)[:, :columns] == 1)
         for rule in elements.rules:
-            counts &= _allows(rule, at, columns, row, column)
+            counts &= _tile(_allows(rule, at, row[:rows], column))
         return jnp.where(counts, x, fill)
 
     return f
@@ -184,12 +187,19 @@ def zero_columns(columns, dim):
     return f
 
 
-def _allows(rule, at, columns, row, column):
+def _tile(x):
+    """64 rows: those of a block of 32 twice."""
+    return jnp.tile(x, (64 // len(x), 1))
+
+
+def _allows(rule, at, row, column):
+    rows, columns = row.size, column.size
+
     def entry(x):
         return at.batch if x.shape[0] > 1 else 0
 
     def by_row(x):
-        return x[entry(x), ..., pl.ds(at.row, 64)][..., :, None]
+        return x[entry(x), ..., pl.ds(at.row, rows)][..., :, None]
 
     def by_column(x):
         return x[entry(x), ..., pl.ds(at.column, columns)][..., None, :]
@@ -202,7 +212,7 @@ def _allows(rule, at, columns, row, column):
         return (by_column(rule.start) <= row) & (row < by_column(rule.stop))
     square = 0.0
     for axis in range(3):
-        x = rule.rows[entry(rule.rows), axis, pl.ds(at.row, 64)][:, None]
+        x = rule.rows[entry(rule.rows), axis, pl.ds(at.row, rows)][:, None]
         y = rule.columns[entry(rule.columns), axis, pl.ds(at.column, columns)][None]
         square += (x - y) * (x - y)
     return square <= rule.cutoff2[entry(rule.cutoff2)]

@@ -44,10 +44,13 @@ class Launch:
     bits: bool = True
     rules: bool = False
     on_host: bool = True
+    few: bool = False
 
     def config(self):
-        """The heuristic's."""
-        return KERNELS[self.kernel][1](*self.dims, *self.blocks)
+        """The heuristic's; where blocks are few, only forward has another one."""
+        short = self.few and self.kernel == "forward"
+        options = {"most_blocks": 1} if short else {}
+        return KERNELS[self.kernel][1](*self.dims, *self.blocks, **options)
 
     def lower(self) -> str:
         """The text of the program for an H100."""

@@ -13,31 +13,53 @@ from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
 from jsparse import block_sparse_attention
 from jsparse.backends import mosaic_gpu
+from jsparse.pallas_kernels.mosaic_gpu import (
+    _persistent,
+    bwd_dkv_sm90,
+    bwd_dq_sm90,
+    fwd_sm90,
+)
 from tests.pallas_kernels.launches import H100, KERNELS, Launch
 from tests.support.cases import random_mask
 
-DIMS = ((16, 16), (32, 32), (48, 48), (64, 64), (80, 80), (96, 96), (128, 128))
-DIMS += ((64, 128), (128, 16))
-BLOCKS = tuple(itertools.product(mosaic_gpu.BLOCKS, repeat=2))
+SIZES = range(16, mosaic_gpu.LARGEST_HEAD + 1, 16)
+DIMS = ((16, 16), (48, 48), (80, 80), (96, 96), (192, 192))
+DIMS += ((64, 128), (128, 16), (192, 128), (64, 192))
+SCRATCH = {
+    "forward": fwd_sm90.scratch_spec,
+    "dq": bwd_dq_sm90.scratch_spec,
+    "dkv": bwd_dkv_sm90.scratch_spec,
+}
+BLOCKS = tuple(itertools.product(*mosaic_gpu.BLOCKS.values()))
+
+
+POSSIBLE = [
+    Launch(kernel, (dim, value_dim), blocks, rules=True, few=few)
+    for kernel, blocks, few in itertools.product(KERNELS, BLOCKS, [True, False])
+    for dim, value_dim in itertools.product(SIZES, repeat=2)
+]
+OF_EACH_CONFIG = {(x.kernel, x.blocks, x.config()): x for x in POSSIBLE}
+"""The launch with the widest heads."""
+
+
+@pytest.mark.parametrize("launch", OF_EACH_CONFIG.values(), ids=str)
+def test_every_config_lowers(launch):
+    assert "mosaic_gpu" in launch.lower()
 
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)
-@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_lowers(kernel, blocks, dims):
-    assert "mosaic_gpu" in Launch(kernel, dims, blocks, rules=True).lower()
+def test_head_sizes_lower(kernel, dims):
+    assert "mosaic_gpu" in Launch(kernel, dims, rules=True).lower()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_these_are_all_the_configs(kernel):
-    choose = KERNELS[kernel][1]
-    sizes = range(16, mosaic_gpu.LARGEST_HEAD + 1, 16)
-    possible = {
-        choose(*dims, *blocks)
-        for dims in itertools.product(sizes, repeat=2)
-        for blocks in BLOCKS
-    }
-    assert possible == {choose(*dims, *blocks) for dims in DIMS for blocks in BLOCKS}
+def test_every_config_fits_into_shared_memory(kernel):
+    for launch in POSSIBLE:
+        if launch.kernel == kernel:
+            config, rows = launch.config(), launch.blocks[kernel == "dkv"]
+            scratch = SCRATCH[kernel](config, rows, *launch.dims, "bfloat16")
+            _persistent.check_smem(kernel, config, scratch)
 
 
 @pytest.mark.parametrize(
