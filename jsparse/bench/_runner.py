@@ -32,7 +32,7 @@ from jsparse.bench._contract import (
 )
 from jsparse.bench._jax_peers import Ours, no_gpu
 from jsparse.bench._peers import PEERS
-from jsparse.bench._profile import Pass, of_the_pass, profile_pass
+from jsparse.bench._profile import Pass, profile_pass
 from jsparse.measure import BadInput, Progress
 from jsparse.ops import support
 from jsparse.patterns import BlockMask
@@ -246,7 +246,7 @@ def _run_profile(
         )
         title = f"{record['case']}: counters, {direction}"
         with progress.stage(title):
-            record[direction] = of_the_pass(profile_pass(what))
+            record[direction] = profile_pass(what)
 
 
 def _directions(options: Options, kernels: bool) -> tuple[Direction, ...]:
