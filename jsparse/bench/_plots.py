@@ -13,7 +13,7 @@ import numpy as np
 
 from jsparse.bench._cases import SWEEP, all_cases
 from jsparse.bench._contract import EVERY
-from jsparse.bench._records import DIRECTIONS, Record
+from jsparse.bench._records import DIRECTIONS, Record, wrong
 from jsparse.measure import BadInput
 from jsparse.report import LIGHT, Theme, add_legend, paint, to_png
 
@@ -172,10 +172,13 @@ def _directions(records: Iterable[Record]) -> list[str]:
 
 
 def _named(record: Record, direction: str) -> dict[str, Any]:
-    """Results by contender; whichever implementation is ours is called so."""
-    results = record.get(direction, {})
+    """Results by contender, without wrong peers; ours is called so whichever it is."""
     ours = record["ours"]
-    return {_OURS if name == ours else name: found for name, found in results.items()}
+    return {
+        _OURS if name == ours else name: found
+        for name, found in record.get(direction, {}).items()
+        if name == ours or not wrong(found)
+    }
 
 
 def _contenders(records: Sequence[Record]) -> list[str]:

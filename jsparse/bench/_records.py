@@ -98,6 +98,18 @@ def read_records(folder: Path) -> list[Record]:
     return sorted(records, key=lambda record: record["date"])
 
 
+def wrong(found: Record) -> list[str]:
+    """Which results of a contender are further off than rounding explains.
+
+    Its time says nothing then, and gives no ratio.
+
+    Example:
+        >>> wrong({"errors": {"out": {"ok": True}, "dq": {"ok": False}}})
+        ['dq']
+    """
+    return [what for what, check in found["errors"].items() if not check["ok"]]
+
+
 def facts(record: Record) -> list[Facts]:
     """A record as labelled text, for the terminal."""
     mask = record["mask"]
@@ -131,7 +143,7 @@ def _contest_facts(record: Record, direction: str, title: str) -> Facts:
     with_rate = record["device"]["platform"] != "cpu"
     rows = []
     for name, found in record[direction].items():
-        ratio = found.get("ratio")
+        ratio = _ratio(found)
         rate = (format_rate(found["gflops_per_second"]),) if with_rate else ()
         rows.append(
             (
@@ -215,8 +227,15 @@ def format_rate(gflops: float) -> str:
 
 
 def _label(name: str, found: Record) -> str:
-    """A contender's name, and whether it computes every pair: another result."""
-    return f"{name} (dense)" if found.get("computes") == EVERY else name
+    """A contender's name; whether it computes every pair, and whether it is right."""
+    marks = ["dense"] if found.get("computes") == EVERY else []
+    marks += ["wrong"] if wrong(found) else []
+    return f"{name} ({', '.join(marks)})" if marks else name
+
+
+def _ratio(found: Record) -> dict[str, float] | None:
+    """A peer's time over ours, if its results are right."""
+    return None if wrong(found) else found.get("ratio")
 
 
 def _memory(found: Record) -> str:
@@ -323,13 +342,14 @@ def _contest_rows(record: Record, direction: str, title: str) -> list[tuple[str,
     for name, found in results.items():
         if name == record["ours"]:
             continue
-        ratio = found["ratio"]
+        ratio = _ratio(found)
+        span = "{median:.2f} ({min:.2f} to {max:.2f})"
         rows.append(
             (
                 *start,
                 time,
                 _time_cell(record, name, found),
-                f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+                "" if ratio is None else span.format(**ratio),
                 f"{format_error(error)} / {format_error(_worst(found))}",
                 f"{_memory(ours)} / {_memory(found)}",
             )

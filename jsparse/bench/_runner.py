@@ -33,6 +33,7 @@ from jsparse.bench._contract import (
 from jsparse.bench._jax_peers import Ours, no_gpu
 from jsparse.bench._peers import PEERS
 from jsparse.bench._profile import Pass, profile_pass
+from jsparse.bench._records import wrong
 from jsparse.measure import BadInput, Progress
 from jsparse.ops import support
 from jsparse.patterns import BlockMask
@@ -219,9 +220,8 @@ def _run_attention(
                 contest.spread_out(direction, LATENCY_CALLS, kernels)
             else:
                 contest.compare(direction, options.repeats, kernels)
-    if options.kind == "latency":
-        _judge_errors(record)
-    else:
+    _judge_errors(record, strict)
+    if options.kind == "attention":
         _judge(record, options)
 
 
@@ -302,12 +302,11 @@ def _peers(
 
 
 def _judge(record: dict[str, Any], options: Options) -> None:
-    """Lists what is wrong or was not reached."""
+    """Lists what was not reached."""
     record["demanded"] = {
         "min_ratio": options.min_ratio,
         "max_seconds": options.max_seconds,
     }
-    _judge_errors(record)
     least = options.min_ratio
     for where, _, found in _results(record):
         ratio = found.get("ratio")
@@ -316,24 +315,28 @@ def _judge(record: dict[str, Any], options: Options) -> None:
                 f"{where}: its time / ours is {ratio['median']:.2f}, less than the "
                 f"{least:g} demanded."
             )
-    if options.min_ratio is not None and len(record["forward"]) < 2:
+    if least is not None and not any("ratio" in x for x in record["forward"].values()):
         record["missed"].append(
-            f"{record['case']}: no peer ran, so no ratio of {options.min_ratio:g} was "
-            "shown."
+            f"{record['case']}: no peer ran and was right, so no ratio of "
+            f"{least:g} was shown."
         )
     median = record["forward"][record["ours"]]["seconds"]["median"]
     _judge_seconds(record, options, median)
 
 
-def _judge_errors(record: dict[str, Any]) -> None:
-    """Lists which of our results are wrong."""
+def _judge_errors(record: dict[str, Any], strict: bool) -> None:
+    """Lists wrong results as missed, and wrong peers as left out."""
     for where, name, found in _results(record):
-        for what, check in found["errors"].items():
-            if name == record["ours"] and not check["ok"]:
-                record["missed"].append(
-                    f"{where}: {what} is wrong: error {check['max_error']:.1e}, at "
-                    f"most {check['tolerance']:.1e} is rounding."
-                )
+        for what in wrong(found):
+            check = found["errors"][what]
+            reason = (
+                f"{where}: {what} is wrong: error {check['max_error']:.1e}, at most "
+                f"{check['tolerance']:.1e} is rounding."
+            )
+            if strict or name == record["ours"]:
+                record["missed"].append(reason)
+            if name != record["ours"]:
+                record["left_out"].setdefault(name, reason)
 
 
 def _results(record: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
