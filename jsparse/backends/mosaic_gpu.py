@@ -27,6 +27,7 @@ from jsparse.pallas_kernels.mosaic_gpu._elements import (
     SameLabel,
     Within,
 )
+from jsparse.pallas_kernels.mosaic_gpu._persistent import FLAGGED
 from jsparse.pallas_kernels.mosaic_gpu._schedule import (
     Schedule,
     schedule_on_device,
@@ -94,13 +95,11 @@ def forward(
         *call.dims, *call.blocks, _num_multiprocessors(), most_blocks
     )
     schedule = call.schedule(lists, config.num_workers)
-    k, v = call.k, call.v
-    if schedule.any_partial:
-        bad = _bad(k) | _bad(v)
-        k, v = _fill(k, bad, jnp.nan), _fill(v, bad, 0)
+    bad = call.bad_keys(call.v)
     out, lse = fwd_sm90.forward(
-        *(call.q, k, v),
-        *(lists.partial, lists.full, call.elements()),
+        *(call.q, call.k, call.v),
+        *call.entries(lists, bad, call.blocks[1]),
+        call.elements(bad),
         schedule,
         blocks=call.blocks,
         scale=call.scale,
@@ -128,22 +127,16 @@ def backward(
     schedule = call.schedule(lists, config.num_workers)
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     delta = jnp.moveaxis(delta, -1, -2) - dlse
-    blind = jnp.isneginf(lse)
-    lse2 = call.pad_queries(jnp.where(blind, jnp.inf, lse * LOG2E), jnp.inf)
-    delta = call.pad_queries(jnp.where(blind, 0, delta), 0)
-    dout = call.flat(_pad_dim(dout))
-    if schedule.any_partial:
-        bad = _bad(k) | _bad(v)
-        k, v = _fill(k, bad, 0), _fill(v, bad, 0)
-        bad = _bad(q) | _bad(dout)
-        q, dout = _fill(q, bad, 0), _fill(dout, bad, 0)
-        bad = call.pad_queries(jnp.moveaxis(bad, 1, 2), False) | ~jnp.isfinite(delta)
-        lse2, delta = jnp.where(bad, jnp.nan, lse2), jnp.where(bad, 0, delta)
-    arrays = (q, k, v, dout, lse2, delta)
+    blind, bad = jnp.isneginf(lse), ~jnp.isfinite(lse) | ~jnp.isfinite(delta)
+    lse2 = jnp.where(blind, jnp.inf, jnp.where(bad, jnp.nan, lse * LOG2E))
+    lse2, delta = call.pad_queries(lse2, jnp.inf), jnp.where(bad, 0, delta)
+    arrays = (q, k, v, call.flat(_pad_dim(dout)), lse2, call.pad_queries(delta, 0))
 
+    bad_keys = call.bad_keys(k)
     dq = bwd_dq_sm90.backward_dq(
         *arrays,
-        *(lists.partial, lists.full, call.elements()),
+        *call.entries(lists, bad_keys, call.blocks[1]),
+        call.elements(bad_keys),
         schedule,
         blocks=call.blocks,
         scale=call.scale,
@@ -151,9 +144,11 @@ def backward(
     )
     config = bwd_dkv_sm90.choose(*call.dims, *call.blocks, _num_multiprocessors())
     lists, group = call.columns, call.q.shape[2] // call.k.shape[2]
+    bad = call.pad_queries(bad, False).astype(jnp.int32)
     dk, dv = bwd_dkv_sm90.backward_dkv(
         *arrays,
-        *(lists.partial, lists.full, call.transposed_elements()),
+        *call.entries(lists, bad, call.blocks[0]),
+        call.transposed_elements(bad),
         call.schedule(lists, config.num_workers, group),
         blocks=call.blocks,
         scale=call.scale,
@@ -165,21 +160,6 @@ def backward(
         call.sum_shared(g, x) for g, x in zip((dq, dk, dv), operands[:3], strict=True)
     )
     return (*grads, None)
-
-
-# In a partial block 0 * NaN would carry a NaN from a key to queries that do not attend
-# to it, and back. Tokens with a value that is not finite therefore enter products as
-# zeros; a key's NaN reaches its queries through their logits, and a query's its keys by
-# its lse.
-
-
-def _bad(x: Array) -> Array:
-    """Tokens and heads of ``[B, n, heads, D]`` with a value that is not finite."""
-    return ~jnp.isfinite(x).all(-1)
-
-
-def _fill(x: Array, where: Array, value: float) -> Array:
-    return jnp.where(where[..., None], jnp.asarray(value, x.dtype), x)
 
 
 # ------------------------------------------------------------------------ preparation
@@ -304,14 +284,28 @@ class _Call:
 
     # --------------------------------------------------------------- element tests
 
-    def elements(self) -> Elements:
+    def bad_keys(self, x: Array) -> Array:
+        """``[B, K, nkv * block_kv]``, 1 where ``x [B, S, K, D]`` is not finite."""
+        bad = jnp.moveaxis(~jnp.isfinite(x).all(-1), 1, 2).astype(jnp.int32)
+        return _pad_last(bad, self.mask.num_kv_blocks * self.mask.block_kv, 0)
+
+    def entries(self, lists: _Lists, bad: Array, block: int) -> tuple[Array, Array]:
+        """The lists for a kernel: blocks with a bad column are flagged in the partial.
+
+        One flag stands for all batch entries and heads that may list the block.
+        """
+        blocks = (bad != 0).reshape(-1, bad.shape[-1] // block, block).any((0, 2))
+        flags = blocks.astype(jnp.int32)[lists.partial]
+        return lists.partial + FLAGGED * flags, lists.full
+
+    def elements(self, bad: Array) -> Elements:
         """The test of partial blocks; rows are queries."""
         bits = self.mask.bits
         if bits is not None:
             bits = jax.lax.bitcast_convert_type(bits, jnp.int32)
-        return Elements(self._lengths(), bits, self._rules(self.mask))
+        return Elements(self._lengths(), bad, bits, self._rules(self.mask))
 
-    def transposed_elements(self) -> Elements:
+    def transposed_elements(self, bad: Array) -> Elements:
         """The test of partial blocks; rows are keys."""
         bits = self.mask.bits
         if bits is not None:
@@ -321,7 +315,7 @@ class _Call:
         mask = dataclasses.replace(
             self.mask, rules=tuple(rule.transpose() for rule in self.mask.rules)
         )
-        return Elements(lengths, bits, self._rules(mask, transposed=True))
+        return Elements(lengths, bad, bits, self._rules(mask, transposed=True))
 
     def _lengths(self) -> Array:
         shape = (self.q.shape[0],)

@@ -7,6 +7,7 @@ element counts if its row and column exist, its bit is set and every rule allows
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith
+from jax.experimental.mosaic.gpu import utils
 
+from .._common import swizzle_bytes, tile_transforms
 from . import _registers as r
 
 Array = Any
@@ -111,9 +114,12 @@ class Elements(NamedTuple):
         lengths: ``[2 B]`` int32, existing rows and columns of each batch entry.
         bits: ``[B or 1, n, block_rows, ceil(block_columns / 32)]`` int32 or None.
         rules: all of them must allow.
+        bad: ``[B, heads of the columns, C]`` int32, not 0 where a column has a value
+            that is not finite; see `_persistent`.
     """
 
     lengths: Array
+    bad: Array
     bits: Array | None = None
     rules: tuple[Rule, ...] = ()
 
@@ -203,7 +209,7 @@ def apply(elements: Elements, columns: int, fill: float) -> Callable:
 
     ``elements`` holds references to global memory; x is 64 x ``columns``.
     """
-    refs, tree = jax.tree_util.tree_flatten(elements)
+    refs, tree = jax.tree_util.tree_flatten(elements._replace(bad=None))
 
     @plgpu.inline_mgpu(
         arg_types=(r.ACC, *[plgpu.RefType()] * len(refs), *[r.SCALAR] * 4),
@@ -236,6 +242,65 @@ def apply(elements: Elements, columns: int, fill: float) -> Callable:
         return r.accumulator(r.interleave(halves), (64, columns))
 
     return lambda s, position: f(s, *refs, *position)
+
+
+def poison(columns: int) -> Callable:
+    """``f(x, bad, first) -> x``, NaN in columns that are not finite.
+
+    ``first`` is where the first of the 64 x ``columns`` tile stands in ``bad``.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(r.ACC, plgpu.RefType(), r.SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=r.ACC),
+    )
+    def f(_, x, bad, first):
+        first = arith.addi(first.registers.item(), r.first_column())
+        flags = [
+            _compare("ne", flag, r.integer(0))
+            for flag in r.global_pairs(bad, first, columns // 8, r.i32())
+        ]
+        values = [
+            arith.select(flags[i >> 2 << 1 | i & 1], r.number(math.nan), v)
+            for i, v in enumerate(r.scalars(x))
+        ]
+        return r.accumulator(values, (64, columns))
+
+    return f
+
+
+def zero_columns(columns: int, dim: int) -> Callable:
+    """``f(tile, bad, first)``: zeros for tokens that are not finite.
+
+    A token is a row of the 16-bit tile ``[columns, dim]`` in shared memory, and of each
+    part as wide as the swizzle, which moves nothing out of a row. A thread has one.
+    """
+    transforms = tile_transforms(dim)
+    width = swizzle_bytes(dim)
+    parts = 2 * dim // width
+    stores = "".join(
+        f"st.shared.v4.b32 [d+{8 * width * part + at}], {{z, z, z, z}}; "
+        for part in range(parts)
+        for at in range(0, width, 16)
+    )
+    text = (
+        "{ .reg .pred p; .reg .b32 t, d, z; .reg .b64 a; "
+        f"mov.u32 t, %tid.x; and.b32 t, t, 127; setp.ge.u32 p, t, {columns}; "
+        "@p bra DONE; add.s32 z, t, $2; mad.wide.s32 a, z, 4, $1; "
+        "ld.global.nc.b32 z, [a]; setp.eq.s32 p, z, 0; @p bra DONE; mov.b32 z, 0; "
+        f"shr.u32 d, t, 3; mad.lo.u32 d, d, {8 * width * parts}, $0; "
+        f"and.b32 t, t, 7; mad.lo.u32 d, t, {width}, d; {stores} DONE: }}"
+    )
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(transforms), plgpu.RefType(), r.SCALAR),
+        return_type=(),
+    )
+    def f(_, tile, bad, first):
+        refs = (utils.memref_ptr(tile), utils.memref_ptr(bad))
+        r.command(text, *refs, first.registers.item(), spec="r,l,r")
+
+    return f
 
 
 def _signed(word: int) -> int:

@@ -2,7 +2,8 @@
 
 ``p = exp(s * scale - lse)`` and ``ds = p * (dp - delta)``, with lse in base 2 and +inf
 for a row that saw nothing, so that its p is 0. The element test comes after the
-exponential: a NaN in lse must not reach elements that do not count.
+exponential: a NaN in lse must not reach elements that do not count; where there are
+such elements, ds is 0 wherever p is.
 """
 
 from __future__ import annotations
@@ -53,14 +54,14 @@ def probabilities_by_row(columns: int, scale_log2: float) -> Callable:
     return f
 
 
-def logits_gradient_by_row(columns: int) -> Callable:
+def logits_gradient_by_row(columns: int, partial: bool) -> Callable:
     """``f(p, dp, delta) -> ds`` with one delta for each row."""
 
     @plgpu.inline_mgpu(arg_types=(r.ACC, r.ACC, r.ROW), return_type=_tile(columns))
     def f(_, p, dp, delta):
         delta = r.scalars(delta)
         ds = [
-            r.mul(x, r.sub(y, delta[(i >> 1) & 1]))
+            _times(x, r.sub(y, delta[(i >> 1) & 1]), partial)
             for i, (x, y) in enumerate(zip(r.scalars(p), r.scalars(dp), strict=True))
         ]
         return r.accumulator(ds, (64, columns))
@@ -83,7 +84,7 @@ def probabilities_by_column(columns: int, scale_log2: float) -> Callable:
     return f
 
 
-def logits_gradient_by_column(columns: int) -> Callable:
+def logits_gradient_by_column(columns: int, partial: bool) -> Callable:
     """``f(p, dp, delta) -> ds``; delta is a row ``[columns]`` in shared memory."""
 
     @plgpu.inline_mgpu(
@@ -92,12 +93,23 @@ def logits_gradient_by_column(columns: int) -> Callable:
     def f(_, p, dp, delta):
         delta = r.shared_pairs(delta, columns // 8)
         ds = [
-            r.mul(x, r.sub(y, delta[_column(i)]))
+            _times(x, r.sub(y, delta[_column(i)]), partial)
             for i, (x, y) in enumerate(zip(r.scalars(p), r.scalars(dp), strict=True))
         ]
         return r.accumulator(ds, (64, columns))
 
     return f
+
+
+def _times(p, x, partial: bool):
+    """``p * x``; in a partial block 0 where p is 0, whatever x is."""
+    if not partial:
+        return r.mul(p, x)
+    text = (
+        "{ .reg .pred q; .reg .f32 t; mul.rn.f32 t, $1, $2; "
+        "setp.eq.f32 q, $1, 0f00000000; selp.f32 $0, 0f00000000, t, q; }"
+    )
+    return r.asm(r.f32(), [p, x], text, "=f,f,f")
 
 
 def _column(register: int) -> int:

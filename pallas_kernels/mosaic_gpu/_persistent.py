@@ -3,8 +3,13 @@
 A CTA has one to four teams. A team is one load warp, which fetches tiles with TMA, and
 one compute warpgroup for each 64 rows of a block; the load warps share a warpgroup. An
 item is a row of blocks, or a part of one: *fixed* tiles, loaded once (the rows), and
-*streams*, a tile for each step (the columns: partial blocks first, then full ones). What
-a stream's tiles hold is freed by every compute warpgroup of the team for the load warp.
+*streams*, a tile for each step (the columns: partial blocks first, then full ones). A
+stream's tile is freed for the load warp by every compute warpgroup of the team.
+
+A column that some rows do not see must not reach them as 0 * NaN. Entries of partial
+blocks that have a column with a value that is not finite are therefore flagged; there,
+and only there, such columns' tiles are set to zero in shared memory (`Walker.clean`),
+and a NaN reaches the rows that do see the column by another way: see the kernels.
 """
 
 from __future__ import annotations
@@ -26,12 +31,15 @@ from .._common import MAX_SMEM_BYTES, NUM_FIELDS, tile_transforms
 from . import _elements
 from . import _registers as r
 from ._elements import Elements, Position
+from ._manual_axes import per_device
 from ._schedule import Schedule
 
 Array = Any
 FIRST_NAMED_BARRIER = 8
 """Mosaic numbers its own barriers from 0."""
 LOAD_REGISTERS = 24
+FLAGGED = 1 << 30
+"""Added to the list entry of a partial block with a column that is not finite."""
 COMPUTE_REGISTERS = {1: 240, 2: 240, 3: 160, 4: 112}
 """Of a thread, by compute warpgroups of a CTA: what the load warpgroup leaves."""
 
@@ -168,7 +176,7 @@ class Walker:
                 approx_math=True, unsafe_no_auto_barriers=True
             ),
         )
-        return run(*inputs)
+        return per_device(run)(*inputs)
 
     def split_roles(self, arrays, lists, outs, s) -> None:
         """The last warpgroup loads, a warp for each team; the others compute."""
@@ -261,6 +269,7 @@ class Walker:
                 if not self.any_partial:
                     return lists.full[f0 + jnp.minimum(n, fn - 1)]
                 partial = lists.partial[p0 + jnp.minimum(n, jnp.maximum(pn - 1, 0))]
+                partial &= FLAGGED - 1
                 full = lists.full[f0 + jnp.clip(n - pn, 0, jnp.maximum(fn - 1, 0))]
                 return jnp.where(n < pn, partial, full)
 
@@ -378,7 +387,7 @@ class Walker:
         """``f(n, x)``: the element test of step n of an item; None if there is none."""
         if not self.any_partial:
             return None
-        b, _, row, p0 = fields[:4]
+        b, _, row = fields[:3]
         elements = lists.elements
         per_block = jnp.int32(self.steps_per_block)
         test = _elements.apply(elements, self.tile, fill)
@@ -394,11 +403,38 @@ class Walker:
             word = (block * self.block_rows + first) * words + lax.div(
                 part, jnp.int32(32)
             )
-            column = lists.partial[p0 + nth] * self.block_columns + part
+            column, _ = self.columns(fields, lists, n)
             at = Position(b, row * self.block_rows + first, column, word)
             return test(x, at)
 
         return f
+
+    def columns(self, fields, lists: Lists, n):
+        """First column of step n, which is partial, and whether it is flagged."""
+        nth = lax.div(n, jnp.int32(self.steps_per_block))
+        part = lax.rem(n, jnp.int32(self.steps_per_block)) * self.tile
+        entry = lists.partial[fields[3] + nth]
+        block = entry & (FLAGGED - 1)
+        return block * self.block_columns + part, entry >= FLAGGED
+
+    def token(self, fields, lists: Lists, column):
+        """Position of a column in the flattened ``elements.bad``."""
+        _, heads, length = lists.elements.bad.shape
+        h = fields[1]
+        if self.rows_are_queries and self.group > 1:
+            h = lax.div(h, jnp.int32(self.group))
+        return (fields[0] * heads + h) * length + column
+
+    def clean(self, fields, lists: Lists, n, tiles: Sequence[Array]) -> None:
+        """Sets columns that are not finite to zero in the tiles of partial step n."""
+        column, flagged = self.columns(fields, lists, n)
+
+        @pl.when(flagged)
+        def _():
+            first = self.token(fields, lists, column)
+            for tile in tiles:
+                _elements.zero_columns(*tile.shape)(tile, lists.elements.bad, first)
+            plgpu.commit_smem()
 
     def steps(self, fields, step: Callable, carry, first: int):
         """``step(n, carry, is_partial)`` for the item's steps from ``first`` on."""
@@ -418,6 +454,12 @@ class Walker:
             return x
         test = functools.partial(mask, jnp.int32(0))
         return lax.cond(fields[4] > 0, test, lambda x: x, x)
+
+    def clean_first(self, fields, lists: Lists, tiles: Sequence[Array]) -> None:
+        """`clean` for the first step, if its block is partial."""
+        if self.any_partial:
+            step = functools.partial(self.clean, fields, lists, jnp.int32(0), tiles)
+            pl.when(fields[4] > 0)(step)
 
     def total_steps(self, fields):
         """Steps of an item."""

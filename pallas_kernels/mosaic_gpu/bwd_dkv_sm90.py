@@ -105,7 +105,8 @@ def backward_dkv(
         delta: as ``lse2``: ``sum(dout * out) - dlse``; finite where lse2 is +inf.
         q_indices: int32, flattened lists of partial blocks by key block.
         full_q_indices: int32, flattened lists of full blocks by key block.
-        elements: test of the partial blocks; rows are keys.
+        elements: test of the partial blocks; rows are keys; ``bad`` tells of queries:
+            of q, dout, lse2 or delta.
         schedule: from `_schedule`, of these lists; with ``group`` where query heads
             share key heads.
         blocks: ``block_q`` and ``block_kv``.
@@ -212,7 +213,9 @@ class _BackwardDkv(Walker):
         k, v = s["k"].at[stage, w], s["v"].at[stage, w]
         mask = self.masked(fields, lists, fill=0.0)
         sums = sums or self.nothing()
-        dk, dv = self.accumulate(fields, s, step0, (k, v), mask, logits, sums_, sums)
+        dk, dv = self.accumulate(
+            fields, lists, s, step0, (k, v), mask, logits, sums_, sums
+        )
         plgpu.barrier_arrive(s["fixed_free"][stage])
         return dk, dv
 
@@ -221,9 +224,9 @@ class _BackwardDkv(Walker):
         f = gradient.probabilities_by_column(self.tile, self.scale * LOG2E)
         return f(logits, s["lse2"].at[slot])
 
-    def logits_gradient(self, p, dp, s, slot):
+    def logits_gradient(self, p, dp, s, slot, partial):
         """The step's ds."""
-        f = gradient.logits_gradient_by_column(self.tile)
+        f = gradient.logits_gradient_by_column(self.tile, partial)
         return f(p, dp, s["delta"].at[slot])
 
     def release(self, s, slot):
@@ -231,7 +234,7 @@ class _BackwardDkv(Walker):
         for name in STREAMS:
             plgpu.barrier_arrive(s[f"{name}_free"][slot])
 
-    def accumulate(self, fields, s, step0, kv, mask, logits_, sums_, sums):
+    def accumulate(self, fields, lists, s, step0, kv, mask, logits_, sums_, sums):
         """Waits for a step's products before the next: the other warpgroup overlaps.
 
         Run beside the next step's logits, they would need registers for p and ds twice.
@@ -245,6 +248,8 @@ class _BackwardDkv(Walker):
             dk, dv = carry
             slot = self.slot(step0, n)
             q, dout = s["q"].at[slot], s["dout"].at[slot]
+            if is_partial:
+                self.clean(fields, lists, n, [q, dout])
             self.take_turn(s, self.row_half())
             logits, dp = start(*logits_)(kv[0], q, kv[1], dout)
             self.pass_turn(s, self.row_half())
@@ -253,7 +258,7 @@ class _BackwardDkv(Walker):
             if is_partial:
                 p = mask(n, p)
             dp = wait((64, tile), 0)(dp)
-            ds = self.logits_gradient(p, dp, s, slot)
+            ds = self.logits_gradient(p, dp, s, slot, is_partial)
             dv, dk = start(*sums_)(dv, to_operand(p), dout, dk, to_operand(ds), q)
             self.await_operands(n + 1, total, step0, s, STREAMS)
             dk, dv = gradient.await_all(*dims)(dk, dv)

@@ -2,6 +2,7 @@
 
 ``s = q k^T``, ``dp = dout v^T``, ``p = exp(s - lse)``, ``ds = p (dp - delta)``,
 ``dq = ds k``: three products a step. See `_persistent` for the roles and the walk.
+Where a key or value has a NaN, lse or delta of its queries has one.
 May assume what `fwd_sm90` does; called by the adapter.
 """
 
@@ -98,7 +99,7 @@ def backward_dq(
         delta: as ``lse2``: ``sum(dout * out) - dlse``; finite where lse2 is +inf.
         kv_indices: int32, flattened lists of partial blocks.
         full_kv_indices: int32, flattened lists of full blocks.
-        elements: test of the partial blocks; rows are queries.
+        elements: test of the partial blocks; rows are queries; ``bad`` tells of k.
         schedule: from `_schedule`, of these lists.
         blocks: ``block_q`` and ``block_kv``.
         scale: factor of the logits; above 0.
@@ -154,6 +155,10 @@ class _BackwardDq(Walker):
     dtype: Any
     scale: float
 
+    @property
+    def reads_ahead(self):
+        return False
+
     def tiles(self, arrays):
         q, k, v, dout, _, _ = arrays
         fixed = [(q, "q"), (dout, "dout")]
@@ -168,7 +173,9 @@ class _BackwardDq(Walker):
         dov = Product(tile, v_tiling, v_tiling)
         dsk = Product(dim, k_tiling, accumulate=True)
         probabilities = gradient.probabilities_by_row(tile, self.scale * LOG2E)
-        logits_gradient = gradient.logits_gradient_by_row(tile)
+        logits_gradient = [
+            gradient.logits_gradient_by_row(tile, partial) for partial in (False, True)
+        ]
         to_operand = operand(tile, self.dtype)
         total = self.total_steps(fields)
         mask = self.masked(fields, lists, fill=0.0)
@@ -187,7 +194,8 @@ class _BackwardDq(Walker):
         logits, dp = gradient.await_all(tile, tile)(logits, dp)
         plgpu.barrier_arrive(s["v_free"][slot])
         p = self.mask_first(fields, mask, probabilities(logits, lse2))
-        ds = to_operand(logits_gradient(p, dp, delta))
+        ds = to_operand(logits_gradient[self.any_partial](p, dp, delta))
+        self.clean_first(fields, lists, [s["k"].at[slot]])
         dq = plgpu.layout_cast(jnp.zeros((64, dim), jnp.float32), r.ACC)
         self.await_operands(jnp.int32(1), total, step0, s, ["k", "v"])
         start_all = start(qk, dov, dsk)
@@ -207,7 +215,9 @@ class _BackwardDq(Walker):
                 p = mask(n, p)
             dp = wait((64, tile), 1)(dp)
             plgpu.barrier_arrive(s["v_free"][slot])
-            ds = logits_gradient(p, dp, delta)
+            ds = logits_gradient[is_partial](p, dp, delta)
+            if is_partial:
+                self.clean(fields, lists, n, [s["k"].at[slot]])
             self.await_operands(n + 1, total, step0, s, ["k", "v"])
             dq, ds = gradient.await_all(dim, tile)(dq, ds)
             plgpu.barrier_arrive(s["k_free"][before])

@@ -1,6 +1,7 @@
 """Block-sparse attention forward for Hopper: config, scratch, launch, kernel.
 
-Rows are queries, columns are keys; see `_persistent` for the roles and the walk.
+Rows are queries, columns are keys; see `_persistent` for the roles and the walk. A NaN
+in a key reaches its queries by the logits; so does one in a value of a flagged block.
 May assume: q, k, v are 16-bit, head sizes are multiples of 16, the lists are valid.
 Called by the adapter; knows nothing of BlockMask.
 """
@@ -15,9 +16,10 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 
 from .._common import LOG2E, tile_transforms
-from . import _persistent
+from . import _elements, _persistent
 from . import _registers as r
 from . import _softmax as softmax
 from ._elements import Elements
@@ -142,7 +144,7 @@ def forward(
         v: ``[B, S, K, Dv]``.
         kv_indices: int32, flattened lists of partial blocks.
         full_kv_indices: int32, flattened lists of full blocks.
-        elements: test of the partial blocks; rows are queries.
+        elements: test of the partial blocks; rows are queries; ``bad`` tells of v.
         schedule: from `_schedule`, of these lists.
         blocks: ``block_q`` and ``block_kv``.
         scale: factor of the logits; above 0.
@@ -244,6 +246,21 @@ class _Forward(Walker):
         q, k, v = arrays
         return [(q, "q")], [Stream("k", [(k, "k")]), Stream("v", [(v, "v")])]
 
+    def masked(self, fields, lists, fill):
+        """As in `Walker`; before, NaN in columns with a value that is not finite."""
+        test = super().masked(fields, lists, fill)
+        if test is None:
+            return None
+        poison = _elements.poison(self.tile)
+
+        def f(n, logits):
+            column, flagged = self.columns(fields, lists, n)
+            first = self.token(fields, lists, column)
+            bad = lambda x: poison(x, lists.elements.bad, first)
+            return test(n, lax.cond(flagged, bad, lambda x: x, logits))
+
+        return f
+
     def attend(self, fields, arrays, lists, s, step0, stage):
         """Online softmax over the item's blocks: QK of one block beside PV of the last.
 
@@ -281,6 +298,7 @@ class _Forward(Walker):
         p = softmax.operand(tile, self.dtype)(p)
         self.await_operands(jnp.int32(1), total, step0, s, ["k"])
         plgpu.barrier_wait(s["v_full"][slot])
+        self.clean_first(fields, lists, [s["v"].at[slot]])
 
         def step(n, carry, is_partial):
             acc, p, m, l, before = carry
@@ -295,6 +313,8 @@ class _Forward(Walker):
             p, m, l, alpha = softmax_step(logits, m, l)
             self.await_operands(n + 1, total, step0, s, ["k"])
             plgpu.barrier_wait(s["v_full"][slot])
+            if is_partial:
+                self.clean(fields, lists, n, [s["v"].at[slot]])
             acc, p = end_step(acc, p, alpha)
             plgpu.barrier_arrive(s["v_free"][before])
             return acc, p, m, l, slot

@@ -98,9 +98,14 @@ def probabilities_by_row(columns, scale_log2):
     return lambda s, lse2: jnp.exp2(s * scale_log2 - lse2[:, None])
 
 
-def logits_gradient_by_row(columns):
+def logits_gradient_by_row(columns, partial):
     del columns
-    return lambda p, dp, delta: p * (dp - delta[:, None])
+
+    def f(p, dp, delta):
+        ds = p * (dp - delta[:, None])
+        return jnp.where(p == 0, 0, ds) if partial else ds
+
+    return f
 
 
 def probabilities_by_column(columns, scale_log2):
@@ -108,9 +113,14 @@ def probabilities_by_column(columns, scale_log2):
     return lambda s, lse2: jnp.exp2(s * scale_log2 - lse2[...])
 
 
-def logits_gradient_by_column(columns):
+def logits_gradient_by_column(columns, partial):
     del columns
-    return lambda p, dp, delta: p * (dp - delta[...])
+
+    def f(p, dp, delta):
+        ds = p * (dp - delta[...])
+        return jnp.where(p == 0, 0, ds) if partial else ds
+
+    return f
 
 
 def scaled(columns, factor, dtype):
@@ -152,6 +162,26 @@ def apply(elements, columns, fill):
     return f
 
 
+def _flags(bad, first, columns):
+    head, column = jnp.divmod(first, bad.shape[-1])
+    b, h = jnp.divmod(head, bad.shape[1])
+    return bad[b, h, pl.ds(column, columns)] != 0
+
+
+def poison(columns):
+    return lambda x, bad, first: jnp.where(_flags(bad, first, columns), jnp.nan, x)
+
+
+def zero_columns(columns, dim):
+    del dim
+
+    def f(tile, bad, first):
+        flags = _flags(bad, first, columns)
+        tile[...] = jnp.where(flags[:, None], 0, tile[...]).astype(tile.dtype)
+
+    return f
+
+
 def _allows(rule, at, columns, row, column):
     def entry(x):
         return at.batch if x.shape[0] > 1 else 0
@@ -183,7 +213,7 @@ _STAND_INS = {
         *(probabilities_by_row, logits_gradient_by_row),
         *(probabilities_by_column, logits_gradient_by_column),
     ),
-    _elements: (apply,),
+    _elements: (apply, poison, zero_columns),
     fwd_sm90: (start, wait),
     bwd_dq_sm90: (start, wait, operand),
     bwd_dkv_sm90: (start, wait, operand),

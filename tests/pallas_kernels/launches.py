@@ -124,4 +124,7 @@ class Launch:
             ColumnInterval(column, column),
             Within(points[0], points[1], jnp.ones(1, jnp.float32)),
         )
-        return Elements(jnp.zeros(2, jnp.int32), bits, rules if self.rules else ())
+        heads = self.heads[self.kernel != "dkv"]
+        bad = jnp.zeros((1, heads, column.shape[1]), jnp.int32)
+        lengths = jnp.zeros(2, jnp.int32)
+        return Elements(lengths, bad, bits, rules if self.rules else ())

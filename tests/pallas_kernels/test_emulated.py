@@ -125,7 +125,7 @@ def test_negative_scale():
     assert contract.error(ours, plain) < 1e-2
 
 
-@pytest.mark.parametrize("where", ["v", "dout"])
+@pytest.mark.parametrize("where", ["k", "v", "q", "dout"])
 def test_nan_stays_where_attention_carries_it(where, monkeypatch):
     monkeypatch.setitem(contract.BLOCKS, "mosaic_gpu", SIZES["64 x 64"])
     contract.test_nan_stays_where_attention_carries_it("mosaic_gpu", where)

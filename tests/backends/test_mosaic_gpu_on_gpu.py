@@ -1,0 +1,182 @@
+"""What only a GPU can show of the Mosaic backend, beside the contract suite.
+
+Every head size, block and dtype against float64; the same bits a thousand times; sizes
+beyond 16 and 32 bits; memory and compilation.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsparse import BlockMask, block_sparse_attention
+from jsparse.backends import mosaic_gpu
+from tests.backends import test_contract as contract
+from tests.support.cases import Case, make_case, random_mask
+
+pytestmark = pytest.mark.gpu
+FP16_LIMIT = 1e-3
+"""As good as bfloat16's limit: the error of float16 is an eighth, or cancellation."""
+
+attend = functools.partial(block_sparse_attention, implementation="mosaic_gpu")
+
+
+def check(case: Case, dtype: str) -> None:
+    case = case.cast(dtype)
+    found, truth = contract.run_case("mosaic_gpu", case), contract.expected(case)
+    plain = contract.run_case("reference", case)
+    limit = FP16_LIMIT if dtype == "float16" else contract.HALF_LIMIT
+    for name, x, y, z in zip(contract.NAMES, found, truth, plain, strict=False):
+        bound = 2e-6 if name == "lse" else max(limit, 2 * contract.error(z, y))
+        assert contract.error(x, y) <= bound, name
+
+
+@pytest.mark.parametrize("dtype", mosaic_gpu.DTYPES)
+@pytest.mark.parametrize("block_kv", mosaic_gpu.BLOCKS)
+@pytest.mark.parametrize("block_q", mosaic_gpu.BLOCKS)
+@pytest.mark.parametrize("dim", [16, 24, 32, 48, 64, 96, 128])
+def test_every_head_size_block_and_dtype(dim, block_q, block_kv, dtype):
+    rng = np.random.default_rng(dim)
+    sizes = (block_q * 4 - 9, block_kv * 5 + 7, block_q, block_kv)
+    check(make_case(rng, random_mask(rng, sizes, 12), dims=(dim, dim)), dtype)
+
+
+@pytest.mark.parametrize("dims", [(64, 32), (32, 128), (128, 16)], ids=str)
+def test_values_of_another_size(dims):
+    rng = np.random.default_rng(1)
+    mask = random_mask(rng, (500, 600, 128, 128), 12)
+    check(make_case(rng, mask, heads=(4, 2), dims=dims), "bfloat16")
+
+
+def test_the_same_bits_a_thousand_times():
+    rng = np.random.default_rng(2)
+    mask = random_mask(rng, (2000, 3000, 128, 128), 150)
+    case = make_case(rng, mask, heads=(4, 2), dims=(64, 64)).cast("bfloat16")
+    mask = case.mask
+
+    @jax.jit
+    def differs(q, k, v, dout, dlse, first):
+        found = contract.run("mosaic_gpu", q, k, v, mask, None, dout, dlse)[:5]
+        bits = [
+            jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+            for x in found
+        ]
+        wrong = sum((x != y).sum() for x, y in zip(bits, first or bits, strict=True))
+        return wrong, bits
+
+    args = (case.q, case.k, case.v, case.dout, case.dlse)
+    _, first = differs(*args, None)
+    wrong = sum(differs(*args, first)[0] for _ in range(1000))
+    assert int(wrong) == 0
+
+
+def test_more_than_65536_tokens():
+    rng, blocks = np.random.default_rng(3), 600
+    rows = np.repeat(np.arange(blocks), 3)
+    columns = np.concatenate([rng.choice(blocks, 3, replace=False) for _ in rows[::3]])
+    _check_some_rows(rng, rows, columns, blocks, heads=2, dim=64)
+
+
+def test_more_than_2_to_the_31_elements():
+    # 2112 * 128 tokens of 64 heads of 128 channels: 2.2e9 elements an array.
+    rng, blocks = np.random.default_rng(4), 2112
+    rows = np.arange(blocks)
+    _check_some_rows(rng, rows, rng.permutation(blocks), blocks, heads=64, dim=128)
+
+
+def _check_some_rows(rng, rows, columns, blocks, heads, dim):
+    """Outputs and dq of the last head in NumPy, for blocks at the beginning and end."""
+    length = blocks * 128
+    mask = BlockMask.from_blocks(rows, columns, q_len=length)
+    keys = jax.random.split(jax.random.key(int(rng.integers(1 << 30))), 4)
+    shape = (length, heads, dim)
+    q, k, v, dout = (jax.random.normal(x, shape, jnp.bfloat16) for x in keys)
+    out, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, mask), q, k, v)
+    dq, dk, dv = pullback(dout)
+    found, truth = [], []
+
+    def take(x, block):
+        return np.asarray(x[block * 128 : (block + 1) * 128, -1], np.float64)
+
+    def gather(x, which):
+        return np.concatenate([take(x, block) for block in which])
+
+    def probabilities(row):
+        seen = columns[rows == row]
+        s = take(q, row) @ gather(k, seen).T * dim**-0.5
+        p = np.exp(s - s.max(1, keepdims=True))
+        return seen, p / p.sum(1, keepdims=True)
+
+    def gradient(row):
+        seen, p = probabilities(row)
+        dp = take(dout, row) @ gather(v, seen).T
+        return seen, p, p * (dp - (p * dp).sum(1, keepdims=True)) * dim**-0.5
+
+    for row in (0, blocks // 2, blocks - 1):
+        seen, p, ds = gradient(row)
+        found += [take(out, row), take(dq, row)]
+        truth += [p @ gather(v, seen), ds @ gather(k, seen)]
+    for column in (0, blocks - 1):
+        dk_, dv_ = np.zeros((2, 128, dim))
+        for row in rows[columns == column]:
+            seen, p, ds = gradient(row)
+            part = slice(128 * list(seen).index(column), None)
+            dk_ += ds[:, part][:, :128].T @ take(q, row)
+            dv_ += p[:, part][:, :128].T @ take(dout, row)
+        found += [take(dk, column), take(dv, column)]
+        truth += [dk_, dv_]
+    for x, y in zip(found, truth, strict=True):
+        assert contract.error(x, y) < 1.2 * contract.HALF_LIMIT
+
+
+def test_memory_beyond_inputs_and_outputs():
+    rng = np.random.default_rng(5)
+    mask = random_mask(rng, (40_000, 40_000, 128, 128), 6000, elements=False)
+    case = make_case(rng, mask, heads=(16, 16), dims=(64, 64)).cast("bfloat16")
+    args = (case.q, case.k, case.v, case.dout, case.dlse)
+
+    run: Any = contract.run
+
+    def both(q, k, v, dout, dlse):
+        return run.__wrapped__("mosaic_gpu", q, k, v, mask, None, dout, dlse)[:5]
+
+    memory: Any = jax.jit(both).lower(*args).compile().memory_analysis()
+    ends = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    assert memory.temp_size_in_bytes < 0.05 * ends + 64e6
+
+
+def test_compiles_fast_and_once_for_a_bucket():
+    rng, traces = np.random.default_rng(6), []
+
+    @jax.jit
+    def gradients(q, k, v, dout, mask):
+        traces.append(1)
+        return jax.vjp(lambda q, k, v: attend(q, k, v, mask), q, k, v)[1](dout)
+
+    cases = [
+        make_case(
+            rng,
+            random_mask(rng, (n, n, 128, 128), 30).pad_to(
+                2048, capacity=16, num_bits=30
+            ),
+            dims=(48, 48),
+        ).cast("bfloat16")
+        for n in (1000, 1500)
+    ]
+    start = time.perf_counter()
+    for case in cases:
+        found = gradients(case.q, case.k, case.v, case.dout, case.mask)
+        jax.block_until_ready(found)
+        case.dlse = np.zeros_like(case.dlse)
+        truth = contract.expected(case)
+        for x, y in zip(found, truth[2:5], strict=True):
+            assert contract.error(x, y) < contract.HALF_LIMIT
+        if case is cases[0]:
+            assert time.perf_counter() - start < 15
+    assert len(traces) == 1
