@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,10 +45,11 @@ class Launch:
     bits: bool = True
     rules: bool = False
     on_host: bool = True
+    given: Any = None
 
     def config(self):
-        """The heuristic's."""
-        return KERNELS[self.kernel][1](*self.dims, *self.blocks)
+        """The given one, or the chosen one."""
+        return self.given or KERNELS[self.kernel][1](*self.dims, *self.blocks)
 
     def lower(self) -> str:
         """The text of the program for an H100."""
