@@ -240,7 +240,7 @@ class Contest:
                 raise self._no_room(name, where, err) from err
             reason = str(err)
         except Exception as err:  # noqa: BLE001 (other people's code; kept in the record)
-            reason = _reason(err)
+            reason = reason_of(err)
             if self.strict:
                 self.record["missed"].append(
                     f"{self.record['case']}, {where}: {name} failed: {reason}"
@@ -255,7 +255,7 @@ class Contest:
         try:
             self.contenders.pop(name).close()
         except Exception as err:  # noqa: BLE001 (as above)
-            self.record["left_out"].setdefault(name, f"close: {_reason(err)}")
+            self.record["left_out"].setdefault(name, f"close: {reason_of(err)}")
 
     def _no_room(self, name: str, where: str, err: DoesNotFit) -> BadInput:
         return BadInput(
@@ -264,7 +264,8 @@ class Contest:
         )
 
 
-def _reason(err: Exception) -> str:
+def reason_of(err: Exception) -> str:
+    """One line for a record."""
     return " ".join(f"{type(err).__name__}: {err}".split())[:_REASON]
 
 

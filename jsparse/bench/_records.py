@@ -35,7 +35,7 @@ DIRECTIONS = {
 }
 
 
-_BESIDE = ("latency", "profile")
+_BESIDE = ("latency", "profile", "tune")
 _COUNTERS = ("tensor", "SM", "memory", "occupancy", "read", "written")
 _TIMERS = {"wall": "wall clock", "kernels": "kernels"}
 
@@ -134,6 +134,8 @@ def facts(record: Record) -> list[Facts]:
             left = list(record["left_out"].items())
             tables.append(Facts("Left out", ("peer", "why"), left))
         return tables
+    if record["kind"] == "tune":
+        return [*tables, *(_tuned_facts(record, found) for found in record["tuned"])]
     rows = [(name, *_times(spent)) for name, spent in record["seconds"].items()]
     tables.append(Facts("Time of each step", ("step", "min", "median", "max"), rows))
     return tables
@@ -187,6 +189,29 @@ def _profile_rows(record: Record, direction: str) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+def _tuned_facts(record: Record, found: Record) -> Facts:
+    """Configs of a kernel, the chosen one first; the fastest stands out."""
+    tried, left_out = found["tried"], found["left_out"]
+    rows = [
+        (
+            _config(one["config"]),
+            format_seconds(one["seconds"]["median"]),
+            "{median:.3f} ({min:.3f} to {max:.3f})".format(**one["ratio"]),
+            f"{one['difference']:.1e}",
+        )
+        for one in tried
+    ]
+    rows += [(_config(one["config"]), "", "", one["reason"]) for one in left_out]
+    columns = ("config", "time", "time / the first's", "difference")
+    best = next(n for n, one in enumerate(tried) if one["best"])
+    title = f"{record['case']}: configs of {found['kernel']}"
+    return Facts(title, columns, rows, best)
+
+
+def _config(fields: Record) -> str:
+    return " ".join(f"{name}={value}" for name, value in fields.items())
 
 
 def _short(name: str) -> str:
@@ -291,7 +316,7 @@ def markdown(records: Sequence[Record]) -> str:
         'No benchmark was recorded yet.'
     """
     newest: dict[str, dict[tuple[str, str], Record]] = {}
-    for record in records:
+    for record in (r for r in records if r["kind"] != "tune"):
         beside = record["kind"] if record["kind"] in _BESIDE else ""
         newest.setdefault(_device(record), {})[record["case"], beside] = record
     if not newest:

@@ -34,6 +34,7 @@ from jsparse.bench._jax_peers import Ours, no_gpu
 from jsparse.bench._peers import PEERS
 from jsparse.bench._profile import Pass, profile_pass
 from jsparse.bench._records import wrong
+from jsparse.bench._tuning import TUNED, tune
 from jsparse.measure import BadInput, Progress
 from jsparse.ops import support
 from jsparse.patterns import BlockMask
@@ -60,7 +61,8 @@ class Options:
         backward: whether to measure forward + backward.
         repeats: timed rounds.
         kind: of record: ``"attention"`` compares, ``"latency"`` measures how times are
-            spread, ``"profile"`` reads hardware counters.
+            spread, ``"profile"`` reads hardware counters, ``"tune"`` looks for the
+            fastest configs of our kernels.
         heads: in place of the case's own.
         head_dim: in place of the case's own.
         dtype: in place of the case's own.
@@ -76,7 +78,7 @@ class Options:
     against: tuple[str, ...] | None = None
     backward: bool = True
     repeats: int = 5
-    kind: Literal["attention", "latency", "profile"] = "attention"
+    kind: Literal["attention", "latency", "profile", "tune"] = "attention"
     heads: int | None = None
     head_dim: int | None = None
     dtype: str | None = None
@@ -111,6 +113,13 @@ class Options:
             raise BadInput(
                 f"implementation {self.implementation!r} is unknown; expected auto, "
                 f"{', '.join(IMPLEMENTATIONS)}."
+            )
+        if self.kind == "tune" and self.implementation == "auto":
+            object.__setattr__(self, "implementation", TUNED)
+        elif self.kind == "tune" and self.implementation != TUNED:
+            raise BadInput(
+                f"implementation {self.implementation!r} has no configs to choose "
+                f"from; expected {TUNED} for --tune."
             )
 
 
@@ -183,6 +192,9 @@ def _run_attention(
     if (heads, head_dim, dtype) != (case.heads, case.head_dim, case.dtype):
         record["case"] = f"{case.name}-h{heads}-d{head_dim}-{dtype}"
     check_channels(heads, head_dim)
+    reason = no_gpu() if options.kind in ("profile", "tune") else None
+    if reason is not None:
+        raise BadInput(f"--{options.kind} cannot run here: {reason}.")
     with progress.stage(f"{case.name}: pattern"):
         pattern = case.load()
     mask = pattern.mask
@@ -212,8 +224,15 @@ def _run_attention(
         del sets  # the child makes its own
         _run_profile(case, options, progress, record)
         return
+    task = Task(mask, sets)
+    if options.kind == "tune":
+        tune(
+            *(record, task, options.traced),
+            *(options.backward, options.repeats, progress),
+        )
+        return
     peers, strict = _peers(options, mask, record)
-    task, contenders = Task(mask, sets), [ours, *peers]
+    contenders = [ours, *peers]
     with Contest(record, pattern, task, contenders, strict, progress) as contest:
         for direction in _directions(options, kernels):
             if options.kind == "latency":
@@ -229,9 +248,6 @@ def _run_profile(
     case: AttentionCase, options: Options, progress: Progress, record: dict[str, Any]
 ) -> None:
     """Fills in the counters of each pass; results are checked by the other runs."""
-    reason = no_gpu()
-    if reason is not None:
-        raise BadInput(f"--profile cannot run here: {reason}.")
     if case.name not in all_cases():
         raise BadInput(
             f"case {case.name!r} is of a structure file; expected a named case for "

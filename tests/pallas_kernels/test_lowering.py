@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from tests.support.cases import random_mask
 
 DIMS = ((16, 16), (32, 32), (48, 48), (64, 64), (80, 80), (96, 96), (128, 128))
 DIMS += ((64, 128), (128, 16))
-BLOCKS = tuple(itertools.product(mosaic_gpu.BLOCKS, repeat=2))
+BLOCKS: Any = tuple(itertools.product(mosaic_gpu.BLOCKS, repeat=2))
 
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)
@@ -48,7 +49,8 @@ def launches_of_candidates() -> dict[str, Launch]:
         DIMS[:7], BLOCKS, KERNELS, (False, True)
     ):
         few_blocks = few if kernel == "forward" else None
-        key = _tables.Key("sm90", kernel, *dims, *blocks, few_blocks)
+        sizes = (dims[0], dims[1], blocks[0], blocks[1])
+        key = _tables.Key("sm90", kernel, *sizes, few_blocks)
         for config in _candidates.candidates(key, "bfloat16")[1:]:
             name = f"{kernel}-{blocks}-{_tables.fields_of(config)}"
             found[name] = Launch(kernel, dims, blocks, rules=True, given=config)
