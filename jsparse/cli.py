@@ -272,6 +272,21 @@ def bench(
             "of ratios.",
         ),
     ] = False,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Time the configs of our kernels, in place of ratios; with "
+            "--no-backward of the forward kernel only.",
+        ),
+    ] = False,
+    entries: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --tune: table of configs to put the fastest into; of a "
+            "checkout, pallas_kernels/mosaic_gpu/tables.json."
+        ),
+    ] = None,
     heads: Annotated[
         int | None, typer.Option(help="Heads, in place of the case's own.")
     ] = None,
@@ -343,6 +358,10 @@ def bench(
         folder = records or benchmarks.records_folder(to_write=record)
         if check and render is None:
             raise BadInput("--check needs --render FILE, the file to compare.")
+        if entries is not None and not tune:
+            raise BadInput("--entries needs --tune, which measures them.")
+        if entries is not None:
+            benchmarks.read_entries(entries)  # refused before the work
         if table or render is not None:
             raise typer.Exit(_render(folder, render, check, json))
         if plot is not None:
@@ -360,7 +379,7 @@ def bench(
             against=None if against is None else tuple(_names(against)),
             backward=backward,
             repeats=repeats,
-            kind=_kind(latency, profile),
+            kind=_kind(latency, profile, tune),
             heads=heads,
             head_dim=head_dim,
             dtype=dtype,
@@ -374,7 +393,7 @@ def bench(
         chosen = benchmarks.choose_cases(known, cases or [], structure is not None)
         made = _folder(folder, "--records") if record else contextlib.nullcontext()
         with made:
-            found = _measure(chosen, options, folder if record else None, json)
+            found = _measure(chosen, options, folder if record else None, entries, json)
         if json:
             print(to_json(found))
         missed = [line for one in found for line in one["missed"]]
@@ -384,7 +403,11 @@ def bench(
 
 
 def _measure(
-    chosen: list[Any], options: Any, folder: Path | None, json: bool
+    chosen: list[Any],
+    options: Any,
+    folder: Path | None,
+    entries: Path | None,
+    json: bool,
 ) -> list[dict[str, Any]]:
     """Runs cases one by one, so that each is shown and kept as soon as it is known."""
     found = []
@@ -393,6 +416,9 @@ def _measure(
         found.append(result)
         if folder is not None:
             _say(f"Record: {benchmarks.write_record(result, folder)}")
+        if entries is not None:
+            benchmarks.write_entries(entries, result["entries"])
+            _say(f"Entries: {entries}")
         if not json:
             _print_tables(benchmarks.facts(result))
     return found
@@ -424,10 +450,13 @@ def _plot(records: Path, out: Path, json: bool) -> None:
         _say(f"Picture: {out / name}")
 
 
-def _kind(latency: bool, profile: bool) -> Any:
-    if latency and profile:
-        raise BadInput("--latency and --profile were given; expected one of them.")
-    return "latency" if latency else "profile" if profile else "attention"
+def _kind(latency: bool, profile: bool, tune: bool) -> Any:
+    asked = {"latency": latency, "profile": profile, "tune": tune}
+    given = [kind for kind, wanted in asked.items() if wanted]
+    if len(given) > 1:
+        options = " and ".join(f"--{kind}" for kind in given)
+        raise BadInput(f"{options} were given; expected one of them.")
+    return given[0] if given else "attention"
 
 
 def _targets(folder: Path, groups: list[str], json: bool) -> int:

@@ -57,6 +57,11 @@ def test_package_is_marked_as_typed():
     assert resources.files(jsparse).joinpath("py.typed").is_file()
 
 
+def test_package_has_the_table_of_configs():
+    table = "pallas_kernels/mosaic_gpu/tables.json"
+    assert resources.files(jsparse).joinpath(table).is_file()
+
+
 def test_version_is_the_distributions():
     assert jsparse.__version__ == metadata.version("jsparse")
 

@@ -9,6 +9,7 @@ Called by ``jsparse bench``; it computes with the public operation only.
   ``_builds.py`` for masks;
 * ``_records.py``: ``records/``, one JSON file for each run, and Markdown tables;
 * ``_profile.py``: hardware counters;
+* ``_tuning.py``: the fastest configs of our kernels;
 * ``_plots.py``: pictures of the records;
 * ``_targets.py``: what the records should say.
 """
@@ -32,3 +33,5 @@ from jsparse.bench._runner import run_case as run_case
 from jsparse.bench._targets import choose_targets as choose_targets
 from jsparse.bench._targets import judge_targets as judge_targets
 from jsparse.bench._targets import targets_tables as targets_tables
+from jsparse.bench._tuning import read_entries as read_entries
+from jsparse.bench._tuning import write_entries as write_entries

@@ -25,12 +25,14 @@ from jsparse.bench._contract import (
     Peer,
     Task,
 )
+from jsparse.bench._records import wrong
 from jsparse.measure import BadInput, Progress
 
 WORK = {"forward": 1.0, "backward": 2.5, "forward_backward": 3.5}
 """Operations of a pass over those of the forward pass."""
 
-_FEWER = 8  # times fewer rows are checked where every pair counts
+_ELEMENTS = 1 << 21  # rows x keys x heads written out in NumPy: a second or two
+_ROWS = (8, 256)  # fewest and most that are checked, in every head
 _REASON = 500  # characters of a failure that are kept
 
 
@@ -49,7 +51,6 @@ class Contest:
         self.record, self.pattern, self.task = record, pattern, task
         self.ours, self.strict, self.progress = peers[0], strict, progress
         self.peers = {peer.name: peer for peer in peers}
-        self.rows = measure.choose_rows(pattern.mask.q_len)
         self.contenders: dict[str, Contender] = {}
 
     def __enter__(self) -> Contest:
@@ -60,8 +61,8 @@ class Contest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for contender in self.contenders.values():
-            contender.close()
+        for name in list(self.contenders):
+            self._close(name)
 
     def compare(self, direction: Direction, repeats: int, kernels: bool) -> None:
         """Times all in turns; fills ``record[direction]`` with times and ratios.
@@ -165,7 +166,7 @@ class Contest:
             found["gflops_per_second"] = self._rate(
                 direction, name, found["seconds"]["median"]
             )
-            if spent is not ours:
+            if spent is not ours and not wrong(found):
                 found["ratio"] = spread(np.divide(spent, ours))
                 found["ours_over_peer"] = spread(np.divide(ours, spent))
 
@@ -204,11 +205,12 @@ class Contest:
     @functools.cache  # noqa: B019 (the contest is short-lived; contenders share these)
     def _expected(self, computes: str) -> tuple[np.ndarray, Any]:
         """Rows to look at, and what they should be; the same for many contenders."""
-        rows, kv_len = self.rows, self.pattern.mask.kv_len
+        mask, heads = self.pattern.mask, self.record["input"]["heads"]
+        density = 1.0 if computes == EVERY else mask.density
+        count = int(_ELEMENTS / max(1.0, density * mask.kv_len * heads))
+        rows = measure.choose_rows(mask.q_len, int(np.clip(count, *_ROWS)))
         if computes == EVERY:
-            # Each of these rows takes as long as many of a sparse pattern.
-            rows = rows[::_FEWER]
-            allowed = (np.broadcast_to(np.True_, (len(rows), kv_len)),)
+            allowed = (np.broadcast_to(np.True_, (len(rows), mask.kv_len)),)
         else:
             allowed = self.pattern.allowed(rows)
         q, k, v, dout = map(np.asarray, self.task.sets[0])
@@ -238,21 +240,33 @@ class Contest:
                 raise self._no_room(name, where, err) from err
             reason = str(err)
         except Exception as err:  # noqa: BLE001 (other people's code; kept in the record)
-            reason = " ".join(f"{type(err).__name__}: {err}".split())[:_REASON]
+            reason = reason_of(err)
             if self.strict:
                 self.record["missed"].append(
                     f"{self.record['case']}, {where}: {name} failed: {reason}"
                 )
         self.record["left_out"][name] = f"{where}: {reason}"
         if name in self.contenders:
-            self.contenders.pop(name).close()
+            self._close(name)
         return None
+
+    def _close(self, name: str) -> None:
+        """Ends a contender's part; what was found counts even if that fails."""
+        try:
+            self.contenders.pop(name).close()
+        except Exception as err:  # noqa: BLE001 (as above)
+            self.record["left_out"].setdefault(name, f"close: {reason_of(err)}")
 
     def _no_room(self, name: str, where: str, err: DoesNotFit) -> BadInput:
         return BadInput(
             f"{self.record['case']}: {name}, {where}: {err}. Choose a smaller case, "
             "fewer heads, --no-backward, or --against none."
         )
+
+
+def reason_of(err: Exception) -> str:
+    """One line for a record."""
+    return " ".join(f"{type(err).__name__}: {err}".split())[:_REASON]
 
 
 def spread(values: Any) -> dict[str, float]:

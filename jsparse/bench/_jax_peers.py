@@ -70,6 +70,10 @@ class JaxPeer:
         out, pull = jax.vjp(lambda q, k, v: self.forward(q, k, v, pattern), q, k, v)
         return out, *pull(dout)
 
+    def gradients(self, pull: Any, dout: Array) -> Any:
+        """Those of q, k and v, from the pullback of `forward`; traced under ``jit``."""
+        return pull(dout)
+
     def enter(self, task: Task) -> JaxContender:
         """See `Peer.enter`."""
         return JaxContender(self, task)
@@ -239,7 +243,7 @@ class JaxContender:
         for *qkv, dout in self.task.sets:
             _, pull = measure.time_call(compiled.call, *qkv, pattern)
             sets.append((pull, dout))
-        backward = self._compile(lambda pull, dout: pull(dout), sets[0])
+        backward = self._compile(self.peer.gradients, sets[0])
         return JaxCall(backward, sets, ("dq",))
 
     def close(self) -> None:

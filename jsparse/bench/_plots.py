@@ -6,14 +6,14 @@ Of one device: that of the newest comparison on a GPU, else of the newest. Calle
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from jsparse.bench._cases import SWEEP, all_cases
 from jsparse.bench._contract import EVERY
-from jsparse.bench._records import DIRECTIONS, Record
+from jsparse.bench._records import DIRECTIONS, Record, wrong
 from jsparse.measure import BadInput
 from jsparse.report import LIGHT, Theme, add_legend, paint, to_png
 
@@ -108,7 +108,7 @@ def draw_rates(records: Sequence[Record], theme: Theme = LIGHT) -> bytes:
         axes.set_axisbelow(True)
         axes.set_title(DIRECTIONS[direction], fontsize=9, loc="left", color=theme.ink)
     _finish(figure, records, "Useful work by case", theme)
-    _shared_legend(figure, _bar_handles(names, records, directions, theme), theme)
+    _shared_legend(figure, _handles(_bar, names, records, directions, theme), theme)
     return to_png(figure, 150)
 
 
@@ -160,7 +160,7 @@ def draw_density(records: Sequence[Record], theme: Theme = LIGHT) -> bytes:
     shape = "{q_len:,} tokens, ".format(**first["mask"])
     shape += "H{heads} D{head_dim} {dtype}".format(**first["input"])
     _finish(figure, records, f"Time against density: {shape}", theme)
-    _shared_legend(figure, _line_handles(names, records, directions, theme), theme)
+    _shared_legend(figure, _handles(_line, names, records, directions, theme), theme)
     return to_png(figure, 150)
 
 
@@ -172,10 +172,13 @@ def _directions(records: Iterable[Record]) -> list[str]:
 
 
 def _named(record: Record, direction: str) -> dict[str, Any]:
-    """Results by contender; whichever implementation is ours is called so."""
-    results = record.get(direction, {})
+    """Results by contender, without wrong peers; ours is called so whichever it is."""
     ours = record["ours"]
-    return {_OURS if name == ours else name: found for name, found in results.items()}
+    return {
+        _OURS if name == ours else name: found
+        for name, found in record.get(direction, {}).items()
+        if name == ours or not wrong(found)
+    }
 
 
 def _contenders(records: Sequence[Record]) -> list[str]:
@@ -254,51 +257,35 @@ def _finish(figure: Any, records: Sequence[Record], title: str, theme: Theme) ->
         paint(axes, theme)
 
 
-def _label(name: str, records: Sequence[Record], directions: Sequence[str]) -> str:
-    dense = any(_is_dense(r, d, name) for r in records for d in directions)
-    return f"{name} (dense)" if dense else name
-
-
-def _bar_handles(
+def _handles(
+    draw: Callable[[str, bool, Theme], Any],
     names: Sequence[str],
     records: Sequence[Record],
     directions: Sequence[str],
     theme: Theme,
 ) -> list[Any]:
+    """What the legend shows of each contender, as ``draw`` draws it."""
+    handles = []
+    for name in names:
+        dense = any(_is_dense(r, d, name) for r in records for d in directions)
+        handle = draw(_colour(name, theme), dense, theme)
+        handle.set_label(f"{name} (dense)" if dense else name)
+        handles.append(handle)
+    return handles
+
+
+def _bar(colour: str, dense: bool, theme: Theme) -> Any:
     from matplotlib.patches import Patch
 
-    handles = []
-    for name in names:
-        label = _label(name, records, directions)
-        style: dict[str, Any] = _HATCHED if label != name else {}
-        handles.append(
-            Patch(
-                facecolor=_colour(name, theme),
-                edgecolor=theme.paper,
-                lw=0,
-                label=label,
-                **style,
-            )
-        )
-    return handles
+    style: dict[str, Any] = _HATCHED if dense else {}
+    return Patch(facecolor=colour, edgecolor=theme.paper, lw=0, **style)
 
 
-def _line_handles(
-    names: Sequence[str],
-    records: Sequence[Record],
-    directions: Sequence[str],
-    theme: Theme,
-) -> list[Any]:
+def _line(colour: str, dense: bool, _: Theme) -> Any:
     from matplotlib.lines import Line2D
 
-    handles = []
-    for name in names:
-        label = _label(name, records, directions)
-        style: dict[str, Any] = (
-            {"ls": "--"} if label != name else {"marker": "o", "ms": 3.5}
-        )
-        handles.append(Line2D([], [], color=_colour(name, theme), label=label, **style))
-    return handles
+    style: dict[str, Any] = {"ls": "--"} if dense else {"marker": "o", "ms": 3.5}
+    return Line2D([], [], color=colour, **style)
 
 
 def _shared_legend(figure: Any, handles: list[Any], theme: Theme) -> None:

@@ -1,8 +1,8 @@
 """Hardware counters of our kernels, read by Nsight Compute (``ncu``).
 
-``ncu`` runs a child process, `run_child`, that calls one pass a few times and nothing
-else: its inputs are drawn on the host, so every kernel it launches is of that pass.
-Called by ``_runner.py``.
+``ncu`` runs a child process, `run_child`, that calls one pass a few times. What it
+launches before, to tune while it compiles and for the residuals of a backward pass, is
+told apart by its order. Called by ``_runner.py``.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ _UNITS = {
     **{"%": 1.0, "inst": 1.0, "": 1.0},
 }
 _CHILD = "import sys, jsparse.bench._profile as p; p.run_child(sys.argv[1])"
-_PLACES = ("/usr/local/cuda/bin/ncu", "/opt/nvidia/nsight-compute/ncu")
+_PLACES = ("/usr/local/cuda/bin/ncu", "/opt/nvidia/nsight-compute/*/ncu")
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,19 @@ def find_ncu() -> str:
     Raises:
         BadInput: if it is not there.
     """
-    found = shutil.which("ncu") or next((p for p in _PLACES if Path(p).exists()), None)
+    found = shutil.which("ncu") or next(filter(None, map(_newest, _PLACES)), None)
     if found is None:
         raise BadInput(
             f"--profile: ncu is neither on the PATH nor at {' or '.join(_PLACES)}. "
             "Install Nsight Compute, which comes with the CUDA toolkit."
         )
     return found
+
+
+def _newest(place: str) -> str | None:
+    """The file of that name; of a pattern, that with the highest version."""
+    numbers = {file: [*map(int, re.findall(r"\d+", file))] for file in glob(place)}
+    return max(numbers, key=numbers.__getitem__, default=None)
 
 
 def profile_pass(what: Pass) -> list[dict[str, Any]]:
@@ -122,9 +130,15 @@ def profile_pass(what: Pass) -> list[dict[str, Any]]:
             check=False,
         )
         text = log.read_text(encoding="utf-8") if log.exists() else ""
-    kernels = parse_counters(text.splitlines())
-    if done.returncode or not kernels:
+    launches = parse_counters(text.splitlines())
+    if done.returncode or not launches:
         raise BadInput(_failure(done, text))
+    kernels = by_kernel(of_the_calls(launches))
+    if not kernels:
+        raise BadInput(
+            f"--profile: the last of {len(launches)} launches are not {CALLS} times "
+            "the same kernels; expected the calls of one pass."
+        )
     return kernels
 
 
@@ -141,54 +155,88 @@ def _failure(done: subprocess.CompletedProcess[str], log: str) -> str:
     )
 
 
-def parse_counters(lines: Iterable[str]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel.
+
+    Attributes:
+        kernel: its name.
+        counters: by the keys of `METRICS`; without those that the GPU does not have.
+    """
+
+    kernel: str
+    counters: dict[str, float]
+
+
+def parse_counters(lines: Iterable[str]) -> list[Launch]:
     """Reads what ``ncu --csv`` prints: one line for each launch and metric.
 
     Args:
         lines: of its log; those of the tool itself start with ``==``.
 
     Returns:
-        See `profile_pass`.
+        The launches, in their order.
 
     Example:
         >>> head = '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
-        >>> line = '"{}","attend","gpu__time_duration.sum","ns","{}"'
-        >>> lines = ["==PROF== ...", head, line.format(0, 900), line.format(1, 1100)]
-        >>> (kernel,) = parse_counters(lines)
-        >>> kernel["kernel"], kernel["launches"], round(kernel["seconds"] * 1e9)
-        ('attend', 2, 1000)
+        >>> line = '"0","attend","gpu__time_duration.sum","ns","900"'
+        >>> (launch,) = parse_counters(["==PROF== ...", head, line])
+        >>> launch.kernel, round(launch.counters["seconds"] * 1e9)
+        ('attend', 900)
     """
     table = [line for line in lines if line.startswith('"')]
     names = {metric: name for name, metric in METRICS.items()}
-    launches: dict[str, dict[str, dict[str, float]]] = {}
+    launches: dict[str, Launch] = {}
     for row in csv.DictReader(table):
-        launch = launches.setdefault(row["Kernel Name"], {}).setdefault(row["ID"], {})
+        launch = launches.setdefault(row["ID"], Launch(row["Kernel Name"], {}))
         name = names.get(row["Metric Name"])
         value = _number(row["Metric Value"])
         if name is not None and value is not None:
-            launch[name] = value * _UNITS.get(row["Metric Unit"], 1.0)
+            launch.counters[name] = value * _UNITS.get(row["Metric Unit"], 1.0)
+    return list(launches.values())
+
+
+def of_the_calls(launches: list[Launch]) -> list[Launch]:
+    """The last launches, as many as are `CALLS` times the same kernels.
+
+    Example:
+        >>> launches = [Launch(name, {}) for name in "aaaab" + CALLS * "ac"]
+        >>> "".join(launch.kernel for launch in of_the_calls(launches))
+        'acacac'
+    """
+    for each in range(len(launches) // CALLS, 0, -1):
+        last = launches[-each * CALLS :]
+        calls = (
+            sorted(launch.kernel for launch in last[n : n + each])
+            for n in range(0, len(last), each)
+        )
+        first = next(calls)
+        if all(call == first for call in calls):
+            return last
+    return []
+
+
+def by_kernel(launches: list[Launch]) -> list[dict[str, Any]]:
+    """Means of the counters over the launches of each kernel; see `profile_pass`.
+
+    Example:
+        >>> launches = [Launch("attend", {"seconds": x}) for x in (1.0, 2.0)]
+        >>> (kernel,) = by_kernel(launches)
+        >>> kernel["launches"], kernel["seconds"], kernel["sm_percent"]
+        (2, 1.5, None)
+    """
+    counters: dict[str, list[dict[str, float]]] = {}
+    for launch in launches:
+        counters.setdefault(launch.kernel, []).append(launch.counters)
     found = [
         {
             "kernel": kernel,
             "launches": len(each),
-            **{
-                name: _mean([x[name] for x in each.values() if name in x])
-                for name in METRICS
-            },
+            **{name: _mean([x[name] for x in each if name in x]) for name in METRICS},
         }
-        for kernel, each in launches.items()
+        for kernel, each in counters.items()
     ]
     return sorted(found, key=lambda kernel: -(kernel["seconds"] or 0.0))
-
-
-def of_the_pass(kernels: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without what is launched less often than the pass: the residuals' forward pass.
-
-    Example:
-        >>> of_the_pass([{"launches": 1}, {"launches": CALLS}])
-        [{'launches': 3}]
-    """
-    return [kernel for kernel in kernels if kernel["launches"] >= CALLS]
 
 
 def _number(text: str) -> float | None:
@@ -206,7 +254,7 @@ def _mean(values: list[float]) -> float | None:
 
 
 def run_child(text: str) -> None:
-    """Runs one pass `CALLS` times; no kernel but its own is launched.
+    """Runs one pass `CALLS` times, and launches nothing after.
 
     Args:
         text: a `Pass` as JSON.

@@ -35,7 +35,7 @@ DIRECTIONS = {
 }
 
 
-_BESIDE = ("latency", "profile")
+_BESIDE = ("latency", "profile", "tune")
 _COUNTERS = ("tensor", "SM", "memory", "occupancy", "read", "written")
 _TIMERS = {"wall": "wall clock", "kernels": "kernels"}
 
@@ -98,6 +98,18 @@ def read_records(folder: Path) -> list[Record]:
     return sorted(records, key=lambda record: record["date"])
 
 
+def wrong(found: Record) -> list[str]:
+    """Which results of a contender are further off than rounding explains.
+
+    Its time says nothing then, and gives no ratio.
+
+    Example:
+        >>> wrong({"errors": {"out": {"ok": True}, "dq": {"ok": False}}})
+        ['dq']
+    """
+    return [what for what, check in found["errors"].items() if not check["ok"]]
+
+
 def facts(record: Record) -> list[Facts]:
     """A record as labelled text, for the terminal."""
     mask = record["mask"]
@@ -122,6 +134,8 @@ def facts(record: Record) -> list[Facts]:
             left = list(record["left_out"].items())
             tables.append(Facts("Left out", ("peer", "why"), left))
         return tables
+    if record["kind"] == "tune":
+        return [*tables, *(_tuned_facts(record, found) for found in record["tuned"])]
     rows = [(name, *_times(spent)) for name, spent in record["seconds"].items()]
     tables.append(Facts("Time of each step", ("step", "min", "median", "max"), rows))
     return tables
@@ -131,7 +145,7 @@ def _contest_facts(record: Record, direction: str, title: str) -> Facts:
     with_rate = record["device"]["platform"] != "cpu"
     rows = []
     for name, found in record[direction].items():
-        ratio = found.get("ratio")
+        ratio = _ratio(found)
         rate = (format_rate(found["gflops_per_second"]),) if with_rate else ()
         rows.append(
             (
@@ -177,6 +191,29 @@ def _profile_rows(record: Record, direction: str) -> list[tuple[str, ...]]:
     return rows
 
 
+def _tuned_facts(record: Record, found: Record) -> Facts:
+    """Configs of a kernel, the chosen one first; the fastest stands out."""
+    tried, left_out = found["tried"], found["left_out"]
+    rows = [
+        (
+            _config(one["config"]),
+            format_seconds(one["seconds"]["median"]),
+            "{median:.3f} ({min:.3f} to {max:.3f})".format(**one["ratio"]),
+            f"{one['difference']:.1e}",
+        )
+        for one in tried
+    ]
+    rows += [(_config(one["config"]), "", "", one["reason"]) for one in left_out]
+    columns = ("config", "time", "time / the first's", "difference")
+    best = next(n for n, one in enumerate(tried) if one["best"])
+    title = f"{record['case']}: configs of {found['kernel']}"
+    return Facts(title, columns, rows, best)
+
+
+def _config(fields: Record) -> str:
+    return " ".join(f"{name}={value}" for name, value in fields.items())
+
+
 def _short(name: str) -> str:
     """The name of a kernel without its signature."""
     return name.split("(")[0].split("<")[0][-40:]
@@ -215,8 +252,15 @@ def format_rate(gflops: float) -> str:
 
 
 def _label(name: str, found: Record) -> str:
-    """A contender's name, and whether it computes every pair: another result."""
-    return f"{name} (dense)" if found.get("computes") == EVERY else name
+    """A contender's name; whether it computes every pair, and whether it is right."""
+    marks = ["dense"] if found.get("computes") == EVERY else []
+    marks += ["wrong"] if wrong(found) else []
+    return f"{name} ({', '.join(marks)})" if marks else name
+
+
+def _ratio(found: Record) -> dict[str, float] | None:
+    """A peer's time over ours, if its results are right."""
+    return None if wrong(found) else found.get("ratio")
 
 
 def _memory(found: Record) -> str:
@@ -272,7 +316,7 @@ def markdown(records: Sequence[Record]) -> str:
         'No benchmark was recorded yet.'
     """
     newest: dict[str, dict[tuple[str, str], Record]] = {}
-    for record in records:
+    for record in (r for r in records if r["kind"] != "tune"):
         beside = record["kind"] if record["kind"] in _BESIDE else ""
         newest.setdefault(_device(record), {})[record["case"], beside] = record
     if not newest:
@@ -323,13 +367,14 @@ def _contest_rows(record: Record, direction: str, title: str) -> list[tuple[str,
     for name, found in results.items():
         if name == record["ours"]:
             continue
-        ratio = found["ratio"]
+        ratio = _ratio(found)
+        span = "{median:.2f} ({min:.2f} to {max:.2f})"
         rows.append(
             (
                 *start,
                 time,
                 _time_cell(record, name, found),
-                f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+                "" if ratio is None else span.format(**ratio),
                 f"{format_error(error)} / {format_error(_worst(found))}",
                 f"{_memory(ours)} / {_memory(found)}",
             )

@@ -32,7 +32,9 @@ from jsparse.bench._contract import (
 )
 from jsparse.bench._jax_peers import Ours, no_gpu
 from jsparse.bench._peers import PEERS
-from jsparse.bench._profile import Pass, of_the_pass, profile_pass
+from jsparse.bench._profile import Pass, profile_pass
+from jsparse.bench._records import wrong
+from jsparse.bench._tuning import TUNED, tune
 from jsparse.measure import BadInput, Progress
 from jsparse.ops import support
 from jsparse.patterns import BlockMask
@@ -59,7 +61,8 @@ class Options:
         backward: whether to measure forward + backward.
         repeats: timed rounds.
         kind: of record: ``"attention"`` compares, ``"latency"`` measures how times are
-            spread, ``"profile"`` reads hardware counters.
+            spread, ``"profile"`` reads hardware counters, ``"tune"`` looks for the
+            fastest configs of our kernels.
         heads: in place of the case's own.
         head_dim: in place of the case's own.
         dtype: in place of the case's own.
@@ -75,7 +78,7 @@ class Options:
     against: tuple[str, ...] | None = None
     backward: bool = True
     repeats: int = 5
-    kind: Literal["attention", "latency", "profile"] = "attention"
+    kind: Literal["attention", "latency", "profile", "tune"] = "attention"
     heads: int | None = None
     head_dim: int | None = None
     dtype: str | None = None
@@ -110,6 +113,13 @@ class Options:
             raise BadInput(
                 f"implementation {self.implementation!r} is unknown; expected auto, "
                 f"{', '.join(IMPLEMENTATIONS)}."
+            )
+        if self.kind == "tune" and self.implementation == "auto":
+            object.__setattr__(self, "implementation", TUNED)
+        elif self.kind == "tune" and self.implementation != TUNED:
+            raise BadInput(
+                f"implementation {self.implementation!r} has no configs to choose "
+                f"from; expected {TUNED} for --tune."
             )
 
 
@@ -182,6 +192,9 @@ def _run_attention(
     if (heads, head_dim, dtype) != (case.heads, case.head_dim, case.dtype):
         record["case"] = f"{case.name}-h{heads}-d{head_dim}-{dtype}"
     check_channels(heads, head_dim)
+    reason = no_gpu() if options.kind in ("profile", "tune") else None
+    if reason is not None:
+        raise BadInput(f"--{options.kind} cannot run here: {reason}.")
     with progress.stage(f"{case.name}: pattern"):
         pattern = case.load()
     mask = pattern.mask
@@ -211,17 +224,23 @@ def _run_attention(
         del sets  # the child makes its own
         _run_profile(case, options, progress, record)
         return
+    task = Task(mask, sets)
+    if options.kind == "tune":
+        tune(
+            *(record, task, options.traced),
+            *(options.backward, options.repeats, progress),
+        )
+        return
     peers, strict = _peers(options, mask, record)
-    task, contenders = Task(mask, sets), [ours, *peers]
+    contenders = [ours, *peers]
     with Contest(record, pattern, task, contenders, strict, progress) as contest:
         for direction in _directions(options, kernels):
             if options.kind == "latency":
                 contest.spread_out(direction, LATENCY_CALLS, kernels)
             else:
                 contest.compare(direction, options.repeats, kernels)
-    if options.kind == "latency":
-        _judge_errors(record)
-    else:
+    _judge_errors(record, strict)
+    if options.kind == "attention":
         _judge(record, options)
 
 
@@ -229,9 +248,6 @@ def _run_profile(
     case: AttentionCase, options: Options, progress: Progress, record: dict[str, Any]
 ) -> None:
     """Fills in the counters of each pass; results are checked by the other runs."""
-    reason = no_gpu()
-    if reason is not None:
-        raise BadInput(f"--profile cannot run here: {reason}.")
     if case.name not in all_cases():
         raise BadInput(
             f"case {case.name!r} is of a structure file; expected a named case for "
@@ -246,7 +262,7 @@ def _run_profile(
         )
         title = f"{record['case']}: counters, {direction}"
         with progress.stage(title):
-            record[direction] = of_the_pass(profile_pass(what))
+            record[direction] = profile_pass(what)
 
 
 def _directions(options: Options, kernels: bool) -> tuple[Direction, ...]:
@@ -302,12 +318,11 @@ def _peers(
 
 
 def _judge(record: dict[str, Any], options: Options) -> None:
-    """Lists what is wrong or was not reached."""
+    """Lists what was not reached."""
     record["demanded"] = {
         "min_ratio": options.min_ratio,
         "max_seconds": options.max_seconds,
     }
-    _judge_errors(record)
     least = options.min_ratio
     for where, _, found in _results(record):
         ratio = found.get("ratio")
@@ -316,24 +331,28 @@ def _judge(record: dict[str, Any], options: Options) -> None:
                 f"{where}: its time / ours is {ratio['median']:.2f}, less than the "
                 f"{least:g} demanded."
             )
-    if options.min_ratio is not None and len(record["forward"]) < 2:
+    if least is not None and not any("ratio" in x for x in record["forward"].values()):
         record["missed"].append(
-            f"{record['case']}: no peer ran, so no ratio of {options.min_ratio:g} was "
-            "shown."
+            f"{record['case']}: no peer ran and was right, so no ratio of "
+            f"{least:g} was shown."
         )
     median = record["forward"][record["ours"]]["seconds"]["median"]
     _judge_seconds(record, options, median)
 
 
-def _judge_errors(record: dict[str, Any]) -> None:
-    """Lists which of our results are wrong."""
+def _judge_errors(record: dict[str, Any], strict: bool) -> None:
+    """Lists wrong results as missed, and wrong peers as left out."""
     for where, name, found in _results(record):
-        for what, check in found["errors"].items():
-            if name == record["ours"] and not check["ok"]:
-                record["missed"].append(
-                    f"{where}: {what} is wrong: error {check['max_error']:.1e}, at "
-                    f"most {check['tolerance']:.1e} is rounding."
-                )
+        for what in wrong(found):
+            check = found["errors"][what]
+            reason = (
+                f"{where}: {what} is wrong: error {check['max_error']:.1e}, at most "
+                f"{check['tolerance']:.1e} is rounding."
+            )
+            if strict or name == record["ours"]:
+                record["missed"].append(reason)
+            if name != record["ours"]:
+                record["left_out"].setdefault(name, reason)
 
 
 def _results(record: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jsparse.bench._records import DIRECTIONS, Record
+from jsparse.bench._records import DIRECTIONS, Record, wrong
 from jsparse.measure import BadInput
 from jsparse.report import Facts
 
@@ -160,13 +160,9 @@ def _judge(target: Target, records: Sequence[Record]) -> Outcome:
             continue
         results = record[target.direction]
         ratio = results[target.peer]["ours_over_peer"]["median"]
-        wrong = [
-            what
-            for what, check in results[target.ours]["errors"].items()
-            if not check["ok"]
-        ]
-        if wrong:
-            note = f"{', '.join(wrong)} wrong"
+        missed = wrong(results[target.ours])
+        if missed:
+            note = f"{', '.join(missed)} wrong"
             return Outcome(target, "missed", ratio, record["date"], note)
         verdict = "met" if ratio <= target.limit else "missed"
         return Outcome(target, verdict, ratio, record["date"])
@@ -174,12 +170,15 @@ def _judge(target: Target, records: Sequence[Record]) -> Outcome:
 
 
 def _is_about(target: Target, record: Record) -> bool:
+    """Whether the record has the ratio, and of a peer that computed the right thing."""
+    peer = record.get(target.direction, {}).get(target.peer, {})
     return (
         record["kind"] == "attention"
         and record["case"] == target.case
         and record["ours"] == target.ours
         and DEVICE in record["device"]["device"]
-        and "ours_over_peer" in record.get(target.direction, {}).get(target.peer, {})
+        and "ours_over_peer" in peer
+        and not wrong(peer)
     )
 
 

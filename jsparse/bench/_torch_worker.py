@@ -157,11 +157,12 @@ class Session:
 def kernels(events: Any) -> list[tuple[float, float]]:
     """Start and duration, in microseconds, of the kernels among a profiler's events.
 
-    Copies and memsets are left out, as `jsparse.measure.kernel_times` does.
+    Copies and memsets are left out, as `jsparse.measure.kernel_times` does, and ranges
+    that a library names, which the profiler draws on the GPU around their kernels.
     """
     found = []
     for event in events:
-        on_gpu = event.device_type.name == "CUDA"
+        on_gpu = event.device_type.name == "CUDA" and not event.is_user_annotation
         if on_gpu and not event.name.startswith(("Memcpy", "Memset")):
             found.append((event.time_range.start, event.time_range.elapsed_us()))
     return sorted(found)

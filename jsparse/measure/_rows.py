@@ -260,10 +260,12 @@ def _formula(
     width = v.shape[-1] if dout is None else q.shape[-1]
     out = np.zeros((len(q), q.shape[1], width), dtype)
     sparse = allowed.mean() < _SPARSE if allowed.size else False
-    chunks = _chunks(len(q), _CHUNK if sparse else len(k))
+    used = np.flatnonzero(allowed.any(0))
+    allowed = allowed[:, used]
+    chunks = _chunks(len(q), _CHUNK if sparse else max(1, len(used)))
     seen = [np.flatnonzero(allowed[n].any(0)) for n in chunks]
     for h in range(q.shape[1]):
-        all_keys, all_values = k[:, h].astype(wide), v[:, h].astype(wide)
+        all_keys, all_values = k[used, h].astype(wide), v[used, h].astype(wide)
         for n, some in zip(chunks, seen, strict=True):
             keys, values, see = all_keys[some], all_values[some], allowed[n][:, some]
             logits = (q[n, h].astype(wide) @ keys.T) * scale

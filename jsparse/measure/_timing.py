@@ -17,6 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 
+_UNEVEN = ("not divisible by the number of iterations", "names are not consistent")
+"""What JAX's profiler says of a log that cannot be divided among equal calls."""
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -108,16 +111,21 @@ def kernel_times(call: Callable[..., Any], *args: Any, count: int = 10) -> list[
         Sums of kernel times, in the order of the calls.
 
     Raises:
-        RuntimeError: if CUPTI is not there, or saw no kernels, as on a CPU.
+        RuntimeError: if CUPTI is not there, or saw no kernels, as on a CPU; or if the
+            call fails.
     """
     from jax.experimental.mosaic.gpu import profiler
 
+    # Detached from the process after each log, CUPTI may lose or crash CUDA graphs.
+    measure = profiler.Cupti(finalize=False).measure
     found: Any
     try:
-        _, found = profiler.measure(call, iterations=count)(*args)
-    except RuntimeError:
+        _, found = measure(call, iterations=count)(*args)
+    except RuntimeError as err:
+        if not any(text in str(err) for text in _UNEVEN):
+            raise
         # The log of all calls cannot be divided among them: one log for each.
-        found = [profiler.measure(call, iterations=1)(*args)[1] for _ in range(count)]
+        found = [measure(call, iterations=1)(*args)[1] for _ in range(count)]
         found = None if None in found else found
     if found is None:
         raise RuntimeError(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from .._common import LOG2E, tile_transforms
 from . import _gradient as gradient
-from . import _persistent
+from . import _persistent, _tables
 from . import _registers as r
 from ._elements import Elements
 from ._gradient import BackwardConfig
@@ -37,10 +37,13 @@ def choose(
     block_kv: int = 128,
     num_ctas: int = 132,
 ) -> BackwardConfig:
-    """The heuristic: what was fastest on an H100 (README.md has the figures).
+    """The table's, or the heuristic's: what was fastest on an H100 (see README.md).
 
     For head sizes above 128, what fits.
     """
+    measured = _tables.find("dq", head_dim, value_dim, block_q, block_kv)
+    if measured is not None:
+        return BackwardConfig(**measured, num_ctas=num_ctas)
     widest = max(head_dim, value_dim)
     if widest > 128:
         found = BackwardConfig(tile=32, num_stages=3)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._common import LOG2E, tile_transforms
-from . import _elements, _persistent
+from . import _elements, _persistent, _tables
 from . import _registers as r
 from . import _softmax as softmax
 from ._elements import Elements
@@ -81,7 +81,7 @@ class Config:
         num_ctas: int = 132,
         most_blocks: int | None = None,
     ) -> Config:
-        """The heuristic: what was fastest on an H100 (README.md has the figures).
+        """The table's, or the heuristic's: what was fastest on an H100 (see README.md).
 
         For head sizes above 128, what fits. ``most_blocks`` is what the lists have room
         for. Where that is little for each multiprocessor, latency counts, and two teams
@@ -89,6 +89,10 @@ class Config:
         """
         widest = max(head_dim, value_dim)
         few = most_blocks is not None and most_blocks < 16 * num_ctas
+        sizes = head_dim, value_dim, block_q, block_kv
+        measured = _tables.find("forward", *sizes, few_blocks=few)
+        if measured is not None:
+            return cls(**measured, num_ctas=num_ctas)
         if widest > 128:
             found = cls(tile_kv=64, num_stages=2, ping_pong=block_q == 128)
         elif block_q == 64:

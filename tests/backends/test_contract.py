@@ -502,8 +502,10 @@ def test_vmap_over_masks(implementation):
     attend = functools.partial(block_sparse_attention, implementation=implementation)
     out = jax.jit(jax.vmap(attend))(batched.q, batched.k, batched.v, stacked)
     for n, mask in enumerate(masks):
-        one = [np.asarray(x[n], np.float32) for x in (batched.q, batched.k, batched.v)]
-        truth = block_sparse_attention(*one, mask, implementation="reference")
+        q, k, v = (
+            np.asarray(x[n], np.float32) for x in (batched.q, batched.k, batched.v)
+        )
+        truth = block_sparse_attention(q, k, v, mask, implementation="reference")
         assert error(out[n], truth) < limit_of(implementation, 2e-6)
 
 

@@ -77,9 +77,10 @@ def test_lists_hold_the_mask_both_ways():
 
 
 def test_kernels_of_a_profile():
-    def event(name, device, start, stop):
+    def event(name, device, start, stop, is_user_annotation=False):
         return SimpleNamespace(
             name=name,
+            is_user_annotation=is_user_annotation,
             device_type=SimpleNamespace(name=device),
             time_range=SimpleNamespace(
                 start=start, elapsed_us=lambda: float(stop - start)
@@ -91,6 +92,7 @@ def test_kernels_of_a_profile():
             event("second", "CUDA", 20, 25),
             event("first", "CUDA", 1, 4),
             event("cudaLaunchKernel", "CPU", 0, 1),
+            event("flash_attn::forward", "CUDA", 0, 26, is_user_annotation=True),
             event("Memset (Device)", "CUDA", 5, 9),
             event("Memcpy DtoD (Device -> Device)", "CUDA", 5, 9),
         ]

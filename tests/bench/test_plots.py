@@ -22,6 +22,7 @@ def record(case: str, density: float, **changes: Any) -> dict[str, Any]:
         work = 4.4e12 * (1.0 if computes == "all" else density)
         return {
             "computes": computes,
+            "errors": {"out": {"ok": True}},
             "seconds": {"min": seconds, "median": seconds, "max": seconds},
             "gflops_per_second": work / seconds / 1e9,
         }
@@ -119,6 +120,13 @@ def test_rates_of_records_that_have_ours_only():
     assert _plots._rates(old, "forward")["fa4"] == pytest.approx(rate)
     assert _plots._rates(old, "forward")["ours"] == ours["gflops_per_second"]
     assert _plots._rates(old, "forward_backward") == {}
+
+
+def test_wrong_peers_are_not_drawn():
+    fast = record("seed800", 0.2)
+    fast["forward"]["fa4"]["errors"]["out"]["ok"] = False
+    assert "fa4" not in _plots._rates(fast, "forward")
+    assert "fa4" in _plots._rates(fast, "backward")
 
 
 def test_nothing_to_draw():

@@ -16,7 +16,13 @@ import pytest
 
 from jsparse.bench import Options, _profile, _runner, all_cases, facts, markdown
 from jsparse.bench import run_case as run
-from jsparse.bench._profile import METRICS, Pass, parse_counters, profile_pass
+from jsparse.bench._profile import (
+    METRICS,
+    Pass,
+    by_kernel,
+    parse_counters,
+    profile_pass,
+)
 from jsparse.measure import BadInput, Progress
 
 HEAD = (
@@ -81,7 +87,9 @@ def ncu(tmp_path: Path, monkeypatch):
 
 
 def test_counters_are_read_with_their_units():
-    first, second = parse_counters(log(("a<x>(int)", 2), ("b", 1)).splitlines())
+    launches = parse_counters(log(("a<x>(int)", 2), ("b", 1)).splitlines())
+    assert [launch.kernel for launch in launches] == ["a<x>(int)", "a<x>(int)", "b"]
+    first, second = by_kernel(launches)
     assert (first["kernel"], first["launches"]) == ("a<x>(int)", 2)
     assert (second["kernel"], second["launches"]) == ("b", 1)
     assert first["seconds"] == pytest.approx(17.8e-6)
@@ -94,10 +102,10 @@ def test_counters_are_read_with_their_units():
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_child_runs_the_pass(ncu, direction):
-    arguments = ncu(log(("attend", 3), ("residuals", 1)))
+    arguments = ncu(log(("tuned", 9), ("residuals", 1), *[("a", 1), ("b", 2)] * 3))
     what = Pass("seed800", direction, "xla", False, 1, 16, "float16")
     found = profile_pass(what)
-    assert [kernel["kernel"] for kernel in found] == ["attend", "residuals"]
+    assert [(one["kernel"], one["launches"]) for one in found] == [("a", 3), ("b", 6)]
     given = json.loads(arguments.read_text())
     assert given[given.index("--clock-control") + 1] == "none"
     assert given[given.index("--metrics") + 1] == ",".join(METRICS.values())
@@ -105,7 +113,7 @@ def test_child_runs_the_pass(ncu, direction):
 
 
 def test_record_of_counters(ncu, monkeypatch):
-    ncu(log(("attend(int)", 3), ("residuals", 1)), runs=False)
+    ncu(log(("residuals", 4), ("attend(int)", 3)), runs=False)
     monkeypatch.setattr(_runner, "no_gpu", lambda: None)
     record = run(all_cases()["seed800"], Options(kind="profile"), Progress())
     assert record["kind"] == "profile"
@@ -125,6 +133,7 @@ def test_record_of_counters(ncu, monkeypatch):
         ("==ERROR== ERR_NVGPUCTRPERM - no permission", 1, "run it as root"),
         ("==PROF== nothing", 0, "ended with 0 and no counters"),
         (log(("attend", 3)), 9, "ended with 9"),
+        (log(("a", 1), ("b", 1), ("a", 1)), 0, "last of 3 launches are not 3 times"),
     ],
 )
 def test_failures_of_ncu(ncu, text, code, message):
@@ -138,6 +147,15 @@ def test_ncu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(_profile, "_PLACES", ("/nowhere/ncu",))
     with pytest.raises(BadInput, match="ncu is neither on the PATH nor at /nowhere"):
         profile_pass(WHAT)
+
+
+def test_newest_ncu_is_found(monkeypatch, tmp_path: Path):
+    for version in ("2025.3.1", "2025.10.0", "2024.1.0"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "ncu").touch()
+    monkeypatch.setattr(_profile.shutil, "which", lambda _: None)
+    monkeypatch.setattr(_profile, "_PLACES", ("/nowhere/ncu", f"{tmp_path}/*/ncu"))
+    assert _profile.find_ncu() == str(tmp_path / "2025.10.0" / "ncu")
 
 
 def test_counters_of_a_structure_are_refused(monkeypatch):

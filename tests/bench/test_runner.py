@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsparse.bench import PEERS, Options, _builds, _runner, run_case
+from jsparse.bench import (
+    PEERS,
+    Options,
+    _builds,
+    _contest,
+    _runner,
+    facts,
+    markdown,
+    run_case,
+)
 from jsparse.bench._cases import (
     AttentionCase,
     DeviceMaskCase,
@@ -157,13 +166,26 @@ def test_dense_kernels_are_held_to_dense_attention(monkeypatch):
         found = record[direction]["everything"]
         assert found["computes"] == "all"
         assert all(check["ok"] for check in found["errors"].values())
-        assert found["errors"]["out"]["rows"] == 256 // 8
         # All 16 blocks are useful to it, 8 to us.
         ours = record[direction]["xla"]
         work = [x["gflops_per_second"] * x["seconds"]["median"] for x in (ours, found)]
         assert work[1] == pytest.approx(2 * work[0])
     assert record["forward"]["xla"]["computes"] == "blocks"
     assert record["missed"] == []
+
+
+def test_rows_are_checked_as_many_as_are_affordable(monkeypatch):
+    monkeypatch.setitem(PEERS, "everything", Everything())
+    # 512 keys and 2 heads, and 1 of 2 blocks.
+    for elements, sparse, every in (
+        (1 << 21, 256, 256),
+        (100 * 512, 100, 50),
+        (0, 8, 8),
+    ):
+        monkeypatch.setattr(_contest, "_ELEMENTS", elements)
+        found = run(against=("everything",), repeats=1, backward=False)["forward"]
+        assert found["xla"]["errors"]["out"]["rows"] == sparse
+        assert found["everything"]["errors"]["out"]["rows"] == every
 
 
 @pytest.mark.parametrize("where", ["enter", "ready", "rows", "times"])
@@ -250,6 +272,37 @@ def test_wrong_results_are_missed(monkeypatch):
     assert record["forward"]["dense"]["errors"]["out"]["ok"]
     (line,) = record["missed"]
     assert "tiny, forward, xla: out is wrong" in line
+
+
+@pytest.mark.parametrize("asked_for", [True, False])
+def test_peer_that_is_wrong_gives_no_ratio(monkeypatch, asked_for):
+    real = Dense.forward
+    monkeypatch.setattr(Dense, "forward", lambda *a: real(*a) * 1.01)
+    against = ("dense",) if asked_for else None
+    record = run(backward=False, against=against, min_ratio=1e-9)
+    found = record["forward"]["dense"]
+    assert not found["errors"]["out"]["ok"]
+    assert {"ratio", "ours_over_peer"}.isdisjoint(found)
+    where = "tiny, forward, dense: out is wrong"
+    assert where in record["left_out"]["dense"]
+    *lines, last = record["missed"]
+    assert "no peer ran and was right" in last
+    assert [where in line for line in lines] == [True] * asked_for
+    (row,) = (row for row in facts(record)[1].rows if row[0] == "dense (wrong)")
+    assert row[4] == ""
+    assert "| dense (wrong) " in markdown([record])
+
+
+def test_a_failing_close_loses_no_record(monkeypatch):
+    def broken(_):
+        raise OSError("the pipe\nis gone")
+
+    monkeypatch.setattr(JaxContender, "close", broken)
+    record = run(repeats=1)
+    assert record["left_out"]["dense"] == "close: OSError: the pipe is gone"
+    assert record["missed"] == []
+    for direction in ("forward", "forward_backward"):
+        assert record[direction]["dense"]["ratio"]["count"] == 1
 
 
 def test_wrong_gradients_are_missed(monkeypatch):

@@ -23,7 +23,7 @@ def record(ratio: float, **changes: Any) -> dict[str, Any]:
         "ours": "mosaic_gpu",
         "forward": {
             "mosaic_gpu": {"errors": {"out": check}},
-            "fa4": {"ours_over_peer": {"median": ratio}},
+            "fa4": {"ours_over_peer": {"median": ratio}, "errors": {"out": check}},
         },
         **changes,
     }
@@ -77,6 +77,15 @@ def test_wrong_results_miss():
     (table,) = targets_tables([found])
     assert table.title == "mosaic_forward, H100: 0 of 1 met"
     assert table.rows[0][3:] == ("0.100 <= 0.5", "missed: out wrong")
+
+
+def test_a_peer_that_is_wrong_gives_no_ratio():
+    wrong = record(0.1)
+    wrong["forward"]["fa4"]["errors"] = {"out": {"ok": False}}
+    (found,) = judge_targets([LINE], [record(0.6), wrong])
+    assert (found.verdict, found.ratio) == ("missed", 0.6)
+    (found,) = judge_targets([LINE], [wrong])
+    assert found.verdict == "no record"
 
 
 def test_choice_of_groups():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import threading
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -62,38 +63,69 @@ def test_kernel_times_are_those_of_cupti(monkeypatch, found, expected):
 
     asked = []
 
-    def measure(call, *, iterations):
-        asked.append((call, iterations))
+    def measure(cupti, call, *, iterations):
+        asked.append((call, iterations, cupti.finalize))
         return lambda *args: (call(*args), found)
 
-    monkeypatch.setattr(profiler, "measure", measure)
+    monkeypatch.setattr(profiler.Cupti, "measure", measure)
     compiled = compile_call(jnp.tanh, jnp.ones(3))
     assert kernel_times(compiled.call, jnp.ones(3), count=2) == pytest.approx(expected)
-    assert asked == [(compiled.call, 2)]
+    assert asked == [(compiled.call, 2, False)]
 
 
-def test_calls_whose_kernels_differ_are_timed_one_by_one(monkeypatch):
+@pytest.fixture
+def launches(monkeypatch):
+    """The profiler's own code on logs that the test gives, one for each measurement."""
     from jax.experimental.mosaic.gpu import profiler
 
-    times = iter([1.0, 2.0, 3.0])
+    logs: list[list[tuple[str, float]]] = []
 
-    def measure(call, *, iterations):
-        if iterations > 1:
-            raise RuntimeError("Kernel names are not consistent across iterations")
-        return lambda *args: (None, next(times))
+    class Log:
+        def _cupti_init(self):
+            pass
 
-    monkeypatch.setattr(profiler, "measure", measure)
-    found = kernel_times(jnp.tanh, jnp.ones(3), count=3)
-    assert found == pytest.approx([1e-3, 2e-3, 3e-3])
+        def _cupti_get_timings(self, finalize):
+            return logs.pop(0)
+
+    library = SimpleNamespace(_mosaic_gpu_ext=Log())
+    monkeypatch.setattr(profiler, "mosaic_gpu_lib", library)
+    return logs
+
+
+@pytest.mark.parametrize(
+    "log",
+    [[("a", 1.0), ("b", 1.0), ("b", 1.0)], [("a", 1.0), ("b", 1.0)]],
+    ids=["not divisible", "not consistent"],
+)
+def test_calls_whose_kernels_differ_are_timed_one_by_one(launches, log):
+    launches += [log, [("a", 1.0)], [("a", 1.0), ("b", 3.0)]]
+    found = kernel_times(jnp.tanh, jnp.ones(3), count=2)
+    assert found == pytest.approx([1e-3, 4e-3])
+    assert launches == []
+
+
+def test_a_call_that_fails_is_not_made_again(monkeypatch):
+    from jax.experimental.mosaic.gpu import profiler
+
+    asked = []
+
+    def measure(cupti, call, *, iterations):
+        asked.append(iterations)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(profiler.Cupti, "measure", measure)
+    with pytest.raises(RuntimeError, match="Out of memory"):
+        kernel_times(jnp.tanh, jnp.ones(3), count=3)
+    assert asked == [3]
 
 
 def test_a_cpu_has_no_kernel_times(monkeypatch):
     from jax.experimental.mosaic.gpu import profiler
 
-    def nothing(call, iterations):
+    def nothing(cupti, call, iterations):
         return lambda *args: (None, None)
 
-    monkeypatch.setattr(profiler, "measure", nothing)
+    monkeypatch.setattr(profiler.Cupti, "measure", nothing)
     with pytest.raises(RuntimeError, match="CUPTI saw no kernels"):
         kernel_times(jnp.tanh, jnp.ones(3))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +46,15 @@ class Launch:
     rules: bool = False
     on_host: bool = True
     few: bool = False
+    given: Any = None
 
     def config(self):
-        """The heuristic's; where blocks are few, only forward has another one."""
+        """The given one, or the chosen: few blocks matter to forward only."""
         short = self.few and self.kernel == "forward"
         options = {"most_blocks": 1} if short else {}
-        return KERNELS[self.kernel][1](*self.dims, *self.blocks, **options)
+        return self.given or KERNELS[self.kernel][1](
+            *self.dims, *self.blocks, **options
+        )
 
     def lower(self) -> str:
         """The text of the program for an H100."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +15,9 @@ from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 from jsparse import block_sparse_attention
 from jsparse.backends import mosaic_gpu
 from jsparse.pallas_kernels.mosaic_gpu import (
+    _candidates,
     _persistent,
+    _tables,
     bwd_dkv_sm90,
     bwd_dq_sm90,
     fwd_sm90,
@@ -30,7 +33,7 @@ SCRATCH = {
     "dq": bwd_dq_sm90.scratch_spec,
     "dkv": bwd_dkv_sm90.scratch_spec,
 }
-BLOCKS = tuple(itertools.product(*mosaic_gpu.BLOCKS.values()))
+BLOCKS: Any = tuple(itertools.product(*mosaic_gpu.BLOCKS.values()))
 
 
 POSSIBLE = [
@@ -60,6 +63,78 @@ def test_every_config_fits_into_shared_memory(kernel):
             config, rows = launch.config(), launch.blocks[kernel == "dkv"]
             scratch = SCRATCH[kernel](config, rows, *launch.dims, "bfloat16")
             _persistent.check_smem(kernel, config, scratch)
+
+
+CANDIDATE_DIMS = tuple((n, n) for n in (16, 32, 48, 64, 80, 96, 128))
+
+
+def launches_of_candidates() -> dict[str, Launch]:
+    """Each config worth measuring that is not chosen, at the widest heads it fits."""
+    found = {}
+    for dims, blocks, kernel, few in itertools.product(
+        CANDIDATE_DIMS, BLOCKS, KERNELS, (False, True)
+    ):
+        few_blocks = few if kernel == "forward" else None
+        sizes = (dims[0], dims[1], blocks[0], blocks[1])
+        key = _tables.Key("sm90", kernel, *sizes, few_blocks)
+        for config in _candidates.candidates(key, "bfloat16")[1:]:
+            name = f"{kernel}-{blocks}-{_tables.fields_of(config)}"
+            found[name] = Launch(kernel, dims, blocks, rules=True, given=config)
+    return found
+
+
+CANDIDATES = launches_of_candidates()
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_candidates_lower(name):
+    assert "mosaic_gpu" in CANDIDATES[name].lower()
+
+
+def test_the_table_lowers():
+    for key in _tables.shipped():
+        sizes = (key.head_dim, key.value_dim), (key.block_q, key.block_kv)
+        launch = Launch(key.kernel, *sizes, rules=True, given=_candidates.chosen(key))
+        assert "mosaic_gpu" in launch.lower()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_config_that_is_tried_reaches_its_kernel(kernel, monkeypatch):
+    """And no other; before and after, the chosen one is what is traced."""
+    used = {}
+    for name, (run, _) in KERNELS.items():
+
+        def spy(*arguments, name=name, run=run, config, **rest):
+            used[name] = config
+            return run(*arguments, config=config, **rest)
+
+        module = {"forward": "fwd", "dq": "bwd_dq", "dkv": "bwd_dkv"}[name]
+        monkeypatch.setattr(getattr(mosaic_gpu, f"{module}_sm90"), run.__name__, spy)
+    monkeypatch.setattr(mosaic_gpu, "why_not", lambda problem: None)
+    mask = random_mask(np.random.default_rng(0), (300, 500, 128, 128), 12)
+    q, k = (jax.ShapeDtypeStruct((n, 2, 64), "bfloat16") for n in (300, 500))
+    asked = {}
+
+    def configs(mask):
+        """What is traced."""
+        used.clear()
+        attend = functools.partial(
+            block_sparse_attention, mask=mask, implementation="mosaic_gpu"
+        )
+        with use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
+            jax.eval_shape(lambda q, k, v: jax.vjp(attend, q, k, v)[1](q), q, k, k)
+        return dict(used)
+
+    def listen(key):
+        asked[key.kernel] = key
+
+    with _tables.trying(listen):
+        before = configs(mask)
+    config = _candidates.candidates(asked[kernel], "bfloat16")[1]
+    assert before == {name: _candidates.chosen(key) for name, key in asked.items()}
+    with _tables.trying({asked[kernel]: _tables.fields_of(config)}.get):
+        assert configs(mask) == before | {kernel: config}
+    assert configs(mask) == before
 
 
 @pytest.mark.parametrize(
@@ -109,18 +184,17 @@ def test_gradients_lower_inside_shard_map(part, monkeypatch):
     assert text.count("mosaic_gpu_v2") == 3
 
 
-def test_steps_that_overlap_need_three_stages(monkeypatch):
-    launch = Launch("dq")
-    few = dataclasses.replace(launch.config(), num_stages=2)
-    monkeypatch.setattr(Launch, "config", lambda self: few)
+def test_steps_that_overlap_need_three_stages():
+    few = dataclasses.replace(Launch("dq").config(), num_stages=2)
+    launch = Launch("dq", given=few)
     with pytest.raises(ValueError, match="num_stages=2; expected at least 3"):
         launch.lower()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_config_that_does_not_fit_is_refused(kernel, monkeypatch):
+def test_a_config_that_does_not_fit_is_refused(kernel):
     launch = Launch(kernel, dims=(128, 128))
     big = dataclasses.replace(launch.config(), num_stages=9)
-    monkeypatch.setattr(Launch, "config", lambda self: big)
+    launch = dataclasses.replace(launch, given=big)
     with pytest.raises(ValueError, match="bytes of shared memory"):
         launch.lower()

@@ -1,0 +1,95 @@
+"""Configs worth measuring, by kernel: what ``jsparse bench --tune`` tries.
+
+Short lists, since each is compiled and timed. A config is a candidate where its tile
+divides the block, its warpgroups and shared memory fit, and it can run at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from . import _persistent, bwd_dkv_sm90, bwd_dq_sm90, fwd_sm90
+from ._gradient import BackwardConfig
+from ._tables import Key
+from .fwd_sm90 import Config
+
+FORWARD = (
+    Config(num_stages=2, q_in_registers=True),
+    Config(num_stages=2, q_in_registers=True, ping_pong=False),
+    Config(num_stages=3),
+    Config(num_stages=3, ping_pong=False),
+    Config(num_stages=4, num_q_stages=2),
+    Config(num_stages=4, num_q_stages=2, lazy=0.0),
+    Config(tile_kv=64, num_stages=4),
+    Config(tile_kv=64, num_stages=4, q_in_registers=True),
+    Config(tile_kv=64, num_stages=2, ping_pong=False, teams=2),
+    Config(tile_kv=64, num_stages=4, ping_pong=False, teams=2),
+    Config(tile_kv=64, num_stages=3, ping_pong=False, teams=4),
+)
+DQ = (
+    BackwardConfig(tile=128, num_stages=3, num_fixed_stages=2),
+    BackwardConfig(tile=128, num_stages=3, num_fixed_stages=2, ping_pong=True),
+    BackwardConfig(tile=128, num_stages=3),
+    BackwardConfig(tile=64, num_stages=3),
+    BackwardConfig(tile=64, num_stages=3, ping_pong=True),
+    BackwardConfig(tile=64, num_stages=4, num_fixed_stages=2),
+    BackwardConfig(tile=64, num_stages=3, teams=2),
+    BackwardConfig(tile=64, num_stages=4, teams=2),
+)
+DKV = (
+    BackwardConfig(tile=128, num_stages=2),
+    BackwardConfig(tile=128, num_stages=2, ping_pong=True),
+    BackwardConfig(tile=128, num_stages=2, num_fixed_stages=2),
+    BackwardConfig(tile=64, num_stages=2),
+    BackwardConfig(tile=64, num_stages=2, ping_pong=True),
+    BackwardConfig(tile=64, num_stages=3),
+    BackwardConfig(tile=64, num_stages=2, teams=2),
+    BackwardConfig(tile=64, num_stages=3, teams=2),
+)
+_LISTS = {"forward": FORWARD, "dq": DQ, "dkv": DKV}
+_MODULES = {"forward": fwd_sm90, "dq": bwd_dq_sm90, "dkv": bwd_dkv_sm90}
+
+
+def chosen(key: Key) -> Any:
+    """What the kernel's ``choose`` returns: the table's, or the heuristic's."""
+    sizes = key.head_dim, key.value_dim, key.block_q, key.block_kv
+    if key.kernel == "forward":
+        return Config.choose(*sizes, most_blocks=0 if key.few_blocks else None)
+    return _MODULES[key.kernel].choose(*sizes)
+
+
+def candidates(key: Key, dtype: Any) -> list[Any]:
+    """The chosen config, then the others that can run.
+
+    Args:
+        key: kernel and sizes.
+        dtype: of the arrays.
+    """
+    tile = "tile_kv" if key.kernel == "forward" else "tile"
+    columns = key.block_q if key.kernel == "dkv" else key.block_kv
+    fitted = [
+        dataclasses.replace(config, **{tile: min(getattr(config, tile), columns)})
+        for config in _LISTS[key.kernel]
+    ]
+    runs = [config for config in fitted if _runs(key, config, dtype)]
+    return list(dict.fromkeys([chosen(key), *runs]))
+
+
+def _runs(key: Key, config: Any, dtype: Any) -> bool:
+    rows = key.block_kv if key.kernel == "dkv" else key.block_q
+    wgs = max(1, rows // 64)
+    if wgs * config.teams not in _persistent.COMPUTE_REGISTERS:
+        return False
+    if config.ping_pong and wgs != 2:
+        return False  # there is nobody to take turns with
+    scratch = _MODULES[key.kernel].scratch_spec
+    try:
+        _persistent.check_smem(
+            key.kernel,
+            config,
+            scratch(config, rows, key.head_dim, key.value_dim, dtype),
+        )
+    except ValueError:
+        return False
+    return True
