@@ -29,9 +29,9 @@ TAKEN = Problem(
 REFUSED = {
     "it needs an H100 or H200, and JAX computes on cpu": {"platform": "cpu"},
     "dtype float32; expected bfloat16 or float16": {"dtype": "float32"},
-    "head size 272; expected at most 256": {"value_dim": 272},
+    "head size 144; expected at most 128": {"value_dim": 144},
     "block_q=32; expected 64 or 128": {"block_q": 32},
-    "block_kv=256; expected 32, 64 or 128": {"block_kv": 256},
+    "block_kv=32; expected 64 or 128": {"block_kv": 32},
     "a table bias; expected none": {"bias": "table"},
 }
 
@@ -45,9 +45,9 @@ def hopper(monkeypatch):
     "change",
     [
         {},
-        {"head_dim": 256, "value_dim": 256},
-        {"head_dim": 192, "value_dim": 128},
-        {"block_q": 64, "block_kv": 32},
+        {"head_dim": 128, "value_dim": 128},
+        {"head_dim": 24, "value_dim": 96},
+        {"block_q": 64, "block_kv": 128},
     ],
     ids=str,
 )

@@ -27,6 +27,13 @@ FP16_LIMIT = 1e-3
 attend = functools.partial(block_sparse_attention, implementation="mosaic_gpu")
 
 
+@pytest.fixture(autouse=True)
+def everything_that_lowers(monkeypatch):
+    """What these tests show is what the backend may then take."""
+    monkeypatch.setattr(mosaic_gpu, "PROVEN_HEAD", mosaic_gpu.LARGEST_HEAD)
+    monkeypatch.setattr(mosaic_gpu, "PROVEN_BLOCKS", mosaic_gpu.BLOCKS)
+
+
 def check(case: Case, dtype: str) -> None:
     case = case.cast(dtype)
     found, truth = contract.run_case("mosaic_gpu", case), contract.expected(case)
