@@ -45,7 +45,7 @@ LARGEST_HEAD = 256
 BLOCKS = {"block_q": (64, 128), "block_kv": (32, 64, 128)}
 PROVEN_HEAD = 128
 PROVEN_BLOCKS = {"block_q": (64, 128), "block_kv": (64, 128)}
-"""What the tests have passed with on a GPU, of what lowers; the rest is refused."""
+"""What has run on a GPU, of what lowers; the rest is refused until it has."""
 
 
 def why_not(problem: Problem) -> str | None:

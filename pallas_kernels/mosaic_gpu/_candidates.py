@@ -78,7 +78,7 @@ def candidates(key: Key, dtype: Any) -> list[Any]:
 
 def _runs(key: Key, config: Any, dtype: Any) -> bool:
     rows = key.block_kv if key.kernel == "dkv" else key.block_q
-    wgs = max(1, rows // 64)
+    wgs = _persistent.warpgroups(rows)
     if wgs * config.teams not in _persistent.COMPUTE_REGISTERS:
         return False
     if config.ping_pong and wgs != 2:

@@ -18,7 +18,7 @@ import pytest
 from jsparse import BlockMask, block_sparse_attention
 from jsparse.backends import mosaic_gpu
 from tests.backends import test_contract as contract
-from tests.support.cases import CASES, Case, make_case, random_mask
+from tests.support.cases import CASES, Case, make_case, random_mask, uneven_rows
 
 pytestmark = pytest.mark.gpu
 FP16_LIMIT = 1e-3
@@ -87,16 +87,7 @@ def test_nan_in_wide_heads_and_narrow_blocks(dims, where, monkeypatch):
 @pytest.mark.parametrize("static", [True, False])
 def test_split_rows_of_wide_heads_in_narrow_blocks(static):
     rng = np.random.default_rng(7)
-    mask = BlockMask.from_blocks(
-        np.repeat([0, 1], [9, 30]),
-        np.r_[:9, :30],
-        q_len=200,
-        kv_len=950,
-        block_q=128,
-        block_kv=32,
-        elements=rng.random((39, 128, 32)) < 0.5,
-        full=np.arange(39) % 2 == 0,
-    )
+    mask = uneven_rows(rng, (9, 30), (200, 950, 128, 32))
     case = make_case(rng, mask, dims=(192, 256)).cast("bfloat16")
     run = functools.partial(contract.results, "mosaic_gpu", bias=None)
     if static:

@@ -13,11 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from jsparse import BlockMask, block_sparse_attention
+from jsparse import block_sparse_attention
 from jsparse.backends import mosaic_gpu
 from tests.backends import test_contract as contract
 from tests.pallas_kernels.emulation import emulated
-from tests.support.cases import CASES, Case, make_case, random_mask
+from tests.support.cases import CASES, Case, make_case, random_mask, uneven_rows
 
 SIZES = {
     "128 x 128": (150, 300, 128, 128),
@@ -105,16 +105,7 @@ def test_rules():
 def test_split_rows(static):
     # Rows of 1 and 6 blocks, fewer than workers: the longer one comes first.
     rng = np.random.default_rng(1)
-    mask = BlockMask.from_blocks(
-        np.repeat([0, 1], [1, 6]),
-        np.r_[:1, :6],
-        q_len=200,
-        kv_len=700,
-        block_q=128,
-        block_kv=128,
-        elements=rng.random((7, 128, 128)) < 0.5,
-        full=np.arange(7) % 2 == 0,
-    )
+    mask = uneven_rows(rng, (1, 6), (200, 700, 128, 128))
     check(make_case(rng, mask, heads=(1, 1)), static)
 
 

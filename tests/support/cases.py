@@ -59,6 +59,26 @@ def random_mask(
     )
 
 
+def uneven_rows(
+    rng: np.random.Generator,
+    counts: tuple[int, int],
+    sizes: tuple[int, int, int, int],
+) -> BlockMask:
+    """Two rows of so many blocks, every other block full."""
+    q_len, kv_len, block_q, block_kv = sizes
+    count = sum(counts)
+    return BlockMask.from_blocks(
+        np.repeat([0, 1], counts),
+        np.concatenate([np.arange(n) for n in counts]),
+        q_len=q_len,
+        kv_len=kv_len,
+        block_q=block_q,
+        block_kv=block_kv,
+        elements=rng.random((count, block_q, block_kv)) < 0.5,
+        full=np.arange(count) % 2 == 0,
+    )
+
+
 def make_case(
     rng: np.random.Generator,
     mask: BlockMask,
