@@ -274,7 +274,7 @@ class Walker:
             if name in s:
                 plgpu.copy_smem_to_gmem(s[name].at[w], place)
             else:
-                place[...] = values
+                r.store(place, values)
 
     # ------------------------------------------------------------------------- load
 

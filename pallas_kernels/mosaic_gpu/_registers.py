@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -26,6 +27,17 @@ ACC = plgpu.Layout._WGMMA_ACC_32BIT
 OPERAND = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)
 SCALAR = plgpu.Layout.WG_SPLAT(())
+
+
+def store(place: Any, values: Any) -> None:
+    """Writes an array to global memory, straight from registers.
+
+    JAX 0.12 refuses pieces that do not fill sectors of 32 bytes unless it is asked.
+    """
+    if hasattr(plgpu, "store"):
+        plgpu.store(place, values, optimized=False)
+    else:
+        place[...] = values
 
 
 def i32() -> ir.Type:

@@ -360,7 +360,7 @@ class _Forward(Walker):
             values, row_lse = softmax.finish(self.value_dim, jnp.float32)(*result)
             rows = pl.ds(w * 64, 64)
             self.write(s, w, [(row_lse, "lse", part_lse.at[part, rows])])
-            part_out[part, rows] = values
+            r.store(part_out.at[part, rows], values)
 
         if not self.any_split:
             whole()
