@@ -29,6 +29,7 @@ from jsparse.pallas_kernels.mosaic_gpu._elements import (
 )
 from jsparse.pallas_kernels.mosaic_gpu._persistent import FLAGGED
 from jsparse.pallas_kernels.mosaic_gpu._schedule import (
+    Blocks,
     Schedule,
     schedule_on_device,
     schedule_on_host,
@@ -93,7 +94,7 @@ def forward(
     call = _Call.of(operands, scale, pattern)
     lists = call.rows
     most_blocks = math.prod(call.q.shape[::2]) * (
-        lists.partial[0, 0].size + lists.full[0, 0].size
+        lists.partial.column[0, 0].size + lists.full.column[0, 0].size
     )
     config = fwd_sm90.Config.choose(
         *call.dims, *call.blocks, _num_multiprocessors(), most_blocks
@@ -172,11 +173,9 @@ def backward(
 class _Lists(NamedTuple):
     """Block lists of a launch by row, ``[B or 1, H or 1, n, ...]``, and on the host."""
 
-    partial_count: Array
-    partial: Array
-    full_count: Array
-    full: Array
-    known: tuple[np.ndarray, np.ndarray] | None
+    partial: Blocks
+    full: Blocks
+    known: tuple[Blocks, Blocks] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,21 +264,22 @@ class _Call:
         return self._lists("q")
 
     def _lists(self, side: str) -> _Lists:
-        names = [f"{side}_num_blocks", f"{side}_indices"]
-        names += [f"full_{name}" for name in names]
+        def blocks(mask, kind):
+            names = f"{kind}{side}_num_blocks", f"{kind}{side}_indices"
+            return Blocks(*(getattr(mask, name) for name in names))
+
         known = None
         if self.known is not None:
-            known = tuple(getattr(self.known, names[n]) for n in (0, 2))
-        return _Lists(*(getattr(self.mask, name) for name in names), known=known)
+            known = blocks(self.known, ""), blocks(self.known, "full_")
+        return _Lists(blocks(self.mask, ""), blocks(self.mask, "full_"), known)
 
     def schedule(self, lists: _Lists, workers: int, group: int = 1) -> Schedule:
         """On the host if the pattern is known, else on the device."""
-        make, counts = schedule_on_device, (lists.partial_count, lists.full_count)
+        make, blocks = schedule_on_device, (lists.partial, lists.full)
         if lists.known is not None:
-            make, counts = schedule_on_host, lists.known
+            make, blocks = schedule_on_host, lists.known
         return make(
-            *(counts[0], lists.partial.shape[-1]),
-            *(counts[1], lists.full.shape[-1]),
+            *blocks,
             batch=self.q.shape[0],
             heads=self.q.shape[2],
             workers=workers,
@@ -299,8 +299,9 @@ class _Call:
         One flag stands for all batch entries and heads that may list the block.
         """
         blocks = (bad != 0).reshape(-1, bad.shape[-1] // block, block).any((0, 2))
-        flags = blocks.astype(jnp.int32)[lists.partial]
-        return lists.partial + FLAGGED * flags, lists.full
+        columns = lists.partial.column
+        flags = blocks.astype(jnp.int32)[columns]
+        return columns + FLAGGED * flags, lists.full.column
 
     def elements(self, bad: Array) -> Elements:
         """The test of partial blocks; rows are queries."""
@@ -389,13 +390,12 @@ def _flatten(xp: Any, x: Array, lead: tuple[int, ...], batch: tuple[int, ...]) -
 
 
 def _known_lists(mask: BlockMask, leads: Any, batch: tuple[int, ...]) -> BlockMask:
-    """The counts of a known mask as NumPy arrays, with the batch axis of the launch."""
+    """The lists of a known mask as NumPy arrays, with the batch axis of the launch."""
     found = {}
-    for side in ("kv", "q"):
-        for name_ in (f"{side}_num_blocks", f"full_{side}_num_blocks"):
-            counts, lead = np.asarray(getattr(mask, name_)), getattr(leads, name_)
-            counts = counts.reshape(*lead, *counts.shape[1:])
-            found[name_] = _flatten(np, counts, lead, batch)
+    for side in ("kv", "q", "full_kv", "full_q"):
+        for name_ in (f"{side}_num_blocks", f"{side}_indices"):
+            x, lead = np.asarray(getattr(mask, name_)), getattr(leads, name_)
+            found[name_] = _flatten(np, x.reshape(*lead, *x.shape[1:]), lead, batch)
     return dataclasses.replace(mask, **found)
 
 

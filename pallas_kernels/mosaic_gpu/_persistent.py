@@ -324,7 +324,7 @@ class Walker:
                         plgpu.copy_gmem_to_smem(array.at[at], s[name].at[slot], full)
                 return following
 
-            lax.fori_loop(0, total * per_block, step, entry(jnp.int32(0)))
+            lax.fori_loop(0, total * per_block, step, fields[9])
             return count + (total > 0).astype(jnp.int32), step0 + total * per_block
 
         self.walk(s, lists, item, (jnp.int32(0), jnp.int32(0)))

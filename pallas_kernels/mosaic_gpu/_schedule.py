@@ -8,7 +8,8 @@ the forward and dq kernels, of keys for the dk and dv kernel.
 An item is ``NUM_FIELDS`` int32: batch, query head, row, first and number of its partial
 list entries, first and number of its full ones (both as positions in the flattened
 lists), the workspace slot of its partial result, or -1 if the item is the whole row and
-writes the output itself, and the bit block of its first partial entry.
+writes the output itself, the bit block of its first partial entry, and the column of
+its first block, which spares the load warps a read before the first tile.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +31,18 @@ MIN_PART = 3
 """Fewest blocks of a part of a split row."""
 MOST_PARTS = 8
 """Most parts of a row that is split on the device."""
+
+
+class Blocks(NamedTuple):
+    """Blocks of one kind, listed by row.
+
+    Attributes:
+        count: ``[B or 1, H or 1, n]`` int32.
+        column: ``[B or 1, H or 1, n, capacity]`` int32.
+    """
+
+    count: Array
+    column: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +69,8 @@ class Schedule:
 
 
 def schedule_on_host(
-    partial: np.ndarray,
-    partial_capacity: int,
-    full: np.ndarray,
-    full_capacity: int,
+    partial: Blocks,
+    full: Blocks,
     *,
     batch: int,
     heads: int,
@@ -74,10 +85,8 @@ def schedule_on_host(
     (McNaughton's wrap-around rule), so only the last rows are split, or the only ones.
 
     Args:
-        partial: ``[B or 1, H or 1, n]`` partial blocks of each row.
-        partial_capacity: width of the partial list.
-        full: as ``partial``, for full blocks.
-        full_capacity: width of the full list.
+        partial: partial blocks, NumPy arrays.
+        full: full blocks.
         batch: batch entries of the launch.
         heads: query heads of the launch.
         workers: walkers of the schedule.
@@ -97,7 +106,7 @@ def schedule_on_host(
     pieces = pieces[np.argsort(pieces[:, 0], kind="stable")]
     owner, which, begin, end = pieces.T
     slots, split, split_slots = _slots(which, len(rows.total))
-    items = rows.items(np, which, begin, end, slots, (partial_capacity, full_capacity))
+    items = rows.items(np, which, begin, end, slots)
     count = np.bincount(owner, minlength=workers)
     padded = np.zeros((workers, max(1, int(count.max())), NUM_FIELDS), np.int32)
     nth = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
@@ -108,22 +117,20 @@ def schedule_on_host(
         np.stack([b[split], h[split], i[split]], 1).astype(np.int32),
         split_slots,
         int(slots.max(initial=-1)) + 1,
-        bool(np.asarray(partial).any()),
+        bool(partial.count.any()),
     )
 
 
 def schedule_on_device(
-    partial: Array,
-    partial_capacity: int,
-    full: Array,
-    full_capacity: int,
+    partial: Blocks,
+    full: Blocks,
     *,
     batch: int,
     heads: int,
     workers: int,
     group: int = 1,
 ) -> Schedule:
-    """`schedule_on_host` for traced counts.
+    """`schedule_on_host` for traced lists.
 
     Rows go to the workers in turns, head by head and longest first within a head, to
     and fro. If there are fewer rows than workers, each row is cut into the same number
@@ -147,7 +154,7 @@ def schedule_on_device(
     begin = rows.total[which] * part // parts
     end = rows.total[which] * (part + 1) // parts
     slots = which * parts + part if parts > 1 else jnp.full(len(which), -1)
-    items = rows.items(jnp, which, begin, end, slots, (partial_capacity, full_capacity))
+    items = rows.items(jnp, which, begin, end, slots)
     turns = -(-len(which) // (workers * group))
     padded = jnp.zeros((turns * workers * group, NUM_FIELDS), jnp.int32)
     padded = padded.at[: len(which)].set(items)
@@ -168,7 +175,7 @@ def schedule_on_device(
         np.stack([b[split], h[split], i[split]], 1).astype(np.int32),
         np.arange(len(split) * parts, dtype=np.int32).reshape(-1, parts),
         len(split) * parts,
-        partial_capacity > 0,
+        partial.column.shape[-1] > 0,
     )
 
 
@@ -177,40 +184,50 @@ class _Rows:
     """Every row of a launch, flattened over ``shape = (batch, heads, n)``."""
 
     shape: tuple[int, int, int]
+    blocks: tuple[Blocks, Blocks]
     partial: Array
     total: Array
     index: np.ndarray
     first_bits: Array
 
     @classmethod
-    def of(cls, xp: Any, partial: Array, full: Array, batch: int, heads: int) -> _Rows:
-        """Rows of the counts ``[B or 1, H or 1, n]``."""
-        partial, full = xp.asarray(partial), xp.asarray(full)
-        shape = (batch, heads, partial.shape[-1])
+    def of(cls, xp: Any, partial: Blocks, full: Blocks, batch: int, heads: int) -> _Rows:
+        """Rows of the lists."""
+        counts = xp.asarray(partial.count)
+        shape = (batch, heads, counts.shape[-1])
         # Bits are counted within a batch entry, in list order, heads outermost.
-        per_entry = partial.reshape(partial.shape[0], -1)
-        first_bits = (xp.cumsum(per_entry, 1) - per_entry).reshape(partial.shape)
-        index = np.arange(partial.size).reshape(partial.shape)
+        per_entry = counts.reshape(counts.shape[0], -1)
+        first_bits = (xp.cumsum(per_entry, 1) - per_entry).reshape(counts.shape)
+        index = np.arange(counts.size).reshape(counts.shape)
         flat = lambda x: xp.broadcast_to(x, shape).reshape(-1)
         return cls(
             shape,
-            flat(partial),
-            flat(partial + full),
+            (partial, full),
+            flat(counts),
+            flat(counts + xp.asarray(full.count)),
             np.broadcast_to(index, shape).reshape(-1),
             flat(first_bits),
         )
 
-    def items(self, xp, which, begin, end, slots, capacities) -> Array:
+    def items(self, xp, which, begin, end, slots) -> Array:
         """Items of blocks ``begin`` to ``end`` of rows ``which``."""
-        b, h, i = xp.unravel_index(which, self.shape)
         partial = self.partial[which]
         p_begin, p_end = xp.minimum(begin, partial), xp.minimum(end, partial)
-        index = xp.asarray(self.index)[which]
+        numbers = p_end - p_begin, end - begin - (p_end - p_begin)
+        index, starts, columns = xp.asarray(self.index)[which], [], []
+        for blocks, skip in zip(self.blocks, (p_begin, begin - p_begin), strict=True):
+            column = xp.asarray(blocks.column)
+            start = index * column.shape[-1] + skip
+            # An empty list, or the end of one, is read here and not used.
+            column = xp.concatenate([column.reshape(-1), xp.zeros(1, column.dtype)])
+            starts.append(start)
+            columns.append(column[xp.minimum(start, len(column) - 1)])
+        first = xp.where(numbers[0] > 0, *columns)
         fields = [
-            *(b, h, i),
-            *(index * capacities[0] + p_begin, p_end - p_begin),
-            *(index * capacities[1] + begin - p_begin, end - begin - (p_end - p_begin)),
+            *xp.unravel_index(which, self.shape),
+            *(starts[0], numbers[0], starts[1], numbers[1]),
             *(slots, self.first_bits[which] + p_begin),
+            xp.where(end > begin, first, 0),
         ]
         return xp.stack(fields, 1).astype(xp.int32)
 

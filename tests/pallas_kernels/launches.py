@@ -19,6 +19,7 @@ from jsparse.pallas_kernels.mosaic_gpu._elements import (
     Within,
 )
 from jsparse.pallas_kernels.mosaic_gpu._schedule import (
+    Blocks,
     schedule_on_device,
     schedule_on_host,
 )
@@ -93,8 +94,9 @@ class Launch:
         if self.on_host:
             make, partial, full = schedule_on_host, *self.counts()
         group = self.heads[0] // self.heads[1] if self.kernel == "dkv" else 1
+        lists = np.zeros((1, 1, rows, columns), np.int32)
         schedule = make(
-            *(partial, columns, full, columns),
+            *(Blocks(partial, lists), Blocks(full, lists)),
             batch=1,
             heads=self.heads[0],
             workers=config.num_workers,
@@ -103,7 +105,6 @@ class Launch:
         arrays = (q, k, v)
         if self.kernel != "forward":
             arrays += (dout, lse2, delta)
-        lists = jnp.zeros((rows, columns), jnp.int32)
         return run(
             *(*arrays, lists, lists, self.elements(), schedule),
             blocks=self.blocks,

@@ -17,6 +17,7 @@ from jsparse.pallas_kernels.mosaic_gpu._schedule import (
     MIN_PART,
     MOST_PARTS,
     ROW_COST,
+    Blocks,
     Schedule,
     schedule_on_device,
     schedule_on_host,
@@ -35,9 +36,15 @@ class Launch:
     group: int = 1
     capacities: tuple[int, int] = (6, 40)
 
+    def columns(self, kind: int) -> np.ndarray:
+        """A list of each row, all columns of the launch different."""
+        shape = (*self.lead, self.rows, self.capacities[kind])
+        return np.arange(np.prod(shape), dtype=np.int32).reshape(shape) * 2 + kind
+
     def schedule(self, make: Callable, partial, full) -> Schedule:
         return make(
-            *(partial, self.capacities[0], full, self.capacities[1]),
+            Blocks(partial, self.columns(0)),
+            Blocks(full, self.columns(1)),
             batch=self.batch,
             heads=self.heads,
             workers=self.workers,
@@ -126,12 +133,22 @@ def blocks_of(launch: Launch, partial, full) -> collections.Counter:
 def blocks_in(schedule: Schedule) -> collections.Counter:
     """The blocks that the items of a schedule compute, as `blocks_of` names them."""
     found = collections.Counter()
-    for b, h, i, p0, pn, f0, fn, _, bits in items_of(schedule):
+    for b, h, i, p0, pn, f0, fn, _, bits, _ in items_of(schedule):
         for n in range(pn):
             found[b, h, i, "partial", p0 + n, bits + n] += 1
         for n in range(fn):
             found[b, h, i, "full", f0 + n, None] += 1
     return found
+
+
+def check_first_columns(launch: Launch, schedule: Schedule) -> None:
+    """An item names the column of its first block, or 0 if it has none."""
+    for *_, p0, pn, f0, fn, _, _, first in items_of(schedule):
+        expected = 0
+        if pn or fn:
+            kind, position = (0, p0) if pn else (1, f0)
+            expected = launch.columns(kind).reshape(-1)[position]
+        assert first == expected
 
 
 def check_slots(launch: Launch, schedule: Schedule) -> None:
@@ -140,7 +157,7 @@ def check_slots(launch: Launch, schedule: Schedule) -> None:
     Where it is split, the schedule lists the slots for the merge, row by row.
     """
     slots = collections.defaultdict(list)
-    for b, h, i, *_, slot, _ in items_of(schedule):
+    for b, h, i, *_, slot, _, _ in items_of(schedule):
         slots[b, h, i].append(slot)
     assert set(slots) == set(np.ndindex(launch.batch, launch.heads, launch.rows))
     split = {row: sorted(x) for row, x in slots.items() if x != [-1]}
@@ -187,6 +204,7 @@ def test_every_block_is_computed_once(launch, make, data):
     assert schedule.count.shape == (launch.workers,)
     assert schedule.items.dtype == schedule.count.dtype == np.int32
     assert blocks_in(schedule) == blocks_of(launch, partial, full)
+    check_first_columns(launch, schedule)
     check_slots(launch, schedule)
     check_order(launch, schedule, totals(launch, partial, full))
     for items, count in zip(schedule.items, schedule.count, strict=True):
