@@ -99,7 +99,8 @@ def forward(
     config = fwd_sm90.Config.choose(
         *call.dims, *call.blocks, _num_multiprocessors(), most_blocks
     )
-    schedule = call.schedule(lists, config.num_workers)
+    tiles = call.mask.block_q // config.tile_q
+    schedule = call.schedule(lists, config.num_workers, tiles=tiles)
     bad = call.bad_keys(call.v)
     out, lse = fwd_sm90.forward(
         *(call.q, call.k, call.v),
@@ -273,7 +274,9 @@ class _Call:
             known = blocks(self.known, ""), blocks(self.known, "full_")
         return _Lists(blocks(self.mask, ""), blocks(self.mask, "full_"), known)
 
-    def schedule(self, lists: _Lists, workers: int, group: int = 1) -> Schedule:
+    def schedule(
+        self, lists: _Lists, workers: int, group: int = 1, tiles: int = 1
+    ) -> Schedule:
         """On the host if the pattern is known, else on the device."""
         make, blocks = schedule_on_device, (lists.partial, lists.full)
         if lists.known is not None:
@@ -284,6 +287,7 @@ class _Call:
             heads=self.q.shape[2],
             workers=workers,
             group=group,
+            tiles=tiles,
         )
 
     # --------------------------------------------------------------- element tests

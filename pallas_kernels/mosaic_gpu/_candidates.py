@@ -25,7 +25,11 @@ FORWARD = (
     Config(tile_kv=64, num_stages=4, q_in_registers=True),
     Config(tile_kv=64, num_stages=2, ping_pong=False, teams=2),
     Config(tile_kv=64, num_stages=4, ping_pong=False, teams=2),
-    Config(tile_kv=64, num_stages=3, ping_pong=False, teams=4),
+    Config(64, tile_kv=64, num_stages=4, ping_pong=False, teams=2),
+    Config(64, tile_kv=64, num_stages=3, ping_pong=False, teams=4),
+    Config(64, num_stages=3, num_q_stages=2, ping_pong=False, lazy=0.0),
+    Config(64, num_stages=2, num_q_stages=2, ping_pong=False, lazy=0.0, teams=2),
+    Config(64, num_stages=2, ping_pong=False, lazy=0.0, teams=3),
 )
 DQ = (
     BackwardConfig(tile=128, num_stages=3, num_fixed_stages=2),
@@ -78,6 +82,10 @@ def candidates(key: Key, dtype: Any) -> list[Any]:
 
 def _runs(key: Key, config: Any, dtype: Any) -> bool:
     rows = key.block_kv if key.kernel == "dkv" else key.block_q
+    if key.kernel == "forward":
+        if rows % config.tile_q:
+            return False
+        rows = config.tile_q
     wgs = _persistent.warpgroups(rows)
     if wgs * config.teams not in _persistent.COMPUTE_REGISTERS:
         return False

@@ -8,7 +8,7 @@ stream's tile is freed for the load warp by every compute warpgroup of the team.
 
 Of a block of 32 rows a warpgroup computes 64; `crop` drops the second half. Outputs
 leave by shared memory, or, where they are too wide for what is left of it, straight
-from registers, in whole blocks (`rows_of`, `Walker.write`).
+from registers, in whole blocks (`rows_of`, `write`).
 
 A column that some rows do not see must not reach them as 0 * NaN. Entries of partial
 blocks that have a column with a value that is not finite are therefore flagged; there,
@@ -109,7 +109,8 @@ class Walker:
     """One kernel's static sizes; its phases are the methods.
 
     Attributes:
-        block_rows: rows of a block: 32, or 64 for each compute warpgroup.
+        block_rows: rows of an item: 32, or 64 for each compute warpgroup; those of a
+            block of the pattern, or of a tile of it.
         block_columns: columns of a block.
         tile: columns of one step.
         num_stages: tiles of a stream in flight.
@@ -262,20 +263,6 @@ class Walker:
         """Where the w-th 64 rows of a block stand in an output."""
         return pl.ds(row * self.wgs * 64 + w * 64, 64)
 
-    def write(self, s: dict, w, outputs: Sequence[tuple[Any, str, Any]]) -> None:
-        """Writes the w-th 64 rows of outputs: ``(values, scratch name, place)``."""
-        staged = [x for x in outputs if x[1] in s]
-        if staged:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for values, name, _ in staged:
-                s[name].at[w][...] = values
-            plgpu.commit_smem()
-        for values, name, place in outputs:
-            if name in s:
-                plgpu.copy_smem_to_gmem(s[name].at[w], place)
-            else:
-                r.store(place, values)
-
     # ------------------------------------------------------------------------- load
 
     def load(self, fixed, streams: Sequence[Stream], lists: Lists, s: dict) -> None:
@@ -415,20 +402,19 @@ class Walker:
         elements = lists.elements
         per_block = jnp.int32(self.steps_per_block)
         test = _elements.apply(elements, self.tile, fill, min(self.block_rows, 64))
-        words, entry = 0, 0
+        words, entry, rows_per_block = 0, 0, self.block_rows
         if elements.bits is not None:
-            words = elements.bits.shape[-1]
+            rows_per_block, words = elements.bits.shape[-2:]
             entry = elements.bits.shape[1] if elements.bits.shape[0] > 1 else 0
 
         def f(n, x):
             nth, part = lax.div(n, per_block), lax.rem(n, per_block) * self.tile
-            first = self.row_half() * 64
+            first = row * self.block_rows + self.row_half() * 64
             block = fields[8] + nth + b * entry
-            word = (block * self.block_rows + first) * words + lax.div(
-                part, jnp.int32(32)
-            )
+            bit_row = block * rows_per_block + lax.rem(first, rows_per_block)
+            word = bit_row * words + lax.div(part, jnp.int32(32))
             column, _ = self.columns(fields, lists, n)
-            at = Position(b, row * self.block_rows + first, column, word)
+            at = Position(b, first, column, word)
             return test(x, at)
 
         return f
@@ -514,6 +500,24 @@ def check_smem(who: str, config: Any, scratch: dict) -> None:
             f"{who}: {config} needs {need} bytes of shared memory; a multiprocessor "
             f"has {MAX_SMEM_BYTES}. Use fewer stages."
         )
+
+
+def write(s: dict, w, outputs: Sequence[tuple[Any, str, Any]]) -> None:
+    """A warpgroup's 64 rows of outputs: ``(values, scratch name, place)``.
+
+    Those without scratch go straight from registers.
+    """
+    staged = [x for x in outputs if x[1] in s]
+    if staged:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for values, name, _ in staged:
+            s[name].at[w][...] = values
+        plgpu.commit_smem()
+    for values, name, place in outputs:
+        if name in s:
+            plgpu.copy_smem_to_gmem(s[name].at[w], place)
+        else:
+            r.store(place, values)
 
 
 def staging(tile: Callable, wgs: int, **columns: int) -> dict:

@@ -52,8 +52,8 @@ class Schedule:
     Attributes:
         count: ``[workers]`` int32, items of each worker.
         items: ``[workers, most, NUM_FIELDS]`` int32, zero beyond the count.
-        split_rows: ``[s, 3]`` int32: batch, head, row of each row that several items
-            share, ascending.
+        split_rows: ``[s, 3]`` int32: batch, head, row of each row that has slots,
+            ascending.
         split_slots: ``[s, parts]`` int32 workspace slots of its parts, -1 where a row
             has fewer.
         num_slots: workspace slots in use.
@@ -76,6 +76,7 @@ def schedule_on_host(
     heads: int,
     workers: int,
     group: int = 1,
+    tiles: int = 1,
 ) -> Schedule:
     """Balances the rows of a known pattern over persistent workers.
 
@@ -92,11 +93,12 @@ def schedule_on_host(
         workers: walkers of the schedule.
         group: query heads whose items must follow one another on one worker, because
             they add to one result; above 1 nothing is split.
+        tiles: rows of the launch that share a list: the tiles of a row of blocks.
 
     Returns:
         The schedule, a function of the arguments only.
     """
-    rows = _Rows.of(np, partial, full, batch, heads)
+    rows = _Rows.of(np, partial, full, batch, heads, tiles)
     b, h, i = np.unravel_index(np.arange(len(rows.total)), rows.shape)
     if group == 1:
         order = np.lexsort((i, -rows.total, b * heads + h))
@@ -105,7 +107,8 @@ def schedule_on_host(
         pieces = _assign_groups(rows, b, h, i, workers, group)
     pieces = pieces[np.argsort(pieces[:, 0], kind="stable")]
     owner, which, begin, end = pieces.T
-    slots, split, split_slots = _slots(which, len(rows.total))
+    few = len(rows.total) < workers
+    slots, split, split_slots = _slots(which, len(rows.total), few)
     items = rows.items(np, which, begin, end, slots)
     count = np.bincount(owner, minlength=workers)
     padded = np.zeros((workers, max(1, int(count.max())), NUM_FIELDS), np.int32)
@@ -129,6 +132,7 @@ def schedule_on_device(
     heads: int,
     workers: int,
     group: int = 1,
+    tiles: int = 1,
 ) -> Schedule:
     """`schedule_on_host` for traced lists.
 
@@ -136,7 +140,7 @@ def schedule_on_device(
     and fro. If there are fewer rows than workers, each row is cut into the same number
     of even parts.
     """
-    rows = _Rows.of(jnp, partial, full, batch, heads)
+    rows = _Rows.of(jnp, partial, full, batch, heads, tiles)
     num_rows = len(rows.total)
     parts = 1
     if group == 1 and num_rows < workers:
@@ -191,22 +195,33 @@ class _Rows:
     first_bits: Array
 
     @classmethod
-    def of(cls, xp: Any, partial: Blocks, full: Blocks, batch: int, heads: int) -> _Rows:
-        """Rows of the lists."""
+    def of(
+        cls,
+        xp: Any,
+        partial: Blocks,
+        full: Blocks,
+        batch: int,
+        heads: int,
+        tiles: int,
+    ) -> _Rows:
+        """Rows of the lists, each ``tiles`` times."""
         counts = xp.asarray(partial.count)
-        shape = (batch, heads, counts.shape[-1])
+        shape = (batch, heads, counts.shape[-1] * tiles)
         # Bits are counted within a batch entry, in list order, heads outermost.
         per_entry = counts.reshape(counts.shape[0], -1)
         first_bits = (xp.cumsum(per_entry, 1) - per_entry).reshape(counts.shape)
         index = np.arange(counts.size).reshape(counts.shape)
-        flat = lambda x: xp.broadcast_to(x, shape).reshape(-1)
+
+        def flat(np_, x):
+            return np_.broadcast_to(np_.repeat(x, tiles, -1), shape).reshape(-1)
+
         return cls(
             shape,
             (partial, full),
-            flat(counts),
-            flat(counts + xp.asarray(full.count)),
-            np.broadcast_to(index, shape).reshape(-1),
-            flat(first_bits),
+            flat(xp, counts),
+            flat(xp, counts + xp.asarray(full.count)),
+            flat(np, index),
+            flat(xp, first_bits),
         )
 
     def items(self, xp, which, begin, end, slots) -> Array:
@@ -273,12 +288,16 @@ def _assign(
     return np.asarray(pieces, np.int64).reshape(-1, 4)
 
 
-def _slots(rows: np.ndarray, num_rows: int):
-    """Workspace slots of the pieces, the rows that have several, and their slots."""
+def _slots(rows: np.ndarray, num_rows: int, few: bool):
+    """Workspace slots of the pieces, the rows that have several, and their slots.
+
+    Of few rows all get slots, if one does: merging all is cheaper than filling in some.
+    """
     parts = np.bincount(rows, minlength=num_rows)
-    which = np.flatnonzero(parts > 1)
+    fewest = 1 if few and parts.max(initial=0) > 1 else 2
+    which = np.flatnonzero(parts >= fewest)
     slots = np.full(len(rows), -1, np.int64)
-    shared = np.flatnonzero(parts[rows] > 1)
+    shared = np.flatnonzero(parts[rows] >= fewest)
     shared = shared[np.argsort(rows[shared], kind="stable")]
     slots[shared] = np.arange(len(shared))
     nth = np.arange(int(parts.max(initial=1)) if len(which) else 0)

@@ -351,7 +351,7 @@ class _BackwardDkv(Walker):
                 (values(name, dim, self.dtype), name, out.at[b, rows, h])
                 for (name, dim), out, _ in places
             ]
-            self.write(s, w, outputs)
+            _persistent.write(s, w, outputs)
 
         def one_part():
             for (name, dim), _, parts in places:

@@ -252,7 +252,7 @@ class _BackwardDq(Walker):
 
         def whole():
             values = gradient.scaled(self.head_dim, self.scale, self.dtype)(result)
-            self.write(s, w, [(values, "dq", dq.at[b, rows, h])])
+            _persistent.write(s, w, [(values, "dq", dq.at[b, rows, h])])
 
         def one_part():
             values = gradient.scaled(self.head_dim, self.scale, jnp.float32)(result)

@@ -26,6 +26,7 @@ from ._elements import Elements
 from ._persistent import Lists, Stream, Walker
 from ._schedule import Schedule
 from ._wgmma import Product, start, wait
+from .merge_sm90 import merge
 
 Array = Any
 
@@ -35,6 +36,7 @@ class Config:
     """How the forward kernel is built.
 
     Attributes:
+        tile_q: queries of one item, 64 or 128; a block may hold two such items.
         tile_kv: keys of one step.
         num_stages: key and value tiles in flight.
         num_q_stages: query tiles in flight.
@@ -47,6 +49,7 @@ class Config:
         num_ctas: CTAs of the launch; one fits on a multiprocessor.
     """
 
+    tile_q: int = 128
     tile_kv: int = 128
     num_stages: int = 3
     num_q_stages: int = 1
@@ -62,6 +65,12 @@ class Config:
         return self.num_ctas * self.teams
 
     def __post_init__(self):
+        if self.tile_q not in (64, 128):
+            raise ValueError(f"tile_q={self.tile_q}; expected 64 or 128.")
+        if self.ping_pong and self.tile_q == 64:
+            raise ValueError(
+                f"tile_q={self.tile_q} has one warpgroup; with ping_pong expected 128."
+            )
         if self.tile_kv not in (32, 64, 128):
             raise ValueError(f"tile_kv={self.tile_kv}; expected 32, 64 or 128.")
         if self.num_stages < 2:
@@ -94,10 +103,11 @@ class Config:
         if measured is not None:
             return cls(**measured, num_ctas=num_ctas)
         if widest > 128:
-            found = cls(tile_kv=64, num_stages=2, ping_pong=block_q == 128)
+            turns = block_q == 128
+            found = cls(tile_q=block_q, tile_kv=64, num_stages=2, ping_pong=turns)
         elif block_q == 64:
             stages = 4 if widest <= 64 else 2
-            found = cls(tile_kv=64, num_stages=stages, ping_pong=False, teams=2)
+            found = cls(64, tile_kv=64, num_stages=stages, ping_pong=False, teams=2)
         elif widest <= 64 and few:
             found = cls(num_stages=4, num_q_stages=2, lazy=0.0)
         elif widest <= 64:
@@ -109,10 +119,10 @@ class Config:
 
 
 def scratch_spec(
-    config: Config, block_q: int, head_dim: int, value_dim: int, dtype
+    config: Config, tile_q: int, head_dim: int, value_dim: int, dtype
 ) -> dict:
     """Shared memory of one CTA; the estimate and the launch both read it."""
-    c, wgs = config, block_q // 64
+    c, wgs = config, tile_q // 64
     tile = lambda *shape: _persistent.tiles((c.teams, *shape), dtype)
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
     return dict(
@@ -152,7 +162,8 @@ def forward(
         kv_indices: int32, flattened lists of partial blocks.
         full_kv_indices: int32, flattened lists of full blocks.
         elements: test of the partial blocks; rows are queries; ``bad`` tells of v.
-        schedule: from `_schedule`, of these lists.
+        schedule: from `_schedule`, of these lists, with ``block_q // config.tile_q``
+            items for each row.
         blocks: ``block_q`` and ``block_kv``.
         scale: factor of the logits; above 0.
         config: see `Config`.
@@ -165,10 +176,12 @@ def forward(
         ValueError: for a config that does not fit into shared memory, or scale <= 0.
     """
     batch, q_len, heads, head_dim = q.shape
-    value_dim, block_q = v.shape[-1], blocks[0]
+    value_dim, (block_q, block_kv), tile_q = v.shape[-1], blocks, config.tile_q
     if scale <= 0:
         raise ValueError(f"forward: scale={scale}; expected a positive number.")
-    scratch = scratch_spec(config, block_q, head_dim, value_dim, q.dtype)
+    if block_q % tile_q:
+        raise ValueError(f"forward: {config} for block_q={block_q}; tile_q divides it.")
+    scratch = scratch_spec(config, tile_q, head_dim, value_dim, q.dtype)
     _persistent.check_smem("forward", config, scratch)
     q, k, v = (_persistent.pad_rows(x) for x in (q, k, v))
     q_pad = -(-q_len // block_q) * block_q
@@ -178,12 +191,12 @@ def forward(
     out_type = (
         jax.ShapeDtypeStruct((batch, rows, heads, value_dim), q.dtype),
         jax.ShapeDtypeStruct((batch, heads, q_pad), f32),
-        jax.ShapeDtypeStruct((slots, block_q, value_dim), f32),
-        jax.ShapeDtypeStruct((slots, block_q), f32),
+        jax.ShapeDtypeStruct((slots, tile_q, value_dim), f32),
+        jax.ShapeDtypeStruct((slots, tile_q), f32),
     )
     kernel = _Forward(
-        block_rows=block_q,
-        block_columns=blocks[1],
+        block_rows=tile_q,
+        block_columns=block_kv,
         tile=config.tile_kv,
         num_stages=config.num_stages,
         num_fixed_stages=config.num_q_stages,
@@ -207,34 +220,6 @@ def forward(
     if schedule.num_slots:
         out, lse = merge(out, lse, part_out, part_lse, schedule)
     return out[:, :q_len], lse[..., :q_len]
-
-
-def merge(
-    out: Array, lse: Array, part_out: Array, part_lse: Array, schedule: Schedule
-) -> tuple[Array, Array]:
-    """Combines the parts of split rows: a mean of outputs weighted by exp(lse)."""
-    slots = jnp.asarray(schedule.split_slots)
-    parts = jnp.where(slots[..., None] >= 0, part_lse[slots], -jnp.inf)
-    top = parts.max(1)
-    top0 = jnp.where(top == -jnp.inf, 0, top)
-    weights = jnp.exp(parts - top0[:, None])
-    total = weights.sum(1)
-    weights = weights / jnp.where(total == 0, 1, total)[:, None]
-    values = jnp.where(weights[..., None] > 0, part_out[slots], 0)
-    values = (values * weights[..., None]).sum(1).astype(out.dtype)
-    row_lse = top0 + jnp.log(total)
-    rows = values.shape[1]
-    if len(slots) * rows == math.prod(lse.shape):
-        batch, heads, q_pad = lse.shape
-        values = values.reshape(batch, heads, q_pad, -1).swapaxes(1, 2)
-        return values[:, : out.shape[1]], row_lse.reshape(lse.shape)
-    b, h, i = jnp.asarray(schedule.split_rows).T
-    t = i[:, None] * rows + jnp.arange(rows)
-    out = out.at[b[:, None], t, h[:, None]].set(
-        values, mode="drop", unique_indices=True
-    )
-    lse = lse.at[b[:, None], h[:, None], t].set(row_lse, unique_indices=True)
-    return out, lse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,12 +339,13 @@ class _Forward(Walker):
         def whole():
             values, row_lse = softmax.finish(self.value_dim, self.dtype)(*result)
             places = out.at[b, rows, h], lse.at[b, h, rows]
-            self.write(s, w, [(values, "out", places[0]), (row_lse, "lse", places[1])])
+            outputs = [(values, "out", places[0]), (row_lse, "lse", places[1])]
+            _persistent.write(s, w, outputs)
 
         def one_part():
             values, row_lse = softmax.finish(self.value_dim, jnp.float32)(*result)
             rows = pl.ds(w * 64, 64)
-            self.write(s, w, [(row_lse, "lse", part_lse.at[part, rows])])
+            _persistent.write(s, w, [(row_lse, "lse", part_lse.at[part, rows])])
             r.store(part_out.at[part, rows], values)
 
         if not self.any_split:

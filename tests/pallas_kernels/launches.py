@@ -57,6 +57,13 @@ class Launch:
             *self.dims, *self.blocks, **options
         )
 
+    @property
+    def rows(self) -> int:
+        """Rows of an item."""
+        if self.kernel == "forward":
+            return self.config().tile_q
+        return self.blocks[self.kernel == "dkv"]
+
     def lower(self) -> str:
         """The text of the program for an H100."""
         with use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
@@ -94,6 +101,7 @@ class Launch:
         if self.on_host:
             make, partial, full = schedule_on_host, *self.counts()
         group = self.heads[0] // self.heads[1] if self.kernel == "dkv" else 1
+        tiles = self.blocks[0] // self.rows if self.kernel == "forward" else 1
         lists = np.zeros((1, 1, rows, columns), np.int32)
         schedule = make(
             *(Blocks(partial, lists), Blocks(full, lists)),
@@ -101,6 +109,7 @@ class Launch:
             heads=self.heads[0],
             workers=config.num_workers,
             group=group,
+            tiles=tiles,
         )
         arrays = (q, k, v)
         if self.kernel != "forward":

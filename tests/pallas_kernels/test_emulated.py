@@ -15,6 +15,7 @@ import pytest
 
 from jsparse import block_sparse_attention
 from jsparse.backends import mosaic_gpu
+from jsparse.pallas_kernels.mosaic_gpu import fwd_sm90
 from tests.backends import test_contract as contract
 from tests.pallas_kernels.emulation import emulated
 from tests.support.cases import CASES, Case, make_case, random_mask, uneven_rows
@@ -107,6 +108,17 @@ def test_split_rows(static):
     rng = np.random.default_rng(1)
     mask = uneven_rows(rng, (1, 6), (200, 700, 128, 128))
     check(make_case(rng, mask, heads=(1, 1)), static)
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_items_of_half_a_block(static, monkeypatch):
+    half = fwd_sm90.Config(64, tile_kv=64, num_stages=2, ping_pong=False, teams=2)
+    monkeypatch.setattr(fwd_sm90.Config, "choose", lambda *_: half)
+    rng, sizes = np.random.default_rng(5), (170, 700, 128, 128)
+    mask = uneven_rows(rng, (2, 6), sizes)
+    case = CASES["window"](rng, sizes)
+    check(make_case(rng, mask, heads=(2, 1)), static)
+    check(case, static)
 
 
 def test_negative_scale():

@@ -60,8 +60,8 @@ def test_head_sizes_lower(kernel, dims):
 def test_every_config_fits_into_shared_memory(kernel):
     for launch in POSSIBLE:
         if launch.kernel == kernel:
-            config, rows = launch.config(), launch.blocks[kernel == "dkv"]
-            scratch = SCRATCH[kernel](config, rows, *launch.dims, "bfloat16")
+            config = launch.config()
+            scratch = SCRATCH[kernel](config, launch.rows, *launch.dims, "bfloat16")
             _persistent.check_smem(kernel, config, scratch)
 
 
@@ -182,6 +182,17 @@ def test_gradients_lower_inside_shard_map(part, monkeypatch):
         gradients = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k)
         text = gradients.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu_v2") == 3
+
+
+def test_tiles_of_queries_divide_the_block_and_take_no_turns_alone():
+    config = Launch("forward").config()
+    with pytest.raises(ValueError, match="tile_q=32; expected 64 or 128"):
+        dataclasses.replace(config, tile_q=32)
+    with pytest.raises(ValueError, match="tile_q=64 has one warpgroup"):
+        dataclasses.replace(config, tile_q=64, ping_pong=True)
+    wide = dataclasses.replace(config, tile_q=128)
+    with pytest.raises(ValueError, match="tile_q=128.* for block_q=64"):
+        Launch("forward", blocks=(64, 128), given=wide).lower()
 
 
 def test_steps_that_overlap_need_three_stages():

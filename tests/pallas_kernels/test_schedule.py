@@ -34,7 +34,13 @@ class Launch:
     batch: int = 1
     heads: int = 1
     group: int = 1
+    tiles: int = 1
     capacities: tuple[int, int] = (6, 40)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Batch entries, heads and rows of the launch."""
+        return self.batch, self.heads, self.rows * self.tiles
 
     def columns(self, kind: int) -> np.ndarray:
         """A list of each row, all columns of the launch different."""
@@ -49,6 +55,7 @@ class Launch:
             heads=self.heads,
             workers=self.workers,
             group=self.group,
+            tiles=self.tiles,
         )
 
 
@@ -81,6 +88,8 @@ LAUNCHES = (
     Launch((1, 1), rows=5, workers=3, heads=4, group=2),
     Launch((2, 4), rows=3, workers=4, batch=2, heads=4, group=4),
     Launch((1, 6), rows=2, workers=9, heads=6, group=3),
+    Launch((2, 1), rows=5, workers=7, batch=2, heads=2, tiles=2),
+    Launch((1, 1), rows=3, workers=8, tiles=2),
 )
 
 
@@ -111,22 +120,24 @@ def items_of(schedule: Schedule) -> Iterator[tuple[int, ...]]:
 
 def totals(launch: Launch, partial, full) -> np.ndarray:
     """Blocks of each row of the launch."""
-    return np.broadcast_to(partial + full, (launch.batch, launch.heads, launch.rows))
+    total = np.repeat(partial + full, launch.tiles, -1)
+    return np.broadcast_to(total, (launch.batch, launch.heads, total.shape[-1]))
 
 
 def blocks_of(launch: Launch, partial, full) -> collections.Counter:
     """Every block to compute: row, list, position in it, and number of its bits."""
     found = collections.Counter()
-    for b, h, i in np.ndindex(launch.batch, launch.heads, launch.rows):
+    for b, h, tile in np.ndindex(launch.grid):
+        i = tile // launch.tiles
         entry = min(b, partial.shape[0] - 1), min(h, partial.shape[1] - 1), i
         row = int(np.ravel_multi_index(entry, partial.shape))
         bits = partial[entry[0]].reshape(-1)
         first_bit = int(bits[: entry[1] * launch.rows + i].sum())
         for n in range(partial[entry]):
             position = row * launch.capacities[0] + n
-            found[b, h, i, "partial", position, first_bit + n] += 1
+            found[b, h, tile, "partial", position, first_bit + n] += 1
         for n in range(full[entry]):
-            found[b, h, i, "full", row * launch.capacities[1] + n, None] += 1
+            found[b, h, tile, "full", row * launch.capacities[1] + n, None] += 1
     return found
 
 
@@ -159,7 +170,7 @@ def check_slots(launch: Launch, schedule: Schedule) -> None:
     slots = collections.defaultdict(list)
     for b, h, i, *_, slot, _, _ in items_of(schedule):
         slots[b, h, i].append(slot)
-    assert set(slots) == set(np.ndindex(launch.batch, launch.heads, launch.rows))
+    assert set(slots) == set(np.ndindex(launch.grid))
     split = {row: sorted(x) for row, x in slots.items() if x != [-1]}
     listed = {
         tuple(row): [x for x in parts if x >= 0]
@@ -231,7 +242,7 @@ def test_no_worker_is_far_above_the_mean(launch, data):
     longest = 2 * MIN_PART - 1
     if launch.group > 1:
         total = totals(launch, partial, full)
-        shape = launch.batch, -1, launch.group, launch.rows
+        shape = launch.batch, -1, launch.group, launch.grid[-1]
         longest = total.reshape(shape).sum(2).max()
     # The worker that is free first is not above the mean, and takes one piece more.
     assert load.max() <= load.mean() + longest + ROW_COST
@@ -241,8 +252,20 @@ def test_no_worker_is_far_above_the_mean(launch, data):
 def test_parts_of_a_row_are_not_too_short(data):
     launch = Launch((1, 1), rows=5, workers=8)
     schedule = on_host(launch, *data.draw(counts(launch)))
-    parts = [item for item in items_of(schedule) if item[7] >= 0]
-    assert all(item[4] + item[6] >= MIN_PART for item in parts)
+    lengths = collections.defaultdict(list)
+    for item in items_of(schedule):
+        lengths[item[:3]].append(item[4] + item[6])
+    assert all(min(x) >= MIN_PART for x in lengths.values() if len(x) > 1)
+
+
+@pytest.mark.parametrize("workers, listed", [(9, [0, 1, 2, 3, 4]), (4, [2])])
+def test_where_rows_are_few_and_one_is_split_all_have_slots(workers, listed):
+    launch = Launch((1, 1), rows=5, workers=workers)
+    full = np.array([[[0, 3, 30, 2, 1]]])
+    schedule = on_host(launch, np.zeros_like(full), full)
+    assert schedule.split_rows[:, 2].tolist() == listed
+    uncut = on_host(launch, np.zeros_like(full), np.minimum(full, 3))
+    assert uncut.num_slots == 0
 
 
 def test_one_long_row_does_not_hold_up_the_launch():
