@@ -8,8 +8,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
-NUM_FIELDS = 10
-"""int32 fields of one work item; see `mosaic_gpu._schedule`."""
+NUM_FIELDS = 12
+"""int32 fields of one work item; see `mosaic_gpu._schedule`. A multiple of 16 bytes."""
 MAX_SMEM_BYTES = 227 * 1024
 
 

@@ -146,11 +146,6 @@ class Walker:
     def steps_per_block(self) -> int:
         return self.block_columns // self.tile
 
-    @property
-    def reads_ahead(self) -> bool:
-        """Whether compute warpgroups have registers for the next item's fields."""
-        return True
-
     # ------------------------------------------------------------------ the launch
 
     def launch(
@@ -235,29 +230,9 @@ class Walker:
         """Writes an item's result."""
         raise NotImplementedError
 
-    # ---------------------------------------------------------------------- walking
-
-    def walk(self, s: dict, lists: Lists, body: Callable, carry, ahead: bool = True):
-        """Calls ``body(fields, carry)`` for each item.
-
-        Fields are read one item ahead, unless registers are too dear for that.
-        """
-        worker = lax.axis_index("cta") * self.teams + s["team"]
-        count = lists.count[worker]
-
-        def read(n):
-            at = (worker * self.items_per_worker + n) * NUM_FIELDS
-            return [lists.items[at + f] for f in range(NUM_FIELDS)]
-
-        if not ahead:
-            return lax.fori_loop(0, count, lambda n, carry: body(read(n), carry), carry)
-
-        def step(n, carry):
-            fields, carry = carry
-            following = read(jnp.minimum(n + 1, self.items_per_worker - 1))
-            return following, body(fields, carry)
-
-        return lax.fori_loop(0, count, step, (read(jnp.int32(0)), carry))[1]
+    def worker(self, s: dict):
+        """Whose items of the schedule this team computes."""
+        return lax.axis_index("cta") * self.teams + s["team"]
 
     def rows_out(self, row, w):
         """Where the w-th 64 rows of a block stand in an output."""
@@ -266,14 +241,25 @@ class Walker:
     # ------------------------------------------------------------------------- load
 
     def load(self, fixed, streams: Sequence[Stream], lists: Lists, s: dict) -> None:
-        """Producer: fixed tiles and, one block ahead in the lists, the streams."""
-        per_block = jnp.int32(self.steps_per_block)
+        """Producer: each item's fields and fixed tiles, then tiles of the streams.
 
-        def item(fields, carry):
+        Items are read one ahead, and so are block lists.
+        """
+        per_block, worker = jnp.int32(self.steps_per_block), self.worker(s)
+
+        def place(n):
+            return (worker * self.items_per_worker + n) * NUM_FIELDS
+
+        def read(n):
+            n = jnp.minimum(n, self.items_per_worker - 1)
+            return [lists.items[place(n) + f] for f in range(NUM_FIELDS)]
+
+        def item(nth, carry):
+            fields, step0 = carry
             b, h, row, p0, pn, f0, fn = fields[:7]
+            following_fields = read(nth + 1)
             h_kv = h if self.group == 1 else lax.div(h, jnp.int32(self.group))
             h_row, h_col = (h, h_kv) if self.rows_are_queries else (h_kv, h)
-            count, step0 = carry
             total = pn + fn
 
             def entry(n):
@@ -284,18 +270,17 @@ class Walker:
                 full = lists.full[f0 + jnp.clip(n - pn, 0, jnp.maximum(fn - 1, 0))]
                 return jnp.where(n < pn, partial, full)
 
-            @pl.when(total > 0)
-            def _fixed():
-                stage = lax.rem(count, jnp.int32(self.num_fixed_stages))
-                plgpu.barrier_wait(s["fixed_free"][stage])
-                for array, name in fixed:
-                    for w in range(self.wgs):
-                        rows = pl.ds(row * self.block_rows + w * 64, 64)
-                        plgpu.copy_gmem_to_smem(
-                            array.at[b, rows, h_row],
-                            s[name].at[stage, w],
-                            s["fixed_full"][stage],
-                        )
+            stage = lax.rem(nth, jnp.int32(self.num_fixed_stages))
+            full = s["fixed_full"][stage]
+            plgpu.barrier_wait(s["fixed_free"][stage])
+            copied = lists.items.at[pl.ds(place(nth), NUM_FIELDS)]
+            fields_at = s["item"].at[stage, pl.ds(0, NUM_FIELDS)]
+            plgpu.copy_gmem_to_smem(copied, fields_at, full)
+            for array, name in fixed:
+                for w in range(self.wgs):
+                    rows = pl.ds(row * self.block_rows + w * 64, 64)
+                    tile = s[name].at[stage, w]
+                    plgpu.copy_gmem_to_smem(array.at[b, rows, h_row], tile, full)
 
             def step(n, block):
                 slot = lax.rem(step0 + n, jnp.int32(self.num_stages))
@@ -312,9 +297,10 @@ class Walker:
                 return following
 
             lax.fori_loop(0, total * per_block, step, fields[9])
-            return count + (total > 0).astype(jnp.int32), step0 + total * per_block
+            return following_fields, step0 + total * per_block
 
-        self.walk(s, lists, item, (jnp.int32(0), jnp.int32(0)))
+        first = read(jnp.int32(0)), jnp.int32(0)
+        lax.fori_loop(0, lists.count[worker], item, first)
         # Every arrival is waited for: interpret mode checks that barriers end at rest.
         for i in range(self.num_stages):
             for stream in streams:
@@ -342,31 +328,29 @@ class Walker:
     def items(self, arrays, lists: Lists, outs, s: dict) -> None:
         """Computes and stores one item after another."""
 
-        def item(fields, carry):
-            count, step0 = carry
-            total = fields[4] + fields[6]
-            stage = lax.rem(count, jnp.int32(self.num_fixed_stages))
+        def item(nth, step0):
+            fields, stage = self.await_item(nth, s)
+            total = self.total_steps(fields)
 
             @pl.when(total > 0)
             def _rows():
-                plgpu.barrier_wait(s["fixed_full"][stage])
                 result = self.attend(fields, arrays, lists, s, step0, stage)
                 self.store(result, fields, outs, s)
 
             @pl.when(total == 0)
             def _empty():
+                plgpu.barrier_arrive(s["fixed_free"][stage])
                 self.store(self.nothing(), fields, outs, s)
 
-            return self.advance(carry, total)
+            return step0 + total
 
-        ahead = self.reads_ahead
-        self.walk(s, lists, item, (jnp.int32(0), jnp.int32(0)), ahead)
+        lax.fori_loop(0, lists.count[self.worker(s)], item, jnp.int32(0))
 
-    def advance(self, carry, total):
-        """Items with blocks, and steps, so far."""
-        count, step0 = carry
-        steps = total * self.steps_per_block
-        return count + (total > 0).astype(jnp.int32), step0 + steps
+    def await_item(self, nth, s: dict):
+        """Fields of the n-th item, and the stage with its fixed tiles."""
+        stage = lax.rem(nth, jnp.int32(self.num_fixed_stages))
+        plgpu.barrier_wait(s["fixed_full"][stage])
+        return [s["item"][stage, f] for f in range(NUM_FIELDS)], stage
 
     def slot(self, step0, n):
         """Stage of a stream that holds step n of an item."""
@@ -484,6 +468,11 @@ def warpgroups(block_rows: int) -> int:
 def barriers(teams: int, count: int, arrivals: int) -> plgpu.Barrier:
     """``count`` barriers for each team."""
     return plgpu.Barrier(num_arrivals=arrivals, num_barriers=(teams, count))
+
+
+def item_slots(teams: int, stages: int) -> plgpu.SMEM:
+    """The fields of items, each where a TMA copy may write: at 128 bytes."""
+    return plgpu.SMEM((teams, stages, 32), jnp.int32)
 
 
 def tiles(shape: tuple[int, ...], dtype) -> plgpu.SMEM:

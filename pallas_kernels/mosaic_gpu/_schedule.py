@@ -9,7 +9,8 @@ An item is ``NUM_FIELDS`` int32: batch, query head, row, first and number of its
 list entries, first and number of its full ones (both as positions in the flattened
 lists), the workspace slot of its partial result, or -1 if the item is the whole row and
 writes the output itself, the bit block of its first partial entry, and the column of
-its first block, which spares the load warps a read before the first tile.
+its first block, which spares the load warps a read before the first tile. The last two
+are unused.
 """
 
 from __future__ import annotations
@@ -243,6 +244,7 @@ class _Rows:
             *(starts[0], numbers[0], starts[1], numbers[1]),
             *(slots, self.first_bits[which] + p_begin),
             xp.where(end > begin, first, 0),
+            *(xp.zeros_like(begin), xp.zeros_like(begin)),
         ]
         return xp.stack(fields, 1).astype(xp.int32)
 

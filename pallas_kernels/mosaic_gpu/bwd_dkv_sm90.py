@@ -83,7 +83,8 @@ def scratch_spec(
         lse2=row,
         delta=row,
         **_persistent.staging(tile, wgs, dk=head_dim, dv=value_dim),
-        fixed_full=bar(c.num_fixed_stages, 2 * wgs),
+        item=_persistent.item_slots(c.teams, c.num_fixed_stages),
+        fixed_full=bar(c.num_fixed_stages, 1 + 2 * wgs),
         fixed_free=bar(c.num_fixed_stages, wgs),
         q_full=bar(c.num_stages, 2),
         q_free=bar(c.num_stages, wgs),
@@ -187,10 +188,6 @@ class _BackwardDkv(Walker):
     sums: tuple[str, ...]
 
     @property
-    def reads_ahead(self):
-        return False
-
-    @property
     def dims(self) -> dict[str, int]:
         """Columns of the sums that this launch computes."""
         every = dict(dk=self.head_dim, dv=self.value_dim)
@@ -233,24 +230,27 @@ class _BackwardDkv(Walker):
             super().items(arrays, lists, outs, s)
             return
 
-        def item(fields, carry):
-            (count, step0), sums = carry
-            total = fields[4] + fields[6]
-            stage = lax.rem(count, jnp.int32(self.num_fixed_stages))
-            nth = lax.rem(fields[1], jnp.int32(self.group))
-            sums = lax.cond(nth == 0, lambda _: self.nothing(), lambda x: x, sums)
+        def item(nth, carry):
+            step0, sums = carry
+            fields, stage = self.await_item(nth, s)
+            total = self.total_steps(fields)
+            head = lax.rem(fields[1], jnp.int32(self.group))
+            sums = lax.cond(head == 0, lambda _: self.nothing(), lambda x: x, sums)
 
             def rows(sums):
-                plgpu.barrier_wait(s["fixed_full"][stage])
                 return self.attend(fields, arrays, lists, s, step0, stage, sums)
 
-            sums = lax.cond(total > 0, rows, lambda x: x, sums)
-            last = nth == self.group - 1
-            pl.when(last)(lambda: self.store(sums, fields, outs, s))
-            return self.advance((count, step0), total), sums
+            def no_rows(sums):
+                plgpu.barrier_arrive(s["fixed_free"][stage])
+                return sums
 
-        start_ = (jnp.int32(0), jnp.int32(0)), self.nothing()
-        self.walk(s, lists, item, start_, self.reads_ahead)
+            sums = lax.cond(total > 0, rows, no_rows, sums)
+            last = head == self.group - 1
+            pl.when(last)(lambda: self.store(sums, fields, outs, s))
+            return step0 + total, sums
+
+        start_ = jnp.int32(0), self.nothing()
+        lax.fori_loop(0, lists.count[self.worker(s)], item, start_)
 
     def attend(self, fields, arrays, lists, s, step0, stage, sums=None):
         """Adds an item's part of 64 rows to ``sums``, which are by name."""

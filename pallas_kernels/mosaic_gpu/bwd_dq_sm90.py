@@ -70,7 +70,8 @@ def scratch_spec(
         k=tile(c.num_stages, c.tile, head_dim),
         v=tile(c.num_stages, c.tile, value_dim),
         **_persistent.staging(tile, wgs, dq=head_dim),
-        fixed_full=bar(c.num_fixed_stages, 2 * wgs),
+        item=_persistent.item_slots(c.teams, c.num_fixed_stages),
+        fixed_full=bar(c.num_fixed_stages, 1 + 2 * wgs),
         fixed_free=bar(c.num_fixed_stages, wgs),
         k_full=bar(c.num_stages, 1),
         k_free=bar(c.num_stages, wgs),
@@ -163,10 +164,6 @@ class _BackwardDq(Walker):
     value_dim: int
     dtype: Any
     scale: float
-
-    @property
-    def reads_ahead(self):
-        return False
 
     def tiles(self, arrays):
         q, k, v, dout, _, _ = arrays

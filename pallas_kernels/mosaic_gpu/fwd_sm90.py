@@ -131,7 +131,8 @@ def scratch_spec(
         v=tile(c.num_stages, c.tile_kv, value_dim),
         **_persistent.staging(tile, wgs, out=value_dim),
         lse=plgpu.SMEM((c.teams, wgs, 64), jnp.float32),
-        fixed_full=bar(c.num_q_stages, wgs),
+        item=_persistent.item_slots(c.teams, c.num_q_stages),
+        fixed_full=bar(c.num_q_stages, 1 + wgs),
         fixed_free=bar(c.num_q_stages, wgs),
         k_full=bar(c.num_stages, 1),
         k_free=bar(c.num_stages, wgs),
@@ -229,11 +230,6 @@ class _Forward(Walker):
     value_dim: int
     dtype: Any
     scale: float
-
-    @property
-    def reads_ahead(self):
-        # Four compute warpgroups leave 112 registers a thread.
-        return self.teams * self.wgs <= 3
 
     def tiles(self, arrays):
         q, k, v = arrays

@@ -144,7 +144,7 @@ def blocks_of(launch: Launch, partial, full) -> collections.Counter:
 def blocks_in(schedule: Schedule) -> collections.Counter:
     """The blocks that the items of a schedule compute, as `blocks_of` names them."""
     found = collections.Counter()
-    for b, h, i, p0, pn, f0, fn, _, bits, _ in items_of(schedule):
+    for b, h, i, p0, pn, f0, fn, _, bits, *_ in items_of(schedule):
         for n in range(pn):
             found[b, h, i, "partial", p0 + n, bits + n] += 1
         for n in range(fn):
@@ -154,7 +154,7 @@ def blocks_in(schedule: Schedule) -> collections.Counter:
 
 def check_first_columns(launch: Launch, schedule: Schedule) -> None:
     """An item names the column of its first block, or 0 if it has none."""
-    for *_, p0, pn, f0, fn, _, _, first in items_of(schedule):
+    for _, _, _, p0, pn, f0, fn, _, _, first, *_ in items_of(schedule):
         expected = 0
         if pn or fn:
             kind, position = (0, p0) if pn else (1, f0)
@@ -168,7 +168,7 @@ def check_slots(launch: Launch, schedule: Schedule) -> None:
     Where it is split, the schedule lists the slots for the merge, row by row.
     """
     slots = collections.defaultdict(list)
-    for b, h, i, *_, slot, _, _ in items_of(schedule):
+    for b, h, i, _, _, _, _, slot, *_ in items_of(schedule):
         slots[b, h, i].append(slot)
     assert set(slots) == set(np.ndindex(launch.grid))
     split = {row: sorted(x) for row, x in slots.items() if x != [-1]}
