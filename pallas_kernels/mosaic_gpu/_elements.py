@@ -196,25 +196,25 @@ class _Place:
         at = r.integer(0) if shared else self.batch
         return r.global_word(ref, at, 0, r.f32())
 
-    def words(self, lengths: Any, bits: Any) -> list[list[ir.Value]] | None:
+    def words(self, lengths: Any, bits: Any) -> list[list[ir.Value]]:
         """For each row half, bits of the columns that exist and whose own bit is set.
 
-        Bit 0 of a word is the thread's column of that word. None if nothing is tested.
+        Bit 0 of a word is the thread's column of that word.
         """
-        if lengths is None and bits is None:
-            return None
-        count = -(-self.num_columns // 32)
+        count = _words(self.num_columns)
         out = [[r.integer(-1)] * count for _ in range(2)]
         if bits is not None:
             stride = ir.MemRefType(bits.type).shape[-1]
             first = arith.muli(self.thread_row, r.integer(stride))
             first = arith.addi(self.bit_word, first)
             for half, w in itertools.product(range(2), range(count)):
-                word = r.global_word(bits, first, 8 * half * stride + w, r.i32())
+                word = r.global_word(bits, first, 8 * half * stride + w, r.i32(), True)
                 out[half][w] = arith.shrui(word, self.thread_column)
         if lengths is not None:
             two = arith.muli(self.batch, r.integer(2))
-            rows, columns = (r.global_word(lengths, two, i, r.i32()) for i in range(2))
+            rows, columns = (
+                r.global_word(lengths, two, i, r.i32(), True) for i in range(2)
+            )
             left = arith.subi(columns, self.column(0))
             for half, w in itertools.product(range(2), range(count)):
                 exist = r.low_bits(arith.subi(left, r.integer(32 * w)))
@@ -232,24 +232,81 @@ def _both(x: ir.Value, y: ir.Value) -> ir.Value:
     return arith.andi(x, y)
 
 
-def apply(elements: Elements, columns: int, fill: float, rows: int) -> Callable:
-    """``f(x, position) -> x``, ``fill`` where an element does not count.
+def _words(columns: int) -> int:
+    """Words of a row's bits."""
+    return -(-columns // 32)
 
-    ``elements`` holds references to global memory; x is 64 x ``columns``. Where a block
-    has only 32 ``rows``, the others are tested as if they were these: nothing beyond
-    the block is read.
+
+def _has_words(elements: Elements) -> bool:
+    return elements.lengths is not None or elements.bits is not None
+
+
+def _words_shape(columns: int) -> tuple[int, int]:
+    """An array whose registers, two at least for each word, hold a tile's words."""
+    return (64, max(8, 4 * _words(columns)))
+
+
+def no_words(elements: Elements, columns: int) -> Array | None:
+    """What `fetch` returns, with nothing in it."""
+    if not _has_words(elements):
+        return None
+    zeros = jnp.zeros(_words_shape(columns), jnp.float32)
+    return plgpu.layout_cast(zeros, r.ACC)
+
+
+def fetch(elements: Elements, columns: int, rows: int) -> Callable:
+    """``f(position) -> words``: what `apply` tests bits and lengths by, or None.
+
+    The words are integers in registers of a float32 array.
     """
-    refs, tree = jax.tree_util.tree_flatten(elements._replace(bad=None))
+    if not _has_words(elements):
+        return lambda position: None
+    given = [x for x in (elements.lengths, elements.bits) if x is not None]
+    shape = _words_shape(columns)
 
     @plgpu.inline_mgpu(
-        arg_types=(r.ACC, *[plgpu.RefType()] * len(refs), *[r.SCALAR] * 4),
+        arg_types=(*[plgpu.RefType()] * len(given), *[r.SCALAR] * 4),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=r.ACC),
+    )
+    def f(_, *args):
+        refs = list(args[: len(given)])
+        at = _Place([x.registers.item() for x in args[len(given) :]], columns, rows)
+        lengths = refs.pop(0) if elements.lengths is not None else None
+        bits = refs.pop(0) if elements.bits is not None else None
+        words = itertools.chain(*at.words(lengths, bits))
+        values = [arith.bitcast(r.f32(), word) for word in words]
+        values += [r.number(0.0)] * (shape[1] // 2 - len(values))
+        return r.accumulator(values, shape)
+
+    return lambda position: f(*given, *position)
+
+
+def apply(elements: Elements, columns: int, fill: float, rows: int) -> Callable:
+    """``f(x, position, words) -> x``, ``fill`` where an element does not count.
+
+    ``elements`` holds references to global memory, ``words`` is from `fetch`; x is 64 x
+    ``columns``. Where a block has only 32 ``rows``, the others are tested as if they
+    were these: nothing beyond the block is read.
+    """
+    refs, tree = jax.tree_util.tree_flatten(elements.rules)
+    count, given = _words(columns), int(_has_words(elements))
+
+    @plgpu.inline_mgpu(
+        arg_types=(
+            *[r.ACC] * (1 + given),
+            *[plgpu.RefType()] * len(refs),
+            *[r.SCALAR] * 4,
+        ),
         return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=r.ACC),
     )
     def f(_, s, *args):
-        arrays = jax.tree_util.tree_unflatten(tree, args[: len(refs)])
+        args = list(args)
+        words = []
+        if given:
+            words = [arith.bitcast(r.i32(), x) for x in r.scalars(args.pop(0))]
+        rules = jax.tree_util.tree_unflatten(tree, args[: len(refs)])
         at = _Place([x.registers.item() for x in args[len(refs) :]], columns, rows)
-        rules, by_row = arrays.rules, [rule.by_row(at) for rule in arrays.rules]
-        words = at.words(arrays.lengths, arrays.bits)
+        by_row = [rule.by_row(at) for rule in rules]
         out = r.scalars(s)
         # Two columns at a time: what both rows need of them is loaded once, soon used.
         for i, x in enumerate(out):
@@ -258,10 +315,10 @@ def apply(elements: Elements, columns: int, fill: float, rows: int) -> Callable:
                 values = [rule.by_column(at, pair) for rule in rules]
             row, column = at.row(half), at.column(2 * pair + second)
             tests = []
-            if words is not None:
+            if words:
                 position = 8 * pair + second
                 bit = r.integer(_signed(1 << (position % 32)))
-                bit = arith.andi(words[half][position // 32], bit)
+                bit = arith.andi(words[half * count + position // 32], bit)
                 tests.append(_compare("ne", bit, r.integer(0)))
             for rule, of_row, of_column in zip(rules, by_row, values, strict=True):
                 of_row = [x[half] for x in of_row]
@@ -271,7 +328,10 @@ def apply(elements: Elements, columns: int, fill: float, rows: int) -> Callable:
             out[i] = arith.select(counts, x, r.number(fill))
         return r.accumulator(out, (64, columns))
 
-    return lambda s, position: f(s, *refs, *position)
+    def test(x, position, words):
+        return f(x, *([words] if given else []), *refs, *position)
+
+    return test
 
 
 def poison(columns: int) -> Callable:

@@ -94,6 +94,20 @@ class Stream(NamedTuple):
     arrays: Sequence[tuple[Array, str]]
 
 
+class Seen(NamedTuple):
+    """What a step knows of its partial block.
+
+    Attributes:
+        at: where the warpgroup's tile stands.
+        flagged: whether a column of the block has a value that is not finite.
+        words: bits of its elements, as `_elements.fetch` returns them.
+    """
+
+    at: Position
+    flagged: Array
+    words: Array | None
+
+
 class TeamBarriers(NamedTuple):
     """The barriers of one team, by stage."""
 
@@ -379,37 +393,58 @@ class Walker:
             r.named_barrier("arrive")(FIRST_NAMED_BARRIER + 2 * s["team"] + 1 - w)
 
     def masked(self, fields, lists: Lists, fill: float) -> Callable | None:
-        """``f(n, x)``: the element test of step n of an item; None if there is none."""
+        """``f(seen, x)``: the element test of a step; None if no block is partial."""
         if not self.any_partial:
             return None
-        b, _, row = fields[:3]
-        elements = lists.elements
-        per_block = jnp.int32(self.steps_per_block)
-        test = _elements.apply(elements, self.tile, fill, min(self.block_rows, 64))
-        words, entry, rows_per_block = 0, 0, self.block_rows
-        if elements.bits is not None:
-            rows_per_block, words = elements.bits.shape[-2:]
-            entry = elements.bits.shape[1] if elements.bits.shape[0] > 1 else 0
+        test = _elements.apply(lists.elements, self.tile, fill, self.rows_tested)
+        return lambda seen, x: test(x, seen.at, seen.words)
 
-        def f(n, x):
-            nth, part = lax.div(n, per_block), lax.rem(n, per_block) * self.tile
-            first = row * self.block_rows + self.row_half() * 64
-            block = fields[8] + nth + b * entry
-            bit_row = block * rows_per_block + lax.rem(first, rows_per_block)
-            word = bit_row * words + lax.div(part, jnp.int32(32))
-            column, _ = self.columns(fields, lists, n)
-            at = Position(b, first, column, word)
-            return test(x, at)
+    @property
+    def rows_tested(self) -> int:
+        """Rows of a block that a warpgroup computes."""
+        return min(self.block_rows, 64)
 
-        return f
+    def entry(self, fields, lists: Lists, n):
+        """List entry of partial step n; beyond them, any that exists."""
+        at = fields[3] + lax.div(n, jnp.int32(self.steps_per_block))
+        return lists.partial[jnp.minimum(at, lists.partial.shape[0] - 1)]
 
-    def columns(self, fields, lists: Lists, n):
-        """First column of step n, which is partial, and whether it is flagged."""
+    def look(self, fields, lists: Lists, n, entry) -> Seen:
+        """What step n, which is partial, needs of its block: read before its products.
+
+        Read after them, each of these loads would keep a warpgroup waiting.
+        """
+        elements, (b, _, row) = lists.elements, fields[:3]
         nth = lax.div(n, jnp.int32(self.steps_per_block))
         part = lax.rem(n, jnp.int32(self.steps_per_block)) * self.tile
-        entry = lists.partial[fields[3] + nth]
-        block = entry & (FLAGGED - 1)
-        return block * self.block_columns + part, entry >= FLAGGED
+        words, of_batch, rows_per_block = 0, 0, self.block_rows
+        if elements.bits is not None:
+            rows_per_block, words = elements.bits.shape[-2:]
+            of_batch = elements.bits.shape[1] if elements.bits.shape[0] > 1 else 0
+        first = row * self.block_rows + self.row_half() * 64
+        bit_row = (fields[8] + nth + b * of_batch) * rows_per_block
+        word = (bit_row + lax.rem(first, rows_per_block)) * words
+        word += lax.div(part, jnp.int32(32))
+        column = (entry & (FLAGGED - 1)) * self.block_columns + part
+        at = Position(b, first, column, word)
+        fetch = _elements.fetch(elements, self.tile, self.rows_tested)
+        return Seen(at, entry >= FLAGGED, fetch(at))
+
+    def look_first(self, fields, lists: Lists) -> Seen | None:
+        """`look` for the first step, if its block is partial; else what is not used."""
+        if not self.any_partial:
+            return None
+
+        def seen(_):
+            first = jnp.int32(0)
+            return self.look(fields, lists, first, self.entry(fields, lists, first))
+
+        def nothing(_):
+            zero = jnp.int32(0)
+            words = _elements.no_words(lists.elements, self.tile)
+            return Seen(Position(*4 * [zero]), zero > 0, words)
+
+        return lax.cond(fields[4] > 0, seen, nothing, 0)
 
     def token(self, fields, lists: Lists, column):
         """Position of a column in the flattened ``elements.bad``."""
@@ -419,40 +454,48 @@ class Walker:
             h = lax.div(h, jnp.int32(self.group))
         return (fields[0] * heads + h) * length + column
 
-    def clean(self, fields, lists: Lists, n, tiles: Sequence[Array]) -> None:
-        """Sets columns that are not finite to zero in the tiles of partial step n."""
-        column, flagged = self.columns(fields, lists, n)
+    def clean(self, fields, lists: Lists, seen: Seen, tiles: Sequence[Array]) -> None:
+        """Sets columns that are not finite to zero in the tiles of a partial step."""
 
-        @pl.when(flagged)
+        @pl.when(seen.flagged)
         def _():
-            first = self.token(fields, lists, column)
+            first = self.token(fields, lists, seen.at.column)
             for tile in tiles:
                 _elements.zero_columns(*tile.shape)(tile, lists.elements.bad, first)
             plgpu.commit_smem()
 
-    def steps(self, fields, step: Callable, carry, first: int):
-        """``step(n, carry, is_partial)`` for the item's steps from ``first`` on."""
+    def steps(self, fields, lists: Lists, step: Callable, carry, first: int):
+        """``step(n, carry, seen)`` for the item's steps from ``first`` on.
+
+        ``seen`` is None where the block is full. List entries are read a step ahead.
+        """
         partial = fields[4] * self.steps_per_block
-        total = partial + fields[6] * self.steps_per_block
         first_full = jnp.int32(first)
         if self.any_partial:
-            masked_step = functools.partial(step, is_partial=True)
-            carry = lax.fori_loop(first, partial, masked_step, carry)
-            first_full = jnp.maximum(partial, first)
-        full_step = functools.partial(step, is_partial=False)
-        return lax.fori_loop(first_full, total, full_step, carry)
 
-    def mask_first(self, fields, mask: Callable | None, x):
+            def masked_step(n, carry):
+                entry, carry = carry
+                seen = self.look(fields, lists, n, entry)
+                following = self.entry(fields, lists, n + 1)
+                return following, step(n, carry, seen)
+
+            start = self.entry(fields, lists, jnp.int32(first)), carry
+            _, carry = lax.fori_loop(first, partial, masked_step, start)
+            first_full = jnp.maximum(partial, first)
+        full_step = functools.partial(step, seen=None)
+        return lax.fori_loop(first_full, self.total_steps(fields), full_step, carry)
+
+    def mask_first(self, fields, mask: Callable | None, seen: Seen | None, x):
         """Tests the elements of the first step if its block is partial."""
         if mask is None:
             return x
-        test = functools.partial(mask, jnp.int32(0))
+        test = functools.partial(mask, seen)
         return lax.cond(fields[4] > 0, test, lambda x: x, x)
 
-    def clean_first(self, fields, lists: Lists, tiles: Sequence[Array]) -> None:
+    def clean_first(self, fields, lists: Lists, seen: Seen | None, tiles) -> None:
         """`clean` for the first step, if its block is partial."""
         if self.any_partial:
-            step = functools.partial(self.clean, fields, lists, jnp.int32(0), tiles)
+            step = functools.partial(self.clean, fields, lists, seen, tiles)
             pl.when(fields[4] > 0)(step)
 
     def total_steps(self, fields):

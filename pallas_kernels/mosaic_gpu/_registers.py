@@ -237,14 +237,19 @@ def first_column() -> ir.Value:
 # ------------------------------------------------------------------- memory, unswizzled
 
 
-def global_word(ref: ir.Value, index: ir.Value, offset: int, ty: ir.Type) -> ir.Value:
-    """``ref[index + offset]`` of 32-bit values in global memory that nobody writes."""
+def global_word(
+    ref: ir.Value, index: ir.Value, offset: int, ty: ir.Type, here: bool = False
+) -> ir.Value:
+    """``ref[index + offset]`` of 32-bit values in global memory that nobody writes.
+
+    ``here`` keeps the load before what follows, however late its result is used.
+    """
     kind = "f" if ty == f32() else "r"
     text = (
         f"{{ .reg .b64 a; mad.wide.s32 a, $2, 4, $1; "
         f"ld.global.nc.b32 $0, [a+{4 * offset}]; }}"
     )
-    return asm(ty, [utils.memref_ptr(ref), index], text, f"={kind},l,r")
+    return asm(ty, [utils.memref_ptr(ref), index], text, f"={kind},l,r", effects=here)
 
 
 def global_pair(

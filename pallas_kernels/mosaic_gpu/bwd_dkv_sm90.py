@@ -296,11 +296,11 @@ class _BackwardDkv(Walker):
         total = self.total_steps(fields)
         self.await_operands(jnp.int32(0), total, step0, s, STREAMS)
 
-        def step(n, sums, is_partial):
+        def step(n, sums, seen):
             slot = self.slot(step0, n)
             q, dout = s["q"].at[slot], s["dout"].at[slot]
-            if is_partial:
-                self.clean(fields, lists, n, [q, dout])
+            if seen is not None:
+                self.clean(fields, lists, seen, [q, dout])
             operands = dict(logits=(k, q), dp=(v, dout))
             if "dk" not in dims:
                 del operands["dp"]
@@ -309,12 +309,12 @@ class _BackwardDkv(Walker):
             self.pass_turn(s, self.row_half())
             logits = wait((64, tile), len(found) - 1)(found["logits"])
             p = self.probabilities(logits, s, slot)
-            if is_partial:
-                p = mask(n, p)
+            if seen is not None:
+                p = mask(seen, p)
             operands = {}
             if "dk" in dims:
                 dp = wait((64, tile), 0)(found["dp"])
-                ds = self.logits_gradient(p, dp, s, slot, is_partial)
+                ds = self.logits_gradient(p, dp, s, slot, seen is not None)
             if "dv" in dims:
                 operands["dv"] = sums["dv"], to_operand(p), dout
             if "dk" in dims:
@@ -325,7 +325,7 @@ class _BackwardDkv(Walker):
             self.release(s, slot)
             return dict(zip(dims, done, strict=True))
 
-        return self.steps(fields, step, sums, 0)
+        return self.steps(fields, lists, step, sums, 0)
 
     def nothing(self):
         return {

@@ -191,7 +191,7 @@ class _BackwardDq(Walker):
             gradient.rows(x, fields[0], fields[1], fields[2] * self.block_rows + w * 64)
             for x in arrays[4:]
         )
-        slot = self.slot(step0, jnp.int32(0))
+        slot, seen = self.slot(step0, jnp.int32(0)), self.look_first(fields, lists)
         plgpu.barrier_wait(s["k_full"][slot])
         plgpu.barrier_wait(s["v_full"][slot])
         self.take_turn(s, self.row_half())
@@ -199,14 +199,14 @@ class _BackwardDq(Walker):
         self.pass_turn(s, self.row_half())
         logits, dp = gradient.await_all(tile, tile)(logits, dp)
         plgpu.barrier_arrive(s["v_free"][slot])
-        p = self.mask_first(fields, mask, probabilities(logits, lse2))
+        p = self.mask_first(fields, mask, seen, probabilities(logits, lse2))
         ds = to_operand(logits_gradient[self.any_partial](p, dp, delta))
-        self.clean_first(fields, lists, [s["k"].at[slot]])
+        self.clean_first(fields, lists, seen, [s["k"].at[slot]])
         dq = plgpu.layout_cast(jnp.zeros((64, dim), jnp.float32), r.ACC)
         self.await_operands(jnp.int32(1), total, step0, s, ["k", "v"])
         start_all = start(qk, dov, dsk)
 
-        def step(n, carry, is_partial):
+        def step(n, carry, seen):
             dq, ds, before = carry
             slot = self.slot(step0, n)
             self.take_turn(s, self.row_half())
@@ -217,19 +217,19 @@ class _BackwardDq(Walker):
             self.pass_turn(s, self.row_half())
             logits = wait((64, tile), 2)(logits)
             p = probabilities(logits, lse2)
-            if is_partial:
-                p = mask(n, p)
+            if seen is not None:
+                p = mask(seen, p)
             dp = wait((64, tile), 1)(dp)
             plgpu.barrier_arrive(s["v_free"][slot])
-            ds = logits_gradient[is_partial](p, dp, delta)
-            if is_partial:
-                self.clean(fields, lists, n, [s["k"].at[slot]])
+            ds = logits_gradient[seen is not None](p, dp, delta)
+            if seen is not None:
+                self.clean(fields, lists, seen, [s["k"].at[slot]])
             self.await_operands(n + 1, total, step0, s, ["k", "v"])
             dq, ds = gradient.await_all(dim, tile)(dq, ds)
             plgpu.barrier_arrive(s["k_free"][before])
             return dq, to_operand(ds), slot
 
-        dq, ds, last = self.steps(fields, step, (dq, ds, slot), 1)
+        dq, ds, last = self.steps(fields, lists, step, (dq, ds, slot), 1)
         plgpu.barrier_arrive(s["fixed_free"][stage])
         dq = start(dsk)(dq, ds, s["k"].at[last])
         dq = wait((64, dim), 0)(dq)

@@ -242,11 +242,10 @@ class _Forward(Walker):
             return None
         poison = _elements.poison(self.tile)
 
-        def f(n, logits):
-            column, flagged = self.columns(fields, lists, n)
-            first = self.token(fields, lists, column)
+        def f(seen, logits):
+            first = self.token(fields, lists, seen.at.column)
             bad = lambda x: poison(x, lists.elements.bad, first)
-            return test(n, lax.cond(flagged, bad, lambda x: x, logits))
+            return test(seen, lax.cond(seen.flagged, bad, lambda x: x, logits))
 
         return f
 
@@ -275,21 +274,21 @@ class _Forward(Walker):
             q = plgpu.load(q, layout=r.OPERAND)
             plgpu.barrier_arrive(s["fixed_free"][stage])
 
-        slot = self.slot(step0, jnp.int32(0))
+        slot, seen = self.slot(step0, jnp.int32(0)), self.look_first(fields, lists)
         plgpu.barrier_wait(s["k_full"][slot])
         self.take_turn(s, w)
         logits = start_qk(q, s["k"].at[slot])
         self.pass_turn(s, w)
         logits = wait((64, tile), 0)(logits)
         plgpu.barrier_arrive(s["k_free"][slot])
-        logits = self.mask_first(fields, mask, logits)
+        logits = self.mask_first(fields, mask, seen, logits)
         p, m, l, _ = softmax_step(logits, m, l)
         p = softmax.operand(tile, self.dtype)(p)
         self.await_operands(jnp.int32(1), total, step0, s, ["k"])
         plgpu.barrier_wait(s["v_full"][slot])
-        self.clean_first(fields, lists, [s["v"].at[slot]])
+        self.clean_first(fields, lists, seen, [s["v"].at[slot]])
 
-        def step(n, carry, is_partial):
+        def step(n, carry, seen):
             acc, p, m, l, before = carry
             slot = self.slot(step0, n)
             self.take_turn(s, w)
@@ -297,18 +296,18 @@ class _Forward(Walker):
             self.pass_turn(s, w)
             logits = wait((64, tile), 1)(logits)
             plgpu.barrier_arrive(s["k_free"][slot])
-            if is_partial:
-                logits = mask(n, logits)
+            if seen is not None:
+                logits = mask(seen, logits)
             p, m, l, alpha = softmax_step(logits, m, l)
             self.await_operands(n + 1, total, step0, s, ["k"])
             plgpu.barrier_wait(s["v_full"][slot])
-            if is_partial:
-                self.clean(fields, lists, n, [s["v"].at[slot]])
+            if seen is not None:
+                self.clean(fields, lists, seen, [s["v"].at[slot]])
             acc, p = end_step(acc, p, alpha)
             plgpu.barrier_arrive(s["v_free"][before])
             return acc, p, m, l, slot
 
-        acc, p, m, l, last = self.steps(fields, step, (acc, p, m, l, slot), 1)
+        acc, p, m, l, last = self.steps(fields, lists, step, (acc, p, m, l, slot), 1)
         if not in_regs:
             plgpu.barrier_arrive(s["fixed_free"][stage])
         acc = start_pv(acc, p, s["v"].at[last])
