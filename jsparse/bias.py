@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -181,6 +182,10 @@ class DistanceBias:
             coords: ``[T, 3]`` or ``[B or 1, T, 3]``, ångström.
             kv_coords: the keys' coordinates; ``coords`` if not given.
 
+        Raises:
+            ValueError: for other shapes, or numbers that are not finite and known
+                before tracing. This holds for every form.
+
         Example:
             >>> import numpy as np
             >>> x = np.array([[0.0, 0, 0], [3, 4, 0]], np.float32)
@@ -188,14 +193,18 @@ class DistanceBias:
             >>> bias.dense()[0, 0, 1].item()
             -2.5
         """
-        return cls._make("linear", _column(slope), np.zeros(2), coords, kv_coords)
+        return cls._make(
+            "linear", _column("linear", slope), np.zeros(2), coords, kv_coords
+        )
 
     @classmethod
     def quadratic(
         cls, slope: Array, coords: Array, kv_coords: Array | None = None
     ) -> DistanceBias:
         """``-slope[h] * d**2``; arguments as in `linear`, slope per square ångström."""
-        return cls._make("quadratic", _column(slope), np.zeros(2), coords, kv_coords)
+        return cls._make(
+            "quadratic", _column("quadratic", slope), np.zeros(2), coords, kv_coords
+        )
 
     @classmethod
     def table(
@@ -215,7 +224,8 @@ class DistanceBias:
 
         Raises:
             TypeError: for a distance that is not one number, known before tracing.
-            ValueError: for fewer than two entries or a distance that is not positive.
+            ValueError: for fewer than two entries, a distance that is not positive, or
+                numbers that are not finite and known before tracing.
 
         Example:
             >>> import numpy as np
@@ -230,6 +240,7 @@ class DistanceBias:
                 f"DistanceBias.table: values has shape {shape}; expected [H, n] with "
                 "at least two entries, the first at distance 0."
             )
+        _check_finite("table: values", values)
         step = _positive("table: max_distance", max_distance) / (shape[1] - 1)
         knots = np.append(np.arange(shape[1]) * step, step)
         return cls._make("table", values, knots, coords, kv_coords)
@@ -254,7 +265,8 @@ class DistanceBias:
 
         Raises:
             TypeError: for a width that is not one number, known before tracing.
-            ValueError: if weights and centers disagree or the width is not positive.
+            ValueError: if weights and centers disagree, the width is not positive, or
+                numbers are not finite and known before tracing.
 
         Example:
             >>> import numpy as np
@@ -268,19 +280,25 @@ class DistanceBias:
                 f"DistanceBias.gaussian: weights has shape {np.shape(weights)} and "
                 f"centers {np.shape(centers)}; expected [H, n] and [n]."
             )
+        _check_finite("gaussian: weights", weights)
+        _check_finite("gaussian: centers", centers)
         width = _positive("gaussian: width", width)
         knots = jnp.append(jnp.asarray(centers, jnp.float32), jnp.float32(width))
         return cls._make("gaussian", weights, knots, coords, kv_coords)
 
     @classmethod
     def _make(cls, form, weights, knots, coords, kv_coords) -> DistanceBias:
+        named = [("coords", coords)]
+        if kv_coords is not None:
+            named.append(("kv_coords", kv_coords))
         kv_coords = coords if kv_coords is None else kv_coords
-        for name, x in (("coords", coords), ("kv_coords", kv_coords)):
+        for name, x in named:
             if np.ndim(x) not in (2, 3) or np.shape(x)[-1] != 3:
                 raise ValueError(
                     f"DistanceBias.{form}: {name} has shape {np.shape(x)}; expected "
                     "[N, 3] or [B, N, 3] in ångström."
                 )
+            _check_finite(f"{form}: {name}", x)
         as_float = [
             jnp.asarray(x, jnp.float32) for x in (weights, coords, kv_coords, knots)
         ]
@@ -296,9 +314,10 @@ class DistanceBias:
         slope = weights[..., :1, None]
         if self.form == "quadratic":
             return -slope * d2[..., None, :, :]
-        # sqrt has no derivative at 0: step aside there, and put the 0 back.
-        positive = d2 > 0
-        d = jnp.where(positive, jnp.sqrt(jnp.where(positive, d2, 1)), 0)
+        # sqrt has no derivative at 0: step aside there, and put the 0 back. NaN is
+        # apart from everything, and stays.
+        apart = d2 != 0
+        d = jnp.where(apart, jnp.sqrt(jnp.where(apart, d2, 1)), 0)
         if self.form == "linear":
             return -slope * d[..., None, :, :]
         knots = knots[..., None, None, :]
@@ -315,12 +334,29 @@ class DistanceBias:
         return jnp.einsum("...hn,...tsn->...hts", weights, basis, precision="highest")
 
 
-def _column(slope: Array) -> Array:
+def _column(form: str, slope: Array) -> Array:
     if np.ndim(slope) != 1:
         raise ValueError(
-            f"DistanceBias: slope has shape {np.shape(slope)}; expected [H] or [1]."
+            f"DistanceBias.{form}: slope has shape {np.shape(slope)}; expected [H] or "
+            "[1]."
         )
+    _check_finite(f"{form}: slope", slope)
     return jnp.asarray(slope)[:, None]
+
+
+def _check_finite(name: str, x: Array) -> None:
+    """Refuses NaN and infinity where the values are known before tracing."""
+    if isinstance(x, jax.core.Tracer):
+        return
+    found = np.asarray(x).astype(np.float64)
+    bad = np.argwhere(~np.isfinite(found))
+    if len(bad):
+        first = tuple(bad[0].tolist())
+        raise ValueError(
+            f"DistanceBias.{name} is {found[first]} at {first}, one of {len(bad)} "
+            "numbers that are not finite; expected finite ones. Give what has no value "
+            "any finite one, and leave it out of the mask."
+        )
 
 
 def _positive(name: str, value: float) -> float:

@@ -89,6 +89,26 @@ def test_gradient_of_coinciding_points_is_finite(form):
             lambda: DistanceBias.gaussian(np.ones((2, 3)), np.ones(3), -1.0, COORDS),
             "width=-1.0",
         ),
+        (
+            lambda: DistanceBias.linear(np.array([1, np.inf]), COORDS),
+            r"linear: slope is inf at \(1,\), one of 1 numbers that are not finite",
+        ),
+        (
+            lambda: DistanceBias.quadratic(
+                np.ones(1), COORDS, jax.numpy.full((7, 3), np.nan)
+            ),
+            r"quadratic: kv_coords is nan at \(0, 0\), one of 21 numbers",
+        ),
+        (
+            lambda: DistanceBias.table(np.array([[0, -np.inf]]), 4.0, COORDS),
+            r"table: values is -inf at \(0, 1\).* leave it out of the mask",
+        ),
+        (
+            lambda: DistanceBias.gaussian(
+                np.ones((2, 3)), np.full(3, np.nan), 1.0, COORDS
+            ),
+            r"gaussian: centers is nan at \(0,\), one of 3 numbers",
+        ),
     ],
 )
 def test_refused(make, message):
@@ -112,6 +132,17 @@ def test_distances_must_be_one_number(value, what):
         DistanceBias.table(np.ones((2, 5)), value, COORDS)
     with pytest.raises(TypeError, match=f"gaussian: width{expected}"):
         DistanceBias.gaussian(np.ones((2, 3)), np.ones(3), value, COORDS)
+
+
+def test_traced_numbers_need_not_be_finite():
+    """They may belong to padding, which no mask lets anybody see."""
+
+    def make(coords):
+        return DistanceBias.linear(np.ones(1), coords).dense()
+
+    coords = np.where(np.arange(40)[:, None] < 30, COORDS, np.nan)
+    found = np.asarray(jax.jit(make)(coords))
+    np.testing.assert_allclose(found[0, :30, :30], make(COORDS)[0, :30, :30], rtol=1e-6)
 
 
 def test_traced_distances_are_refused():

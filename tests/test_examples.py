@@ -51,7 +51,7 @@ def test_every_example_is_tested_and_short():
         text = file.read_text(encoding="utf-8")
         assert len(text.splitlines()) < 80
         assert not re.search(r"jsparse[\w.]*\._|import _", text), "public names only"
-    assert len(files) == 4
+    assert len(files) == 5
 
 
 def test_first_pattern(run):
@@ -89,3 +89,15 @@ def test_train_tiny(run):
     (scrambled,) = numbers(r"^distances scrambled +(\S+)$", out)
     (entropy,) = numbers(r"^elements' entropy +(\S+)$", out)
     assert tested < entropy / 2 < scrambled
+
+
+def test_pair_bias(run):
+    out = run("05_pair_bias.py")
+    assert "826 residues in a bucket of 896, 5 samples" in out
+    errors = numbers(r"relative error of \w+: (\S+)$", out)
+    assert len(errors) == 5 and max(errors) < 1e-5
+    ((loss, before),) = re.findall(r"loss (\S+), before (\S+)$", out, re.M)
+    assert float(loss) == pytest.approx(float(before), rel=1e-4)
+    (before,) = numbers(r"^before +(\S+) MB", out)
+    (after,) = numbers(r"^after +(\S+) MB", out)
+    assert after < before / 2

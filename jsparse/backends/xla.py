@@ -238,10 +238,14 @@ def _number_blocks(mask: BlockMask, needed: bool) -> tuple[Lists, ...]:
         )
         slots = jnp.arange(indices.shape[-1], dtype=jnp.int32)
         ids = first[..., None] + slots
-        place = _column_ids
-        for _ in range(counts.ndim - 1):
+        place, places = _column_ids, (counts[..., None], indices, ids, columns[1])
+        # Any of them may be shared over an axis on which another is not.
+        lead = jnp.broadcast_shapes(*(x.shape[:-2] for x in places))
+        for _ in lead:
             place = jax.vmap(place)
-        column_ids = place(counts, indices, ids, columns[1])
+        column_ids = place(
+            *(jnp.broadcast_to(x, (*lead, *x.shape[-2:])) for x in places)
+        )
         found.append((Lists(counts, indices, ids), Lists(*columns, column_ids)))
         start = start + flat.sum(-1, dtype=jnp.int32)[..., None, None]
     (kv, q), (full_kv, full_q) = found
@@ -249,11 +253,14 @@ def _number_blocks(mask: BlockMask, needed: bool) -> tuple[Lists, ...]:
 
 
 def _column_ids(counts: Array, indices: Array, ids: Array, q_indices: Array) -> Array:
-    """Block numbers of the transposed list, through a map over all block pairs."""
+    """Block numbers of the transposed list, through a map over all block pairs.
+
+    ``counts`` is ``[nq, 1]``.
+    """
     nq, nk = indices.shape[0], q_indices.shape[0]
     slots = jnp.arange(indices.shape[1], dtype=jnp.int32)
     row = jnp.arange(nq, dtype=jnp.int32)[:, None]
-    col = jnp.where(slots < counts[:, None], indices, nk)
+    col = jnp.where(slots < counts, indices, nk)
     where = jnp.zeros((nq, nk), jnp.int32).at[row, col].set(ids, mode="drop")
     return where[q_indices, jnp.arange(nk, dtype=jnp.int32)[:, None]]
 

@@ -3,7 +3,8 @@
 Called by ``jsparse bench``; it computes with the public operation only.
 
 * ``_patterns.py``: block lists, and ``data/`` for those that come from a structure;
-* ``_cases.py``: what is measured, by name;
+* ``_cases.py``: what is measured, by name; ``_kinds.py``: what kinds there are;
+* ``_models.py``: attention of models, with its bias, and who else computes it;
 * ``_peers.py``: what it is measured against; ``_contract.py``: what a peer must do;
 * ``_runner.py``: how it is measured, with ``_contest.py`` for attention and
   ``_builds.py`` for masks;

@@ -1,7 +1,8 @@
 """What is measured, by name.
 
-An attention case is a mask with heads and a dtype; a mask case is the building of a
-mask, on the host or on the device. A case loads its data only when it is run.
+An attention case is a mask with heads and a dtype; a model case (``_models.py``) is the
+attention of a model, with its bias; a mask case is the building of a mask, on the host
+or on the device. A case loads its data only when it is run.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,17 @@ import numpy as np
 from jsparse import patterns
 from jsparse._job import ORDERS, read_file
 from jsparse.bench import _patterns
+from jsparse.bench._kinds import AttentionCase as AttentionCase
+from jsparse.bench._kinds import Case as Case
+from jsparse.bench._kinds import DeviceMaskCase as DeviceMaskCase
+from jsparse.bench._kinds import HostMaskCase as HostMaskCase
+from jsparse.bench._kinds import ModelCase as ModelCase
+from jsparse.bench._kinds import Pattern as Pattern
+from jsparse.bench._kinds import of_blocks as of_blocks
+from jsparse.bench._models import model_cases
 from jsparse.bench._patterns import BLOCK, Columns
-from jsparse.measure import Allowed, BadInput, within_cutoff
-from jsparse.patterns import BlockMask
+from jsparse.bench._patterns import ball as ball
+from jsparse.measure import BadInput, within_cutoff
 
 CUTOFF = 10.0  # ångström, of every pattern made of coordinates
 
@@ -31,66 +39,6 @@ SWEEP = "sweep16k_d64_p"
 """How the names of the cases begin that differ in density only."""
 
 _SWEEP_PERCENT = (1, 2, 5, 10, 20, 50, 100)
-_ATOM_DENSITY = 0.04  # heavy atoms per cubic ångström in a ribosome's neighbourhoods
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """A loaded pattern.
-
-    Attributes:
-        mask: what the implementations take.
-        allowed: elements of some rows, from the pattern's definition and not the mask.
-        order: order of the atoms, or None where there are none.
-    """
-
-    mask: BlockMask
-    allowed: Callable[[np.ndarray], Allowed]
-    order: str | None = None
-
-
-@dataclass(frozen=True)
-class AttentionCase:
-    """Attention forward and backward.
-
-    Attributes:
-        name: of the case.
-        about: one line for people.
-        heads: number of heads.
-        head_dim: channels of each.
-        dtype: of queries, keys and values.
-        load: makes the pattern.
-    """
-
-    name: str
-    about: str
-    heads: int
-    head_dim: int
-    dtype: str
-    load: Callable[[], Pattern]
-
-
-@dataclass(frozen=True)
-class HostMaskCase:
-    """Ordering atoms and building their radius mask with NumPy and SciPy."""
-
-    name: str
-    about: str
-    coords: Callable[[], np.ndarray]
-    order: str
-
-
-@dataclass(frozen=True)
-class DeviceMaskCase:
-    """Building a radius mask with JAX under ``jit``."""
-
-    name: str
-    about: str
-    coords: Callable[[], np.ndarray]
-    order: str
-
-
-Case = AttentionCase | HostMaskCase | DeviceMaskCase
 
 
 def all_cases(
@@ -117,7 +65,7 @@ def all_cases(
     """
     if order not in ORDERS:
         raise BadInput(f"order {order!r} is unknown; expected {', '.join(ORDERS)}.")
-    cases = _block_cases()
+    cases = _block_cases() + model_cases()
     cases.append(
         DeviceMaskCase(
             "points100k_mask_device",
@@ -211,29 +159,6 @@ def _block_cases() -> list[Case]:
     ]
 
 
-def of_blocks(columns: Columns) -> Pattern:
-    """A pattern of whole blocks.
-
-    Example:
-        >>> pattern = of_blocks([np.array([0]), np.array([0, 1])])
-        >>> pattern.mask.num_blocks, pattern.allowed(np.array([0]))[0].sum()
-        (3, np.int64(128))
-    """
-    counts = [len(row) for row in columns]
-    rows = np.repeat(np.arange(len(columns)), counts)
-    length = len(columns) * BLOCK
-    mask = BlockMask.from_blocks(rows, np.concatenate(columns), q_len=length)
-
-    def allowed(which: np.ndarray) -> Allowed:
-        out = np.zeros((len(which), length), bool)
-        for n, row in enumerate(which // BLOCK):
-            for column in columns[row]:
-                out[n, column * BLOCK : (column + 1) * BLOCK] = True
-        return (out,)
-
-    return Pattern(mask, allowed)
-
-
 def of_coords(coords: np.ndarray, order: str = "auto") -> Pattern:
     """The radius pattern of atoms.
 
@@ -253,21 +178,6 @@ def of_coords(coords: np.ndarray, order: str = "auto") -> Pattern:
     return Pattern(
         mask, lambda rows: within_cutoff(placed, rows, CUTOFF), ordering.method
     )
-
-
-def ball(count: int) -> np.ndarray:
-    """``count`` points, uniform in a ball as dense as a large complex; ångström.
-
-    Example:
-        >>> ball(1000).shape
-        (1000, 3)
-    """
-    rng = np.random.default_rng(0)
-    radius = (3 * count / (4 * np.pi * _ATOM_DENSITY)) ** (1 / 3)
-    directions = rng.standard_normal((count, 3))
-    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    lengths = radius * rng.random((count, 1)) ** (1 / 3)
-    return (directions * lengths).astype(np.float32)
 
 
 def _structure_cases(file: Path, copies: int | None, order: str) -> list[Any]:

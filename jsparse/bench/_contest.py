@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from jsparse import measure
-from jsparse.bench._cases import Pattern
 from jsparse.bench._contract import (
     CALLS,
     EVERY,
+    UNBIASED,
     Call,
     Contender,
     Direction,
@@ -25,6 +25,7 @@ from jsparse.bench._contract import (
     Peer,
     Task,
 )
+from jsparse.bench._kinds import Pattern
 from jsparse.bench._records import wrong
 from jsparse.measure import BadInput, Progress
 
@@ -175,6 +176,7 @@ class Contest:
         mask, shape = self.pattern.mask, self.record["input"]
         every = mask.num_q_blocks * mask.num_kv_blocks
         blocks = every if self.peers[name].computes == EVERY else mask.num_blocks
+        blocks *= self.pattern.batch
         flops = WORK[direction] * measure.useful_flops(
             *(blocks, mask.block_q, mask.block_kv),
             *(shape["heads"], shape["head_dim"]),
@@ -193,6 +195,7 @@ class Contest:
     ) -> dict[str, Any] | None:
         """Errors of the output and of dq on some rows; this call also warms up."""
         rows, expected = self._expected(self.peers[name].computes)
+        rows = rows + self._entry * self.pattern.mask.q_len
         with self.progress.stage(f"{self.record['case']}: check {name}"):
             found = self._try(name, direction, lambda: call.rows(rows))
             if found is None:
@@ -201,6 +204,11 @@ class Contest:
                 what: expected(what).check(value).to_dict()
                 for what, value in found.items()
             }
+
+    @property
+    def _entry(self) -> int:
+        """The problem of the batch that is looked at."""
+        return self.pattern.batch // 2
 
     @functools.cache  # noqa: B019 (the contest is short-lived; contenders share these)
     def _expected(self, computes: str) -> tuple[np.ndarray, Any]:
@@ -213,12 +221,21 @@ class Contest:
             allowed = (np.broadcast_to(np.True_, (len(rows), mask.kv_len)),)
         else:
             allowed = self.pattern.allowed(rows)
-        q, k, v, dout = map(np.asarray, self.task.sets[0])
+        inputs = self.task.sets[0]
+        q, k, v, dout = (
+            np.asarray(x.reshape(-1, *x.shape[-3:])[self._entry])
+            for x in (*inputs[:3], inputs[-1])
+        )
+        bias = None
+        if self.pattern.bias is not None and computes not in (EVERY, UNBIASED):
+            bias = self.pattern.bias(inputs, rows)
 
         @functools.cache
         def expected(what: str) -> measure.ExpectedRows:
             cotangent = None if what == "out" else dout
-            return measure.expect_rows(rows, q, k, v, allowed, q.dtype, dout=cotangent)
+            return measure.expect_rows(
+                *(rows, q, k, v, allowed, q.dtype), dout=cotangent, bias=bias
+            )
 
         return rows, expected
 

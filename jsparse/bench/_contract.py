@@ -19,10 +19,15 @@ from jsparse.patterns import BlockMask
 Array = Any
 
 Direction = Literal["forward", "backward", "forward_backward"]
-Inputs = tuple[Array, Array, Array, Array]
-"""q, k, v and a cotangent of the output, each ``[T, H, D]`` on the device."""
+Inputs = tuple[Array, ...]
+"""q, k, v, what a bias is made of, and last a cotangent of the output, on the device.
+
+q, k, v and the cotangent are ``[T, H, D]``; of a model that computes many problems at
+once, ``[batch, T, H, D]``.
+"""
 
 BLOCKS = "blocks"
+UNBIASED = "blocks, no bias"
 MASKED = "all, masked"
 EVERY = "all"
 
@@ -62,6 +67,8 @@ class Call(Protocol):
     def rows(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Rows ``[R, H, D]`` of the results for the first inputs; also warms up.
 
+        Rows are counted through the batch, if there is one.
+
         ``out`` of a pass that computes it, ``dq`` of one with gradients.
         """
         ...
@@ -97,7 +104,10 @@ class Peer(Protocol):
 
     @property
     def computes(self) -> str:
-        """`BLOCKS` of the mask; or `MASKED`: all pairs; or `EVERY`: another result."""
+        """`BLOCKS` of the mask; or `MASKED`: all pairs; or another result.
+
+        `EVERY` pair counts then, or the bias does not: `UNBIASED`.
+        """
         ...
 
     @property

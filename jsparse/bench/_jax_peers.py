@@ -61,17 +61,29 @@ class JaxPeer:
         del mask
         return ()
 
-    def forward(self, q: Array, k: Array, v: Array, pattern: Any) -> Array:
-        """The output ``[T, H, D]``; traced under ``jit``."""
+    def arrange(self, *inputs: Array) -> tuple[Array, ...]:
+        """The inputs, cotangent included, in the peer's own layout; not timed."""
+        return inputs
+
+    def rearrange(self, x: Array) -> Array:
+        """The output or dq, from the peer's own layout; not timed."""
+        return x
+
+    def forward(self, *arrays: Any) -> Array:
+        """The output ``[T, H, D]`` of inputs and pattern; traced under ``jit``."""
         raise NotImplementedError
 
-    def backward(self, q: Array, k: Array, v: Array, pattern: Any, dout: Array):
-        """The output and the gradients of q, k and v; traced under ``jit``."""
-        out, pull = jax.vjp(lambda q, k, v: self.forward(q, k, v, pattern), q, k, v)
+    def backward(self, *arrays: Any) -> tuple[Array, ...]:
+        """The output and the gradients of all inputs; traced under ``jit``.
+
+        ``arrays`` are the inputs, the pattern and the cotangent.
+        """
+        *inputs, pattern, dout = arrays
+        out, pull = jax.vjp(lambda *x: self.forward(*x, pattern), *inputs)
         return out, *pull(dout)
 
     def gradients(self, pull: Any, dout: Array) -> Any:
-        """Those of q, k and v, from the pullback of `forward`; traced under ``jit``."""
+        """Those of all inputs, from the pullback of `forward`; traced under ``jit``."""
         return pull(dout)
 
     def enter(self, task: Task) -> JaxContender:
@@ -103,8 +115,9 @@ class Ours(JaxPeer):
         """The mask, on the device."""
         return jax.device_put(mask)
 
-    def forward(self, q: Array, k: Array, v: Array, pattern: BlockMask) -> Array:
+    def forward(self, *arrays: Any) -> Array:
         """See `JaxPeer.forward`."""
+        q, k, v, pattern = arrays
         implementation: Any = self.name
         return block_sparse_attention(q, k, v, pattern, implementation=implementation)
 
@@ -123,8 +136,9 @@ class Dense(JaxPeer):
         """The mask's elements."""
         return jnp.asarray(mask.to_dense()[0, 0])
 
-    def forward(self, q: Array, k: Array, v: Array, pattern: Array) -> Array:
+    def forward(self, *arrays: Any) -> Array:
         """``softmax(q k^T / sqrt(D)) v`` over the elements, softmax in float32."""
+        q, k, v, pattern = arrays
         logits = jnp.einsum("thd,shd->hts", q, k, preferred_element_type=jnp.float32)
         logits = jnp.where(pattern, logits * (q.shape[-1] ** -0.5), -jnp.inf)
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
@@ -160,9 +174,9 @@ class DenseKernel(JaxPeer):
         """Needs its modules and a GPU."""
         return missing(self._modules, self._install) or no_gpu()
 
-    def forward(self, q: Array, k: Array, v: Array, pattern: Any) -> Array:
+    def forward(self, *arrays: Any) -> Array:
         """See `JaxPeer.forward`."""
-        del pattern
+        q, k, v, _ = arrays
         return self._attend(q[None], k[None], v[None])[0]
 
 
@@ -215,51 +229,56 @@ class JaxContender:
     peer: JaxPeer
     task: Task
     _pattern: list[Any] = field(default_factory=list)  # once it was prepared
+    _sets: list[Any] = field(default_factory=list)  # once they were arranged
 
     def ready(self, direction: str) -> JaxCall:
         """See `Contender.ready`."""
-        q, k, v, dout = (_shape(x) for x in self.task.sets[0])
+        given = [_shape(x) for x in self.task.sets[0]]
+        *inputs, dout = jax.eval_shape(self.peer.arrange, *given)
         shape = () if self.peer.static else self.peer.describe(self.task.mask)
         if direction == "backward":
-            return self._ready_backward((q, k, v, shape))
+            return self._ready_backward((*inputs, shape))
         if direction == "forward":
-            arguments, function = (q, k, v, shape), self._forward
+            arguments, function = (*inputs, shape), self._forward
         else:
-            arguments, function = (q, k, v, shape, dout), self._both
+            arguments, function = (*inputs, shape, dout), self._both
         compiled = self._compile(function, arguments)
         pattern = self._prepared()
         sets = [
-            (*qkv, pattern, *(() if direction == "forward" else (dout,)))
-            for *qkv, dout in self.task.sets
+            (*inputs, pattern, *(() if direction == "forward" else (dout,)))
+            for *inputs, dout in self._arranged()
         ]
         names = ("out",) if direction == "forward" else ("out", "dq")
-        return JaxCall(compiled, sets, names)
+        return JaxCall(compiled, sets, names, self.peer.rearrange)
 
     def _ready_backward(self, shapes: Any) -> JaxCall:
         """The backward pass alone: what the forward pass keeps is an argument."""
         compiled = self._compile(self._pullback, shapes)
         pattern = self._prepared()
         sets = []
-        for *qkv, dout in self.task.sets:
-            _, pull = measure.time_call(compiled.call, *qkv, pattern)
+        for *inputs, dout in self._arranged():
+            _, pull = measure.time_call(compiled.call, *inputs, pattern)
             sets.append((pull, dout))
         backward = self._compile(self.peer.gradients, sets[0])
-        return JaxCall(backward, sets, ("dq",))
+        return JaxCall(backward, sets, ("dq",), self.peer.rearrange)
 
     def close(self) -> None:
         """See `Contender.close`."""
         self._pattern.clear()
+        self._sets.clear()
 
-    def _forward(self, q: Array, k: Array, v: Array, pattern: Any) -> Array:
-        return self.peer.forward(q, k, v, self._known(pattern))
+    def _forward(self, *arrays: Any) -> Array:
+        *inputs, pattern = arrays
+        return self.peer.forward(*inputs, self._known(pattern))
 
-    def _both(self, q: Array, k: Array, v: Array, pattern: Any, dout: Array) -> Any:
-        return self.peer.backward(q, k, v, self._known(pattern), dout)
+    def _both(self, *arrays: Any) -> Any:
+        *inputs, pattern, dout = arrays
+        return self.peer.backward(*inputs, self._known(pattern), dout)
 
-    def _pullback(self, q: Array, k: Array, v: Array, pattern: Any) -> Any:
+    def _pullback(self, *arrays: Any) -> Any:
+        *inputs, pattern = arrays
         pattern = self._known(pattern)
-        forward = self.peer.forward
-        return jax.vjp(lambda q, k, v: forward(q, k, v, pattern), q, k, v)[1]
+        return jax.vjp(lambda *x: self.peer.forward(*x, pattern), *inputs)[1]
 
     def _known(self, pattern: Any) -> Any:
         return self.task.mask if self.peer.static else pattern
@@ -279,6 +298,11 @@ class JaxContender:
             )
         return compiled
 
+    def _arranged(self) -> list[Any]:
+        if not self._sets:
+            self._sets += [self.peer.arrange(*one) for one in self.task.sets]
+        return self._sets
+
     def _prepared(self) -> Any:
         if not self._pattern:
             made = () if self.peer.static else self.peer.prepare(self.task.mask)
@@ -293,6 +317,7 @@ class JaxCall:
     compiled: measure.Compiled
     sets: list[Any]
     names: tuple[str, ...]
+    rearrange: Callable[[Array], Array] = lambda x: x
 
     @property
     def compile_seconds(self) -> float:
@@ -308,8 +333,11 @@ class JaxCall:
         """See `Call.rows`; only the rows leave the device."""
         _, result = measure.time_call(self.compiled.call, *self.sets[0])
         results = result if isinstance(result, tuple) else (result,)
-        found = zip(self.names, results, strict=False)
-        return {name: np.asarray(value[rows]) for name, value in found}
+        found = {}
+        for name, value in zip(self.names, results, strict=False):
+            value = self.rearrange(value)
+            found[name] = np.asarray(value.reshape(-1, *value.shape[-2:])[rows])
+        return found
 
     def times(self, n: int, count: int, kernels: bool) -> list[float]:
         """See `Call.times`."""

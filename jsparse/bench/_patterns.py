@@ -1,4 +1,4 @@
-"""Block lists of the named cases: the active key blocks of each query block.
+"""Patterns of the named cases: mostly the active key blocks of each query block.
 
 Every list is made of fixed seeds in a fixed order of draws, so that a case means the
 same blocks on every machine and in every peer's script. Blocks are 128 x 128.
@@ -9,8 +9,11 @@ from __future__ import annotations
 from importlib import resources
 
 import numpy as np
+from scipy.spatial import KDTree
 
 BLOCK = 128
+
+_ATOM_DENSITY = 0.04  # heavy atoms per cubic ångström in a ribosome's neighbourhoods
 
 Columns = list[np.ndarray]
 """For each query block its key blocks, ascending."""
@@ -103,3 +106,29 @@ def ribosome() -> Columns:
     with file.open("rb") as handle, np.load(handle) as lists:
         count, index = lists["cnt"], lists["idx"].astype(np.int64)
     return [row[:n] for row, n in zip(index, count, strict=True)]
+
+
+def ball(count: int) -> np.ndarray:
+    """``count`` points, uniform in a ball as dense as a large complex; ångström.
+
+    Example:
+        >>> ball(1000).shape
+        (1000, 3)
+    """
+    rng = np.random.default_rng(0)
+    radius = (3 * count / (4 * np.pi * _ATOM_DENSITY)) ** (1 / 3)
+    directions = rng.standard_normal((count, 3))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    lengths = radius * rng.random((count, 1)) ** (1 / 3)
+    return (directions * lengths).astype(np.float32)
+
+
+def nearest(points: np.ndarray, count: int) -> np.ndarray:
+    """The ``count`` nearest of each point, itself among them, ``[N, count]`` int32.
+
+    Example:
+        >>> nearest(np.array([[0.0, 0, 0], [3, 0, 0], [4, 0, 0]]), 2).tolist()
+        [[0, 1], [1, 2], [2, 1]]
+    """
+    _, index = KDTree(points).query(points, count)
+    return np.asarray(index, np.int32)

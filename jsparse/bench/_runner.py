@@ -9,7 +9,9 @@ wall clock's. What is quoted is the ratio of the times of one round.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +23,7 @@ from jsparse import measure
 from jsparse._job import check_channels, check_inputs
 from jsparse.backends import IMPLEMENTATIONS
 from jsparse.bench._builds import build_on_device, build_on_host
-from jsparse.bench._cases import AttentionCase, Case, HostMaskCase, all_cases
+from jsparse.bench._cases import all_cases
 from jsparse.bench._contest import WORK, Contest
 from jsparse.bench._contract import (
     CALLS,
@@ -31,6 +33,8 @@ from jsparse.bench._contract import (
     Task,
 )
 from jsparse.bench._jax_peers import Ours, no_gpu
+from jsparse.bench._kinds import AttentionCase, Case, HostMaskCase, Model, ModelCase
+from jsparse.bench._models import MODEL_PEERS, ModelPeer
 from jsparse.bench._peers import PEERS
 from jsparse.bench._profile import Pass, profile_pass
 from jsparse.bench._records import wrong
@@ -92,10 +96,9 @@ class Options:
         if self.against == ("none",):
             object.__setattr__(self, "against", ())
         for name in self.against or ():
-            if name not in PEERS:
-                raise BadInput(
-                    f"unknown peer {name!r}; expected {', '.join(PEERS)} or none."
-                )
+            if name not in PEERS and name not in MODEL_PEERS:
+                known = ", ".join(dict.fromkeys((*PEERS, *MODEL_PEERS)))
+                raise BadInput(f"unknown peer {name!r}; expected {known} or none.")
         for name in ("repeats", "heads", "head_dim"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -161,6 +164,8 @@ def run_case(case: Case, options: Options, progress: Progress) -> dict[str, Any]
     measure.reset_peak_memory()
     if isinstance(case, AttentionCase):
         _run_attention(case, options, progress, record)
+    elif isinstance(case, ModelCase):
+        _run_model(case, options, progress, record)
     elif options.kind != "attention":
         raise BadInput(
             f"case {case.name!r} builds a mask; expected an attention case for "
@@ -231,14 +236,108 @@ def _run_attention(
             *(options.backward, options.repeats, progress),
         )
         return
-    peers, strict = _peers(options, mask, record)
-    contenders = [ours, *peers]
-    with Contest(record, pattern, task, contenders, strict, progress) as contest:
-        for direction in _directions(options, kernels):
-            if options.kind == "latency":
-                contest.spread_out(direction, LATENCY_CALLS, kernels)
-            else:
-                contest.compare(direction, options.repeats, kernels)
+    peers, strict = _peers(options, PEERS, mask, record)
+    with Contest(record, pattern, task, [ours, *peers], strict, progress) as contest:
+        _compete(contest, options, _directions(options, kernels), kernels)
+    _conclude(record, options, strict)
+
+
+def _run_model(
+    case: ModelCase, options: Options, progress: Progress, record: dict[str, Any]
+) -> None:
+    """Attention of a model against its own peers."""
+    for name in ("heads", "head_dim", "dtype"):
+        if getattr(options, name) is not None:
+            raise BadInput(
+                f"case {case.name!r} has the {name} of a model; expected none other."
+            )
+    if options.kind in ("profile", "tune") or options.traced:
+        what = "traced" if options.traced else options.kind
+        raise BadInput(
+            f"case {case.name!r} is of a model; expected a case of blocks for --{what}."
+        )
+    with progress.stage(f"{case.name}: pattern"):
+        model = case.load()
+    mask = model.pattern.mask
+    size = jnp.dtype(case.dtype).itemsize
+    numbers = sum(math.prod(x.shape) for x in model.shapes)
+    # Those of a contender in another layout are held beside them.
+    check_inputs(2 * _SETS, numbers, 1, 1, size)
+    sets = [_model_inputs(seed, model) for seed in range(_SETS)]
+    ours = _ours(options, model)
+    kernels = record["device"]["platform"] == "gpu"
+    record |= {
+        "kind": options.kind,
+        "ours": ours.name,
+        "pattern": "traced" if model.data else "static",
+        "timer": _KERNEL_TIMER if kernels else _TIMER,
+        "mask": mask.summary() | {"order": model.pattern.order},
+        "input": {
+            "distribution": "uniform slopes, normal coordinates, else standard normal"
+            if model.draw
+            else "standard normal",
+            "seeds": list(range(_SETS)),
+            "batch": model.pattern.batch,
+            "heads": case.heads,
+            "head_dim": case.head_dim,
+            "dtype": case.dtype,
+        },
+        "left_out": {},
+    }
+    known = {peer.name: peer for peer in model.peers}
+    peers, strict = _peers(options, known, mask, record)
+    task, contenders = Task(mask, sets), [ours, *peers]
+    directions = _directions(options, kernels and case.alone)
+    with Contest(record, model.pattern, task, contenders, strict, progress) as contest:
+        _compete(contest, options, directions, kernels)
+    _conclude(record, options, strict)
+
+
+def _ours(options: Options, model: Model) -> ModelPeer:
+    """Ours with the implementation asked for, or with the first that can."""
+    reasons = {}
+    names = IMPLEMENTATIONS if options.implementation == "auto" else ()
+    for name in names or (options.implementation,):
+        attend = functools.partial(model.attend, implementation=name)
+        ours = ModelPeer(name, attend, model.data, arrange=model.arrange)
+        try:
+            *inputs, _ = jax.eval_shape(ours.arrange, *model.shapes, model.shapes[0])
+            jax.eval_shape(ours.forward, *inputs, ours.describe(model.pattern.mask))
+        except NotImplementedError as err:
+            reasons[name] = str(err)
+        else:
+            return ours
+    raise BadInput(" ".join(reasons.values()))
+
+
+def _model_inputs(seed: int, model: Model) -> Inputs:
+    """What `Inputs` says, of a model."""
+    keys = jax.random.split(jax.random.key(seed), len(model.shapes) + 2)
+    own = 3 if model.draw else len(model.shapes)
+    drawn = [
+        jax.random.normal(key, x.shape, x.dtype)
+        for key, x in zip(keys, model.shapes[:own], strict=False)
+    ]
+    others = model.draw(keys[-2]) if model.draw else ()
+    q = model.shapes[0]
+    return *drawn, *others, jax.random.normal(keys[-1], q.shape, q.dtype)
+
+
+def _compete(
+    contest: Contest,
+    options: Options,
+    directions: tuple[Direction, ...],
+    kernels: bool,
+) -> None:
+    for direction in directions:
+        if options.kind == "latency":
+            contest.spread_out(direction, LATENCY_CALLS, kernels)
+        else:
+            contest.compare(direction, options.repeats, kernels)
+
+
+def _conclude(record: dict[str, Any], options: Options, strict: bool) -> None:
+    """Lists what is wrong, and what was not reached."""
     _judge_errors(record, strict)
     if options.kind == "attention":
         _judge(record, options)
@@ -296,15 +395,23 @@ def _implementation(options: Options, arrays: Any, mask: BlockMask) -> str:
 
 
 def _peers(
-    options: Options, mask: BlockMask, record: dict[str, Any]
+    options: Options,
+    known: Mapping[str, Peer],
+    mask: BlockMask,
+    record: dict[str, Any],
 ) -> tuple[list[Peer], bool]:
     """The peers that can run, and whether each of them was asked for by name."""
     strict = options.against is not None
     chosen = []
-    for name in PEERS if options.against is None else options.against:
-        reason = PEERS[name].available() or PEERS[name].why_not(mask)
+    for name in known if options.against is None else options.against:
+        if name not in known:
+            raise BadInput(
+                f"peer {name!r} does not compute {record['case']}; expected "
+                f"{', '.join(known)}."
+            )
+        reason = known[name].available() or known[name].why_not(mask)
         if reason is None:
-            chosen.append(PEERS[name])
+            chosen.append(known[name])
         elif strict:
             raise BadInput(f"peer {name!r} cannot run here: {reason}.")
         else:

@@ -97,6 +97,9 @@ _BIAS = (
     ("windows100k_h4_d32", "einsum", "forward_backward", 0.2),
     ("graph32k_distance", "no_bias", "forward", 1.6),
     ("graph32k_distance", "no_bias", "backward", 2.0),
+    ("triangle128x4096_h4_d32", "tokamax", "forward_backward", 0.5),
+    ("neighbors27k_h4_d32", "gather", "forward", 0.1),
+    ("neighbors27k_h4_d32", "gather", "forward_backward", 0.1),
 )
 
 
@@ -124,7 +127,7 @@ def choose_targets(groups: Sequence[str] = ()) -> list[Target]:
 
     Example:
         >>> len(choose_targets()), len(choose_targets(["mosaic_backward", "bias"]))
-        (34, 15)
+        (37, 18)
         >>> len(choose_targets(["cutlass"]))
         12
     """

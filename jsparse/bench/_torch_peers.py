@@ -36,6 +36,7 @@ class TorchPeer:
         modules: that must be installed.
         install: what installs them.
         packages: distributions whose versions are recorded.
+        kernel: in `_torch_worker`, if it is called otherwise there.
     """
 
     computes = BLOCKS
@@ -46,8 +47,10 @@ class TorchPeer:
         modules: tuple[str, ...],
         install: str,
         packages: tuple[str, ...],
+        kernel: str | None = None,
     ):
         self.name, self.packages = name, packages
+        self._kernel = kernel or name
         self._modules, self._install = modules, install
         self._worker: Worker | None = None
 
@@ -68,8 +71,9 @@ class TorchPeer:
     def enter(self, task: Task) -> TorchContender:
         """See `Peer.enter`; starts the process if it does not run."""
         if self._worker is None or not self._worker.alive:
-            self._worker = Worker(self.name, "cuda")
-        self._worker.ask("start", lists_of(task.mask), len(task.sets))
+            self._worker = Worker(self._kernel, "cuda")
+        sizes = len(task.sets), len(task.sets[0])
+        self._worker.ask("start", lists_of(task.mask), *sizes)
         for arrays in task.sets:
             for array in arrays:
                 # One by one: the bytes of all of them would be held twice.
@@ -218,4 +222,9 @@ BLOCK_SPARSE = (
         ("torch", "flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels"),
     ),
     TorchPeer("flex", ("torch",), "pip install torch", ("torch", "triton")),
+)
+
+FLEX_DISTANCE = TorchPeer(
+    *("flex", ("torch",), "pip install torch", ("torch", "triton")),
+    kernel="flex_distance",
 )

@@ -68,18 +68,19 @@ class Session:
         if self.device == "cuda":
             self.torch.cuda.empty_cache()
 
-    def start(self, lists: dict[str, Any], sets: int) -> None:
-        """Takes the pattern of a case; `take` follows four times for each set."""
+    def start(self, lists: dict[str, Any], sets: int, arrays: int = 4) -> None:
+        """Takes the pattern of a case; `take` follows for each array of each set."""
         self.drop()
+        self._arrays = arrays
         self.kernel = self._make(self.torch, lists, self.device)
         self.sets = [[] for _ in range(sets)]
 
     def take(self, bits: np.ndarray, dtype: str) -> None:
-        """Takes the next of q, k, v and the cotangent of each set in turn."""
+        """Takes the next of the inputs and the cotangent of each set in turn."""
         # What came through the pipe may be read-only, which PyTorch warns of.
         bits = np.require(bits, requirements="W")
         tensor = self.torch.from_numpy(bits).view(getattr(self.torch, dtype))
-        arrays = next(arrays for arrays in self.sets if len(arrays) < 4)
+        arrays = next(arrays for arrays in self.sets if len(arrays) < self._arrays)
         arrays.append(self.kernel.arrange(tensor.to(self.device)))
 
     def ready(self, direction: str) -> tuple[float, int | None]:
@@ -123,14 +124,16 @@ class Session:
 
     # ------------------------------------------------------------------- private
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Callable:
-        return lambda: self.kernel.attend(q, k, v)
+    def _forward(self, *arrays: Tensor) -> Callable:
+        return lambda: self.kernel.attend(*arrays[:-1])
 
-    def _backward(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Callable:
+    def _backward(self, *arrays: Tensor) -> Callable:
         """The backward pass alone: the graph of the forward pass is kept."""
-        leaves = tuple(x.detach().clone().requires_grad_() for x in (q, k, v))
+        *inputs, dout = arrays
+        leaves = tuple(x.detach().clone().requires_grad_() for x in inputs)
         out = self.kernel.attend(*leaves)
-        return lambda: self.torch.autograd.grad(out, leaves, dout, retain_graph=True)
+        options = {"retain_graph": True, "allow_unused": True}
+        return lambda: self.torch.autograd.grad(out, leaves, dout, **options)
 
     def _wait(self) -> None:
         if self.device == "cuda":
@@ -233,6 +236,29 @@ class Flex:
         return x[0].transpose(0, 1)
 
 
+class FlexDistance(Flex):
+    """FlexAttention with ``-slope[h] * distance``, computed from coordinates.
+
+    Its score function reads both; of the two only the slopes get a gradient.
+    """
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Tensor:
+        """The output; ``bias`` is the slopes ``[H]`` and the coordinates ``[T, 3]``."""
+        slope, coords = bias[0], bias[1].detach()
+
+        def score(logit: Tensor, b: Any, h: Any, i: Any, j: Any) -> Tensor:
+            del b
+            d = [coords[i, axis] - coords[j, axis] for axis in range(3)]
+            squared = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
+            return logit - slope[h] * (squared + 1e-6).sqrt()
+
+        return self._attend(q, k, v, score_mod=score, block_mask=self._mask)
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """See `Flex.arrange`; slopes and coordinates stay as they are."""
+        return x if x.ndim < 3 else super().arrange(x)
+
+
 class FlashAttention4:
     """FlashAttention-4's block-sparse kernels in CuTe; arrays are ``[1, T, H, D]``."""
 
@@ -273,4 +299,8 @@ class FlashAttention4:
         return x[0]
 
 
-KERNELS: dict[str, Any] = {"flex": Flex, "fa4": FlashAttention4}
+KERNELS: dict[str, Any] = {
+    "flex": Flex,
+    "flex_distance": FlexDistance,
+    "fa4": FlashAttention4,
+}

@@ -22,6 +22,7 @@ from jsparse.measure._machine import versions as versions
 from jsparse.measure._progress import Progress as Progress
 from jsparse.measure._rows import Allowed as Allowed
 from jsparse.measure._rows import ExpectedRows as ExpectedRows
+from jsparse.measure._rows import RowBias as RowBias
 from jsparse.measure._rows import RowCheck as RowCheck
 from jsparse.measure._rows import check_rows as check_rows
 from jsparse.measure._rows import choose_rows as choose_rows

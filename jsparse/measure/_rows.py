@@ -7,7 +7,7 @@ is the textbook's, and each row is summed over all the keys it may see at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ import numpy as np
 Array = Any
 Allowed = Sequence[np.ndarray]
 """Element masks ``[R, S]`` bool; of several, any may be the right one of a row."""
+
+RowBias = Callable[[int], np.ndarray]
+"""The bias ``[R, S]`` of the rows, for a head."""
 
 _CHUNK = 1 << 24  # elements of one [rows, S] temporary
 _SPARSE = 0.25  # share of allowed keys below which rows are taken one by one
@@ -148,6 +151,7 @@ def expect_rows(
     dtype: Any,
     *,
     dout: Array | None = None,
+    bias: RowBias | None = None,
 ) -> ExpectedRows:
     """Rows of an attention output, or of dq, by the formula of `check_rows`.
 
@@ -159,6 +163,7 @@ def expect_rows(
         allowed: element masks of the rows, each ``[R, S]`` bool.
         dtype: of the result that will be compared.
         dout: ``[T, H, Dv]`` cotangent of the output, for dq.
+        bias: added to the scaled logits of the rows, for each head.
 
     Returns:
         The expected rows. No ``[T, S]`` array is made.
@@ -173,9 +178,10 @@ def expect_rows(
     cotangent = None if dout is None else np.asarray(dout)[rows]
 
     def both(at: Any, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        added = bias and (lambda head, bias=bias: bias(head)[at])
         some = None if cotangent is None else cotangent[at]
         exact, plain = (
-            _formula(queries[at], keys, values, some, mask[at], kind)
+            _formula(queries[at], keys, values, some, mask[at], added, kind)
             for kind in (np.float64, dtype)
         )
         return exact, plain.astype(np.float64)
@@ -247,6 +253,7 @@ def _formula(
     v: np.ndarray,
     dout: np.ndarray | None,
     allowed: np.ndarray,
+    bias: RowBias | None,
     dtype: Any,
 ) -> np.ndarray:
     """Rows of the output (or of dq), summed in float64 for float64, else in float32.
@@ -266,9 +273,12 @@ def _formula(
     seen = [np.flatnonzero(allowed[n].any(0)) for n in chunks]
     for h in range(q.shape[1]):
         all_keys, all_values = k[used, h].astype(wide), v[used, h].astype(wide)
+        added = None if bias is None else bias(h)[:, used]
         for n, some in zip(chunks, seen, strict=True):
             keys, values, see = all_keys[some], all_values[some], allowed[n][:, some]
             logits = (q[n, h].astype(wide) @ keys.T) * scale
+            if added is not None:
+                logits += added[n][:, some].astype(wide)
             logits = np.where(see, logits, -np.inf)
             top = logits.max(axis=1, keepdims=True, initial=-np.inf)
             weights = np.exp(logits - np.where(np.isfinite(top), top, 0))

@@ -249,7 +249,13 @@ def _check_block_bias(
     if any(isinstance(x, jax.core.Tracer) for x in counts):
         return
     needed = int(np.sum([np.asarray(x).sum((1, 2)) for x in counts], axis=0).max())
-    if shape[2] < needed:
+    # A mask of fixed capacity has a bias of fixed size: all that its lists, or its
+    # bits, have room for.
+    rows = mask.num_heads * mask.num_q_blocks
+    sizes = {needed, rows * (mask.capacity.kv + mask.capacity.full_kv)}
+    if mask.bits is not None:
+        sizes.add(mask.bits.shape[-3])
+    if shape[2] < needed or shape[2] not in sizes:
         raise ValueError(
             f"{_OP}: the BlockBias holds {shape[2]} blocks but the mask has {needed}; "
             "it was made for another mask. Make it again, e.g. with "

@@ -37,6 +37,7 @@ from jsparse.patterns._device_checks import (
     common_batch,
     with_batch,
 )
+from jsparse.patterns._device_windows import atom_windows as atom_windows
 from jsparse.patterns._parts import WORD, Sizes
 from jsparse.patterns._rules import Distance, ElementRule, squared_distance
 

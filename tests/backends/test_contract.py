@@ -358,35 +358,68 @@ def test_nan_stays_where_attention_carries_it(implementation, where):
         assert np.isnan(np.asarray(found[4])[keys, 1]).any(-1).all()
 
 
+@pytest.mark.parametrize("on_blocks", [False, True], ids=["dense", "block"])
 @pytest.mark.parametrize("implementation", WITH_BIAS)
-def test_bias_of_minus_infinity_masks_the_element(implementation):
+def test_bias_of_minus_infinity_masks_the_element(implementation, on_blocks):
     rng = np.random.default_rng(10)
     case = named(implementation, "everything", rng)
     keep = rng.random(case.mask.to_dense().shape[2:]) < 0.4
     keep[3] = False
-    case.bias = np.where(keep, 0.0, -np.inf).astype(np.float32)
+    dense = np.where(keep, 0.0, -np.inf).astype(np.float32)
+    case.bias = BlockBias.from_dense(case.mask, dense) if on_blocks else dense
     found = run_case(implementation, case)
     truth = oracle.attention(
         case.q, case.k, case.v, keep[None], 0.0, 0.25, case.dout, case.dlse
     )
     for name, x, y in zip(NAMES, found, truth, strict=False):
         assert error(x, y) < limit_of(implementation, 3e-6), name
-    assert not np.asarray(found[5])[~keep].any()
+    if on_blocks:
+        assert not np.asarray(found[5].values)[np.isneginf(case.bias.values)].any()
+    else:
+        assert not np.asarray(found[5])[~keep].any()
 
 
+@pytest.mark.parametrize("on_blocks", [False, True], ids=["dense", "block"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("implementation", WITH_BIAS)
-def test_bad_bias_reaches_only_its_row(implementation, value):
+def test_bad_bias_reaches_only_its_row(implementation, value, on_blocks):
     case = named(implementation, "plain", np.random.default_rng(11))
-    case.bias = np.zeros(SIZES[:2], np.float32)
-    clean = run_case(implementation, case)
+    dense = np.zeros(SIZES[:2], np.float32)
     row, key = np.argwhere(case.mask.to_dense()[0, 0])[40]
-    case.bias[row, key] = value
-    found = run_case(implementation, case)
+
+    def results_of(dense):
+        bias = BlockBias.from_dense(case.mask, dense) if on_blocks else dense
+        return run_case(implementation, dataclasses.replace(case, bias=bias))
+
+    clean = results_of(dense)
+    dense[row, key] = value
+    found = results_of(dense)
     others = np.arange(SIZES[0]) != row
     for x, y in zip((found[0], found[2]), (clean[0], clean[2]), strict=True):
         np.testing.assert_array_equal(np.asarray(x)[others], np.asarray(y)[others])
         assert np.isnan(np.asarray(x)[row]).any()
+
+
+@pytest.mark.parametrize("form", ["linear", "quadratic", "table"])
+@pytest.mark.parametrize("implementation", WITH_BIAS)
+def test_an_atom_without_a_place_reaches_only_who_sees_it(implementation, form):
+    case = named(implementation, "plain", np.random.default_rng(24))
+    seen = case.mask.to_dense()[0, 0]
+    key = int(np.argmax(seen.sum(0) * (seen.sum(0) < seen.any(1).sum())))
+    x, y = (np.random.default_rng(n).standard_normal((SIZES[n], 3)) for n in (0, 1))
+
+    @jax.jit
+    def attend(y):  # where the coordinates are known, they are refused
+        weights = (np.ones((2, 5)), 4.0) if form == "table" else (np.ones(2),)
+        bias = getattr(DistanceBias, form)(*weights, x, y)
+        return run(implementation, *arrays, bias, case.dout, case.dlse)[0]
+
+    arrays = (case.q, case.k, case.v, case.mask)
+    clean = np.asarray(attend(y))
+    y[key] = np.nan
+    found = np.asarray(attend(y))
+    np.testing.assert_array_equal(found[~seen[:, key]], clean[~seen[:, key]])
+    assert np.isnan(found[seen[:, key]]).all()
 
 
 @pytest.mark.parametrize("implementation", WITH_BIAS)

@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from jsparse.bench import all_cases, choose_targets, judge_targets, targets_tables
+from jsparse.bench import (
+    PEERS,
+    all_cases,
+    choose_targets,
+    judge_targets,
+    targets_tables,
+)
+from jsparse.bench._kinds import ModelCase
+from jsparse.bench._models import MODEL_PEERS
 from jsparse.bench._targets import TARGETS, Target
 from jsparse.measure import BadInput
 
@@ -39,15 +47,20 @@ def test_the_table_has_every_line():
         "mosaic_backward": 5,
         "cutlass_forward": 7,
         "cutlass_backward": 5,
-        "bias": 10,
+        "bias": 13,
     }
     assert LINE in TARGETS
     assert len(set(TARGETS)) == len(TARGETS)
 
 
-def test_block_sparse_targets_are_of_cases_that_exist():
-    named = {target.case for target in TARGETS if target.group != "bias"}
-    assert named <= set(all_cases())
+def test_targets_are_of_cases_and_peers_that_exist():
+    cases = all_cases()
+    for target in TARGETS:
+        case = cases[target.case]
+        known = MODEL_PEERS if isinstance(case, ModelCase) else PEERS
+        assert target.peer in known
+        if isinstance(case, ModelCase):
+            assert case.alone == (target.peer == "no_bias")
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,11 @@ BAD = {
         ValueError,
         "holds 2 blocks but the mask has 3; it was made for another mask",
     ),
+    "bias of a larger mask": (
+        {"bias": BlockBias(np.zeros((1, 1, 9, 16, 32), np.float32))},
+        ValueError,
+        "holds 9 blocks but the mask has 3; it was made for another mask",
+    ),
     "block bias heads": (
         {"bias": BlockBias(np.zeros((1, 3, 3, 16, 32), np.float32))},
         ValueError,

@@ -1,0 +1,193 @@
+"""Attention through neighbour lists in tables of bounded size.
+
+A table holds what belongs to the blocks that a pattern touches: bits that say which
+elements count, and the bias. Its size is static, the number of blocks is not: a pattern
+that touches more than a table holds is taken a few query blocks at a time, as many as
+fit even if they touch every key block. Called by `functional.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jsparse.bias import Bias, BlockBias, DistanceBias
+from jsparse.ops import block_sparse_attention
+from jsparse.patterns import BlockMask, device
+
+Array = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """How neighbour lists are computed.
+
+    Attributes:
+        capacity: key blocks that tables have room for, per query block on the mean.
+        block_q: queries per block.
+        block_kv: keys per block.
+        scale: multiplies ``q . k``; ``1 / sqrt(D)`` if None.
+        implementation: the backend.
+    """
+
+    capacity: int
+    block_q: int
+    block_kv: int
+    scale: float | None
+    implementation: Any
+
+
+@functools.partial(jax.jit, static_argnames="tables")
+def attend(
+    q: Array, k: Array, v: Array, index: Array, bias: Bias | None, *, tables: Tables
+) -> Array:
+    """``out [B, T, H, Dv]``.
+
+    Args:
+        q: ``[B, T, H, D]``.
+        k: ``[B, S, K, D]``.
+        v: ``[B, S, K, Dv]``.
+        index: ``[B or 1, T, n]`` int32; entries outside 0..S - 1 are padding.
+        bias: ``[B or 1, H or 1, T, n]``, a `DistanceBias`, or None.
+        tables: sizes and backend.
+    """
+    rows = -(-q.shape[1] // tables.block_q)
+    columns = -(-k.shape[1] // tables.block_kv)
+    room = min(tables.capacity, columns) * rows
+    mask = _mask(index, k.shape[1], tables, room)
+    if room == rows * columns:
+        return _launch(q, k, v, mask, index, bias, tables)
+    # Lists are as wide as the pattern; only the tables can be too small.
+    fits = (jnp.asarray(mask.needed_capacity) <= columns).all()
+
+    def at_once(q, k, v, mask, index, bias):
+        return _launch(q, k, v, mask, index, bias, tables)
+
+    def in_parts(q, k, v, mask, index, bias):
+        del mask
+        return _in_parts(q, k, v, index, bias, tables, max(1, room // columns))
+
+    return jax.lax.cond(fits, at_once, in_parts, q, k, v, mask, index, bias)
+
+
+def _mask(index: Array, kv_len: int, tables: Tables, room: int) -> BlockMask:
+    """The mask of the lists, with bits for ``room`` blocks."""
+    return device.neighbors(
+        index,
+        kv_len=kv_len,
+        block_q=tables.block_q,
+        block_kv=tables.block_kv,
+        capacity=-(-kv_len // tables.block_kv),
+        q_capacity=-(-index.shape[1] // tables.block_q),
+        num_bits=room,
+    )
+
+
+def _launch(q, k, v, mask: BlockMask, index, bias, tables: Tables) -> Array:
+    """Attention over a mask whose blocks all have room."""
+    if bias is not None and not isinstance(bias, DistanceBias):
+        bias = neighbor_bias(bias, mask, index)
+    return block_sparse_attention(
+        *(q, k, v),
+        dataclasses.replace(mask, needed_capacity=None),
+        bias=bias,
+        scale=tables.scale,
+        implementation=tables.implementation,
+    )
+
+
+def _in_parts(q, k, v, index, bias, tables: Tables, rows: int) -> Array:
+    """``rows`` query blocks at a time, each part with room for all its blocks."""
+    length, room = q.shape[1], rows * -(-k.shape[1] // tables.block_kv)
+    step = rows * tables.block_q
+    parts = -(-length // step)
+
+    def split(x: Array, axis: int, fill: Any = 0) -> Array:
+        width = [(0, 0)] * x.ndim
+        width[axis] = (0, parts * step - length)
+        x = jnp.pad(x, width, constant_values=fill)
+        x = x.reshape(*x.shape[:axis], parts, step, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    by_query = bias
+    if isinstance(bias, DistanceBias):
+        by_query = split(bias.q_coords, bias.q_coords.ndim - 2)
+    elif bias is not None:
+        by_query = split(bias, 2)
+    # Gradients of k and v are summed over the parts, in float32 at least.
+    wide = jnp.float32 if k.dtype.itemsize < 4 else k.dtype
+    keys, values = k.astype(wide), v.astype(wide)
+
+    @jax.checkpoint
+    def part(given):
+        q, index, by_query = given
+        mask = _mask(index, k.shape[1], tables, room)
+        some = by_query
+        if isinstance(bias, DistanceBias):
+            some = dataclasses.replace(bias, q_coords=by_query)
+        both = keys.astype(k.dtype), values.astype(v.dtype)
+        return _launch(q, *both, mask, index, some, tables)
+
+    out = jax.lax.map(part, (split(q, 1), split(index, 1, -1), by_query))
+    out = jnp.moveaxis(out, 0, 1)
+    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
+
+
+def neighbor_bias(bias: Array, mask: BlockMask, index: Array) -> BlockBias:
+    """``[B or 1, H or 1, T, n]`` on the blocks of a mask made of ``index``.
+
+    Of a key that a list names twice, the first entry counts.
+    """
+    batch = max(bias.shape[0], index.shape[0])
+    counts, lists = (
+        jnp.asarray(x)[:, 0] for x in (mask.kv_num_blocks, mask.kv_indices)
+    )
+    room = mask.bits.shape[1]  # pyright: ignore[reportOptionalMemberAccess]
+    find = functools.partial(_places, sizes=(mask.kv_len, mask.block_q, mask.block_kv))
+    places = jax.vmap(functools.partial(find, room=room))(counts, lists, index)
+
+    def fill(bias, places):
+        shape = (bias.shape[0], room, mask.block_q, mask.block_kv)
+        return (
+            jnp.zeros(shape, bias.dtype)
+            .at[:, *places]
+            .set(bias, mode="drop", unique_indices=True)
+        )
+
+    bias, *places = (
+        jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in (bias, *places)
+    )
+    return BlockBias(jax.vmap(fill)(bias, tuple(places)))
+
+
+def _places(
+    counts: Array, lists: Array, index: Array, sizes: tuple[int, int, int], room: int
+) -> tuple[Array, Array, Array]:
+    """Block, row and column ``[T, n]`` of each entry of ``index``.
+
+    What has no place gets a block beyond ``room``, each a different one.
+    """
+    kv_len, block_q, block_kv = sizes
+    t = jnp.arange(index.shape[0], dtype=jnp.int32)[:, None]
+    row, column = t // block_q, index // block_kv
+    slots = jnp.arange(lists.shape[1], dtype=jnp.int32)
+    ascending = jnp.where(slots < counts[:, None], lists, jnp.iinfo(jnp.int32).max)
+    wanted = jnp.pad(column, ((0, len(counts) * block_q - len(index)), (0, 0)))
+    wanted = wanted.reshape(len(counts), -1)
+    slot = jax.vmap(jnp.searchsorted)(ascending, wanted).astype(jnp.int32)
+    slot = slot.reshape(-1, index.shape[1])[: len(index)]
+    block = (jnp.cumsum(counts) - counts)[row] + slot
+
+    order = jnp.argsort(index, axis=1, stable=True)
+    ranked = jnp.take_along_axis(index, order, 1)
+    again = jnp.pad(ranked[:, 1:] == ranked[:, :-1], ((0, 0), (1, 0)))
+    again = jnp.take_along_axis(again, jnp.argsort(order, axis=1), 1)
+    placed = (index >= 0) & (index < kv_len) & ~again
+    nowhere = room + jnp.arange(index.size, dtype=jnp.int32).reshape(index.shape)
+    block = jnp.where(placed, block, nowhere)
+    shape = index.shape
+    return block, jnp.broadcast_to(t % block_q, shape), index % block_kv
