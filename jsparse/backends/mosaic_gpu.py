@@ -390,7 +390,7 @@ def _flatten(xp: Any, x: Array, lead: tuple[int, ...], batch: tuple[int, ...]) -
     if math.prod(lead) == 1:
         return x.reshape(1, *x.shape[len(lead) :])
     x = xp.broadcast_to(x, (*batch, *x.shape[len(lead) :]))
-    return x.reshape(-1, *x.shape[len(lead) :])
+    return x.reshape(math.prod(batch), *x.shape[len(lead) :])
 
 
 def _known_lists(mask: BlockMask, leads: Any, batch: tuple[int, ...]) -> BlockMask:

@@ -526,7 +526,9 @@ def tiles(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
 def check_smem(who: str, config: Any, scratch: dict) -> None:
     """Refuses a config whose scratch does not fit, before anything is lowered."""
     arrays = [x for x in scratch.values() if not isinstance(x, plgpu.Barrier)]
-    need = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
+    sizes = [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays]
+    # Each array starts at a multiple of 1024 bytes.
+    need = sum(-(-size // 1024) * 1024 for size in sizes)
     if need > MAX_SMEM_BYTES - 1024:
         raise ValueError(
             f"{who}: {config} needs {need} bytes of shared memory; a multiprocessor "
