@@ -17,6 +17,7 @@ import pytest
 
 from jsparse import BlockMask, block_sparse_attention
 from jsparse.backends import mosaic_gpu
+from jsparse.pallas_kernels.mosaic_gpu import fwd_sm90
 from tests.backends import test_contract as contract
 from tests.support.cases import CASES, Case, make_case, random_mask, uneven_rows
 
@@ -98,6 +99,20 @@ def test_split_rows_of_wide_heads_in_narrow_blocks(static):
     )
     for x, y in zip(found[:5], contract.expected(case)[:5], strict=True):
         assert contract.error(x, y) < contract.HALF_LIMIT
+
+
+HALVES = (
+    fwd_sm90.Config(64, tile_kv=64, num_stages=4, ping_pong=False, teams=2),
+    fwd_sm90.Config(64, tile_kv=64, num_stages=2, ping_pong=False, teams=4),
+    fwd_sm90.Config(64, num_q_stages=2, ping_pong=False, lazy=0.0),
+)
+
+
+@pytest.mark.parametrize("config", HALVES, ids=str)
+@pytest.mark.parametrize("name", ["plain", "window", "distance", "grouped_query"])
+def test_items_of_half_a_block(name, config, monkeypatch):
+    monkeypatch.setattr(fwd_sm90.Config, "choose", lambda *_: config)
+    check(CASES[name](np.random.default_rng(6), (300, 700, 128, 128)), "bfloat16")
 
 
 def test_the_same_bits_a_thousand_times():
