@@ -33,7 +33,14 @@ from jsparse.bench._contract import (
     Task,
 )
 from jsparse.bench._jax_peers import Ours, no_gpu
-from jsparse.bench._kinds import AttentionCase, Case, HostMaskCase, Model, ModelCase
+from jsparse.bench._kinds import (
+    AttentionCase,
+    Case,
+    HostMaskCase,
+    Model,
+    ModelCase,
+    Pattern,
+)
 from jsparse.bench._models import MODEL_PEERS, ModelPeer
 from jsparse.bench._peers import PEERS
 from jsparse.bench._profile import Pass, profile_pass
@@ -210,21 +217,8 @@ def _run_attention(
     if options.traced:
         record["case"] += "-traced"
     kernels = record["device"]["platform"] == "gpu"
-    record |= {
-        "kind": options.kind,
-        "ours": ours.name,
-        "pattern": "static" if ours.static else "traced",
-        "timer": _KERNEL_TIMER if kernels else _TIMER,
-        "mask": mask.summary() | {"order": pattern.order},
-        "input": {
-            "distribution": "standard normal",
-            "seeds": list(range(_SETS)),
-            "heads": heads,
-            "head_dim": head_dim,
-            "dtype": dtype,
-        },
-        "left_out": {},
-    }
+    sizes = {"heads": heads, "head_dim": head_dim, "dtype": dtype}
+    _describe(record, options, ours.name, pattern, ours.static, sizes)
     if options.kind == "profile":
         del sets  # the child makes its own
         _run_profile(case, options, progress, record)
@@ -240,6 +234,32 @@ def _run_attention(
     with Contest(record, pattern, task, [ours, *peers], strict, progress) as contest:
         _compete(contest, options, _directions(options, kernels), kernels)
     _conclude(record, options, strict)
+
+
+def _describe(
+    record: dict[str, Any],
+    options: Options,
+    ours: str,
+    pattern: Pattern,
+    static: bool,
+    sizes: dict[str, Any],
+    distribution: str = "standard normal",
+) -> None:
+    """What a record of attention says before anything is timed."""
+    kernels = record["device"]["platform"] == "gpu"
+    record |= {
+        "kind": options.kind,
+        "ours": ours,
+        "pattern": "static" if static else "traced",
+        "timer": _KERNEL_TIMER if kernels else _TIMER,
+        "mask": pattern.mask.summary() | {"order": pattern.order},
+        "input": {
+            "distribution": distribution,
+            "seeds": list(range(_SETS)),
+            **sizes,
+        },
+        "left_out": {},
+    }
 
 
 def _run_model(
@@ -266,24 +286,13 @@ def _run_model(
     sets = [_model_inputs(seed, model) for seed in range(_SETS)]
     ours = _ours(options, model)
     kernels = record["device"]["platform"] == "gpu"
-    record |= {
-        "kind": options.kind,
-        "ours": ours.name,
-        "pattern": "traced" if model.data else "static",
-        "timer": _KERNEL_TIMER if kernels else _TIMER,
-        "mask": mask.summary() | {"order": model.pattern.order},
-        "input": {
-            "distribution": "uniform slopes, normal coordinates, else standard normal"
-            if model.draw
-            else "standard normal",
-            "seeds": list(range(_SETS)),
-            "batch": model.pattern.batch,
-            "heads": case.heads,
-            "head_dim": case.head_dim,
-            "dtype": case.dtype,
-        },
-        "left_out": {},
-    }
+    sizes = {"batch": model.pattern.batch, "heads": case.heads}
+    sizes |= {"head_dim": case.head_dim, "dtype": case.dtype}
+    drawn = "standard normal"
+    if model.draw:
+        drawn = "uniform slopes, normal coordinates, else standard normal"
+    static = not model.data
+    _describe(record, options, ours.name, model.pattern, static, sizes, drawn)
     known = {peer.name: peer for peer in model.peers}
     peers, strict = _peers(options, known, mask, record)
     task, contenders = Task(mask, sets), [ours, *peers]

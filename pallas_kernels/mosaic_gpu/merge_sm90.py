@@ -78,7 +78,6 @@ def _merged(
     rounds = -(-schedule.split_slots.shape[1] // at_once)
     padding = rounds * at_once - schedule.split_slots.shape[1]
     slots = np.pad(schedule.split_slots, ((0, 0), (0, padding)), constant_values=-1)
-    columns = functools.partial(jnp.full, fill_value=-jnp.inf, dtype=jnp.float32)
 
     def body(places, slots, part_out, part_lse, out, lse, s):
         split = lax.div(lax.axis_index("rows"), jnp.int32(wgs))
@@ -110,7 +109,7 @@ def _merged(
             return acc, new, total
 
         acc = plgpu.layout_cast(jnp.zeros((64, value_dim), jnp.float32), r.OPERAND)
-        top = plgpu.layout_cast(columns((64,)), r.ROW)
+        top = plgpu.layout_cast(jnp.full((64,), -jnp.inf, jnp.float32), r.ROW)
         total = plgpu.layout_cast(jnp.zeros((64,), jnp.float32), r.ROW)
         acc, top, total = lax.fori_loop(0, rounds, some_parts, (acc, top, total))
         values = acc / jnp.where(total == 0, 1.0, total)[:, None]
