@@ -411,3 +411,17 @@ def _check_ids(name: str, ids: Array) -> np.ndarray:
             "np.unique(names, return_inverse=True)[1]."
         )
     return ids.reshape(-1, ids.shape[-1]).astype(np.int64)
+
+
+def window_spans(
+    xp: Any, t: Array, num_atoms: Array, queries: int, keys: int
+) -> tuple[Array, Array]:
+    """First key, and the one after the last, of atoms t in AlphaFold 3's windows.
+
+    Both are 0 for atoms that do not exist. Computed in ``xp``: NumPy or `jax.numpy`.
+    """
+    start = t // queries * queries + (queries - keys) // 2
+    start = xp.clip(start, 0, xp.maximum(num_atoms - keys, 0))
+    exists = t < num_atoms
+    stop = xp.where(exists, xp.minimum(start + keys, num_atoms), 0)
+    return xp.where(exists, start, 0), stop

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.patterns._block_mask import BlockMask
-from jsparse.patterns._builders import count
+from jsparse.patterns._builders import count, window_spans
 from jsparse.patterns._device_checks import check_grid
 from jsparse.patterns._parts import Sizes
 from jsparse.patterns._rules import Window
@@ -99,16 +99,12 @@ def _build(xp: Any, num_atoms: Array, sizes: Sizes) -> BlockMask:
     """The mask, in NumPy or in JAX."""
     nq, nk = sizes.grid
     t = xp.arange(nq * sizes.block_q, dtype=np.int32)
-    start = t // QUERIES * QUERIES + (QUERIES - KEYS) // 2
-    start = xp.clip(start, 0, xp.maximum(num_atoms - KEYS, 0))
-    exists = t < num_atoms
-    stop = xp.where(exists, xp.minimum(start + KEYS, num_atoms), 0)
-    start = xp.where(exists, start, 0)
+    start, stop = window_spans(xp, t, num_atoms, QUERIES, KEYS)
 
     width = _width(sizes)
     first = start[:: sizes.block_q] // sizes.block_kv
     first = xp.minimum(first, nk - width).astype(np.int32)
-    used = exists[:: sizes.block_q]
+    used = t[:: sizes.block_q] < num_atoms
     slots = xp.arange(width, dtype=np.int32)
     rows = xp.where(used, np.int32(width), 0), first[:, None] + slots
 

@@ -21,7 +21,12 @@ from jsparse.patterns._bits import (
     strip_rows,
 )
 from jsparse.patterns._block_mask import BlockMask, check_sizes, from_parts
-from jsparse.patterns._builders import count, from_dense, interval_mask
+from jsparse.patterns._builders import (
+    count,
+    from_dense,
+    interval_mask,
+    window_spans,
+)
 from jsparse.patterns._neighbors import (
     active_blocks,
     check_coords,
@@ -291,10 +296,7 @@ def atom_windows(
             f"{num_atoms}; expected at least that. Pass the length of the atom arrays."
         )
     t = np.arange(sizes.q_len, dtype=np.int64)
-    start = t // queries * queries + (queries - keys) // 2
-    start = np.clip(start, 0, max(num_atoms - keys, 0))
-    stop = np.minimum(start + keys, num_atoms)
-    start[num_atoms:] = stop[num_atoms:] = 0
+    start, stop = window_spans(np, t, num_atoms, queries, keys)
     return interval_mask(start, stop, sizes, num_atoms)
 
 
