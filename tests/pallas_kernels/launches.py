@@ -46,13 +46,12 @@ class Launch:
     bits: bool = True
     rules: bool = False
     on_host: bool = True
-    few: bool = False
+    launch: str = "many"
     given: Any = None
 
     def config(self):
-        """The given one, or the chosen: few blocks matter to forward only."""
-        short = self.few and self.kernel == "forward"
-        options = {"most_blocks": 1} if short else {}
+        """The given one, or the chosen: what is launched matters to forward only."""
+        options = {"launch": self.launch} if self.kernel == "forward" else {}
         return self.given or KERNELS[self.kernel][1](
             *self.dims, *self.blocks, **options
         )
@@ -110,6 +109,7 @@ class Launch:
             workers=config.num_workers,
             group=group,
             tiles=tiles,
+            share=getattr(config, "num_sharing", 1),
         )
         arrays = (q, k, v)
         if self.kernel != "forward":

@@ -15,7 +15,7 @@ import pytest
 
 from jsparse import block_sparse_attention
 from jsparse.backends import mosaic_gpu
-from jsparse.pallas_kernels.mosaic_gpu import fwd_sm90
+from jsparse.pallas_kernels.mosaic_gpu import _schedule, fwd_sm90
 from tests.backends import test_contract as contract
 from tests.pallas_kernels.emulation import emulated
 from tests.support.cases import CASES, Case, make_case, random_mask, uneven_rows
@@ -103,11 +103,24 @@ def test_rules():
 
 
 @pytest.mark.parametrize("static", [True, False])
-def test_split_rows(static):
+@pytest.mark.parametrize("launch", ["few_blocks", "few_rows"])
+def test_split_rows(launch, static, monkeypatch):
     # Rows of 1 and 6 blocks, fewer than workers: the longer one comes first.
+    monkeypatch.setattr(fwd_sm90, "launch_of", lambda *_: launch)
+    monkeypatch.setattr(_schedule, "MERGE_COST", 0.0)
     rng = np.random.default_rng(1)
     mask = uneven_rows(rng, (1, 6), (200, 700, 128, 128))
     check(make_case(rng, mask, heads=(1, 1)), static)
+
+
+@pytest.mark.parametrize("teams", [2, 3])
+@pytest.mark.parametrize("name", ["grouped_query", "window"])
+def test_teams_that_share_items(name, teams, monkeypatch):
+    shares = fwd_sm90.Config(
+        64, tile_kv=64, num_stages=2, ping_pong=False, teams=teams, share=True
+    )
+    monkeypatch.setattr(fwd_sm90.Config, "choose", lambda *_: shares)
+    check(CASES[name](np.random.default_rng(8), SIZES["128 x 128"]))
 
 
 @pytest.mark.parametrize("static", [True, False])
