@@ -134,7 +134,6 @@ class Walker:
         group: query heads that share a key head.
         rows_are_queries: whether rows are queries and columns keys, or the reverse.
         any_partial: whether partial blocks may occur.
-        any_split: whether items may be parts of rows.
         items_per_worker: width of the schedule.
     """
 
@@ -148,7 +147,6 @@ class Walker:
     group: int
     rows_are_queries: bool
     any_partial: bool
-    any_split: bool
     items_per_worker: int
 
     @property

@@ -148,7 +148,6 @@ def backward_dkv(
         group=q.shape[2] // k.shape[2],
         rows_are_queries=False,
         any_partial=schedule.any_partial,
-        any_split=schedule.num_slots > 0,
         items_per_worker=schedule.items.shape[1],
         head_dim=head_dim,
         value_dim=value_dim,
@@ -357,8 +356,5 @@ class _BackwardDkv(Walker):
             for (name, dim), _, parts in places:
                 parts[part, pl.ds(w * 64, 64)] = values(name, dim, jnp.float32)
 
-        if not self.any_split:
-            whole()
-            return
         pl.when(part < 0)(whole)
         pl.when(part >= 0)(one_part)

@@ -143,7 +143,6 @@ def backward_dq(
         group=heads // k.shape[2],
         rows_are_queries=True,
         any_partial=schedule.any_partial,
-        any_split=schedule.num_slots > 0,
         items_per_worker=schedule.items.shape[1],
         head_dim=head_dim,
         value_dim=value_dim,
@@ -216,14 +215,16 @@ class _BackwardDq(Walker):
             )
             self.pass_turn(s, self.row_half())
             logits = wait((64, tile), 2)(logits)
+            if seen is not None:
+                # Also a branch, which ptxas does not move the test across: with it
+                # before the products, distances took twice as long.
+                self.clean(fields, lists, seen, [s["k"].at[slot]])
             p = probabilities(logits, lse2)
             if seen is not None:
                 p = mask(seen, p)
             dp = wait((64, tile), 1)(dp)
             plgpu.barrier_arrive(s["v_free"][slot])
             ds = logits_gradient[seen is not None](p, dp, delta)
-            if seen is not None:
-                self.clean(fields, lists, seen, [s["k"].at[slot]])
             self.await_operands(n + 1, total, step0, s, ["k", "v"])
             dq, ds = gradient.await_all(dim, tile)(dq, ds)
             plgpu.barrier_arrive(s["k_free"][before])
@@ -255,8 +256,5 @@ class _BackwardDq(Walker):
             values = gradient.scaled(self.head_dim, self.scale, jnp.float32)(result)
             parts[part, pl.ds(w * 64, 64)] = values
 
-        if not self.any_split:
-            whole()
-            return
         pl.when(part < 0)(whole)
         pl.when(part >= 0)(one_part)

@@ -137,10 +137,12 @@ class Config:
             turns = block_q == 128
             found = cls(tile_q=block_q, tile_kv=64, num_stages=2, ping_pong=turns)
         elif widest <= 64 and launch == "few_rows":
-            found = cls(64, num_stages=2, ping_pong=False, lazy=0.0, teams=2, share=True)
+            found = cls(64, num_stages=2, ping_pong=False, teams=2, share=True)
         elif block_q == 64:
             stages = 4 if widest <= 64 else 2
             found = cls(64, tile_kv=64, num_stages=stages, ping_pong=False, teams=2)
+        elif widest <= 64 and launch == "distances":
+            found = cls(num_q_stages=2)
         elif widest <= 64 and launch != "many":
             found = cls(num_stages=4, num_q_stages=2, lazy=0.0)
         elif widest <= 64:
@@ -241,7 +243,6 @@ def forward(
         group=heads // k.shape[2],
         rows_are_queries=True,
         any_partial=schedule.any_partial,
-        any_split=schedule.num_slots > 0,
         items_per_worker=schedule.items.shape[1],
         config=config,
         head_dim=head_dim,
@@ -390,8 +391,5 @@ class _Forward(Walker):
             _persistent.write(s, w, [(row_lse, "lse", part_lse.at[part, rows])])
             r.store(part_out.at[part, rows], values)
 
-        if not self.any_split:
-            whole()
-            return
         pl.when(part < 0)(whole)
         pl.when(part >= 0)(one_part)
