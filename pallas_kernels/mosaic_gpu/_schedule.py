@@ -32,6 +32,8 @@ MIN_PART = 3
 """Fewest blocks of a part of a split row."""
 MOST_PARTS = 8
 """Most parts of a row that is split on the device."""
+MOST_TOGETHER = 16
+"""Entries that share a bias and run side by side: more would crowd their keys out."""
 
 
 class Blocks(NamedTuple):
@@ -78,13 +80,16 @@ def schedule_on_host(
     workers: int,
     group: int = 1,
     tiles: int = 1,
+    shared: tuple[bool, bool] = (False, False),
 ) -> Schedule:
     """Balances the rows of a known pattern over persistent workers.
 
     Items come head by head, so that what is loaded stays in the L2 cache, and longest
-    first within a head; each goes to the worker that is free first. A row that would
-    end after the fair share of a worker is cut there and the rest goes on elsewhere
-    (McNaughton's wrap-around rule), so only the last rows are split, or the only ones.
+    first within a head; each goes to the worker that is free first. A few heads or
+    batch entries that share a bias take turns, row by row, so that its tiles stay there
+    too. A row that would end after the fair share of a worker is cut there and the rest
+    goes on elsewhere (McNaughton's wrap-around rule), so only the last rows are split,
+    or the only ones.
 
     Args:
         partial: partial blocks, NumPy arrays.
@@ -95,6 +100,7 @@ def schedule_on_host(
         group: query heads whose items must follow one another on one worker, because
             they add to one result; above 1 nothing is split.
         tiles: rows of the launch that share a list: the tiles of a row of blocks.
+        shared: whether batch entries, and whether heads, share a bias.
 
     Returns:
         The schedule, a function of the arguments only.
@@ -102,7 +108,8 @@ def schedule_on_host(
     rows = _Rows.of(np, partial, full, batch, heads, tiles)
     b, h, i = np.unravel_index(np.arange(len(rows.total)), rows.shape)
     if group == 1:
-        order = np.lexsort((i, -rows.total, b * heads + h))
+        outer, inner = _turns(b, h, batch, heads, shared)
+        order = np.lexsort((inner, i, -rows.total, outer))
         pieces = _assign(rows.total, order, workers, split=True)
     else:
         pieces = _assign_groups(rows, b, h, i, workers, group)
@@ -134,6 +141,7 @@ def schedule_on_device(
     workers: int,
     group: int = 1,
     tiles: int = 1,
+    shared: tuple[bool, bool] = (False, False),
 ) -> Schedule:
     """`schedule_on_host` for traced lists.
 
@@ -148,7 +156,8 @@ def schedule_on_device(
         parts = min(MOST_PARTS, -(-2 * workers // num_rows))
     b, h, i = np.unravel_index(np.arange(num_rows), rows.shape)
     if group == 1:
-        order = jnp.lexsort((i, -rows.total, b * heads + h))
+        outer, inner = _turns(b, h, batch, heads, shared)
+        order = jnp.lexsort((inner, i, -rows.total, outer))
     else:
         # Heads of a group one after another; the row's place is that of their sum.
         load = rows.total.reshape(batch, heads // group, group, -1).sum(2)
@@ -182,6 +191,15 @@ def schedule_on_device(
         len(split) * parts,
         partial.column.shape[-1] > 0,
     )
+
+
+def _turns(b, h, batch: int, heads: int, shared: tuple[bool, bool]):
+    """Outer and inner sort keys of each row: entries of one outer key run together."""
+    over_batch, over_heads = shared
+    entry = h * batch + b if over_batch else b * heads + h
+    sharers = (batch if over_batch else 1) * (heads if over_heads else 1)
+    together = min(sharers, MOST_TOGETHER)
+    return entry // together, entry % together
 
 
 @dataclasses.dataclass(frozen=True)
