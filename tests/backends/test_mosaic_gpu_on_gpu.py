@@ -194,6 +194,12 @@ def test_bias_beside_rules(pattern):
     check(case, "bfloat16")
 
 
+@pytest.mark.parametrize("kind", ["dense_shared_heads", "block", "per_key", "linear"])
+def test_bias_beside_items_of_half_a_block(kind, monkeypatch):
+    monkeypatch.setattr(fwd_sm90.Config, "choose", lambda *_: HALVES[0])
+    check(with_bias(pair((300, 700, 128, 128)), kind), "bfloat16")
+
+
 @pytest.mark.parametrize("kind", ["dense_shared_heads", "per_key", "linear"])
 @pytest.mark.parametrize("static", [True, False])
 def test_split_rows_beside_a_bias(static, kind):

@@ -216,6 +216,17 @@ def test_items_of_half_a_block(static, monkeypatch):
     check(case, static)
 
 
+@pytest.mark.parametrize("kind", ["dense_shared_heads", "block", "per_key", "linear"])
+def test_bias_beside_items_of_half_a_block(kind, monkeypatch):
+    half = fwd_sm90.Config(64, tile_kv=64, num_stages=2, ping_pong=False, teams=2)
+    monkeypatch.setattr(fwd_sm90.Config, "choose", lambda *_: half)
+    rng = np.random.default_rng(7)
+    mask = uneven_rows(rng, (2, 5), (170, 600, 128, 128))
+    case = make_case(rng, mask, heads=(2, 1))
+    case.bias = biases(rng, mask, 2, 1)[kind]
+    check(case)
+
+
 def test_negative_scale():
     rng = np.random.default_rng(2)
     mask = random_mask(rng, SIZES["64 x 64"], 5)
