@@ -122,16 +122,24 @@ def forward(
 ) -> tuple[Array, Array]:
     """See `Backend.forward`."""
     call = _Call.of(operands, scale, pattern)
-    lists = call.rows
-    most_blocks = math.prod(call.q.shape[::2]) * (
-        lists.partial.column[0, 0].size + lists.full.column[0, 0].size
+    lists, num_ctas = call.rows, _num_multiprocessors()
+    lists_of_all = math.prod(call.q.shape[::2])
+    launch = fwd_sm90.launch_of(
+        lists_of_all * call.mask.num_q_blocks,
+        lists_of_all * (lists.partial.column[0, 0].size + lists.full.column[0, 0].size),
+        isinstance(call.bias, _bias.DistanceBias)
+        or any(isinstance(rule, Distance) for rule in call.mask.rules),
+        num_ctas,
     )
     config = fwd_sm90.Config.choose(
-        *(*call.dims, *call.blocks, _num_multiprocessors(), most_blocks),
-        _bias.dtype_of(call.bias),
+        *(*call.dims, *call.blocks, num_ctas, launch), _bias.dtype_of(call.bias)
     )
-    tiles = call.mask.block_q // config.tile_q
-    schedule = call.schedule(lists, config.num_workers, tiles=tiles)
+    schedule = call.schedule(
+        lists,
+        config.num_workers,
+        tiles=call.mask.block_q // config.tile_q,
+        share=config.num_sharing,
+    )
     bad = call.bad_keys(call.v)
     out, lse = fwd_sm90.forward(
         *(call.q, call.k, call.v),
@@ -353,7 +361,12 @@ class _Call:
         return _Lists(blocks(self.mask, ""), blocks(self.mask, "full_"), known)
 
     def schedule(
-        self, lists: _Lists, workers: int, group: int = 1, tiles: int = 1
+        self,
+        lists: _Lists,
+        workers: int,
+        group: int = 1,
+        tiles: int = 1,
+        share: int = 1,
     ) -> Schedule:
         """On the host if the pattern is known, else on the device."""
         make, blocks = schedule_on_device, (lists.partial, lists.full)
@@ -366,7 +379,8 @@ class _Call:
             workers=workers,
             group=group,
             tiles=tiles,
-            shared=_shared(self.bias, *self.q.shape[::2]),
+            share=share,
+            one_bias=_shared(self.bias, *self.q.shape[::2]),
         )
 
     # --------------------------------------------------------------- element tests

@@ -323,6 +323,6 @@ def write_entries(file: Path, entries: Sequence[dict[str, Any]]) -> None:
 
     both = (*read_entries(file), *entries)
     table = {_tables.key_of(entry): entry for entry in both}
-    order = sorted(table, key=lambda key: (key[:-1], bool(key.few_blocks)))
+    order = sorted(table, key=lambda key: (key[:-1], key.launch or ""))
     found = {"format": _tables.FORMAT, "entries": [table[key] for key in order]}
     write_file(file, to_json(found) + "\n")

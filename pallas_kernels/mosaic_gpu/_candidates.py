@@ -30,6 +30,10 @@ FORWARD = (
     Config(64, num_stages=3, num_q_stages=2, ping_pong=False, lazy=0.0),
     Config(64, num_stages=2, num_q_stages=2, ping_pong=False, lazy=0.0, teams=2),
     Config(64, tile_kv=64, num_stages=3, ping_pong=False, lazy=0.0, teams=3),
+    Config(64, num_stages=2, ping_pong=False, lazy=0.0, teams=2, share=True),
+    Config(
+        64, tile_kv=64, num_stages=2, ping_pong=False, lazy=0.0, teams=3, share=True
+    ),
 )
 DQ = (
     BackwardConfig(tile=128, num_stages=3, num_fixed_stages=2),
@@ -59,7 +63,7 @@ def chosen(key: Key) -> Any:
     """What the kernel's ``choose`` returns: the table's, or the heuristic's."""
     sizes = key.head_dim, key.value_dim, key.block_q, key.block_kv
     if key.kernel == "forward":
-        return Config.choose(*sizes, most_blocks=0 if key.few_blocks else None)
+        return Config.choose(*sizes, launch=key.launch or "many")
     return _MODULES[key.kernel].choose(*sizes)
 
 

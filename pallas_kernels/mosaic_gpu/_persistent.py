@@ -209,14 +209,17 @@ class Teams:
             self.compute(arrays, lists, outs, team)
 
     def of_team(self, s: dict, team) -> dict:
-        """The scratch of one team, and its number in the launch."""
+        """The scratch of one team and what all share, and its number in the CTA."""
         if self.teams == 1:
             team = 0
-        barrier = lambda name: name.endswith(("_full", "_free"))
-        return {
-            name: TeamBarriers(ref, team) if barrier(name) else ref.at[team]
-            for name, ref in s.items()
-        } | dict(team=team)
+
+        def own(name, ref):
+            if name.startswith("shared_"):
+                return ref
+            barrier = name.endswith(("_full", "_free"))
+            return TeamBarriers(ref, team) if barrier else ref.at[team]
+
+        return {name: own(name, ref) for name, ref in s.items()} | dict(team=team)
 
     def row_half(self):
         """Which 64 rows of a block this warpgroup computes."""

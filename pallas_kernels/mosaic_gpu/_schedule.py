@@ -30,6 +30,8 @@ ROW_COST = 1.0
 """Fixed cost of an item in units of one block: load the row, start, write out."""
 MIN_PART = 3
 """Fewest blocks of a part of a split row."""
+MERGE_COST = 4.0
+"""Cost of merging the parts of split rows, whatever their number: a second kernel."""
 MOST_PARTS = 8
 """Most parts of a row that is split on the device."""
 MOST_TOGETHER = 16
@@ -80,7 +82,8 @@ def schedule_on_host(
     workers: int,
     group: int = 1,
     tiles: int = 1,
-    shared: tuple[bool, bool] = (False, False),
+    share: int = 1,
+    one_bias: tuple[bool, bool] = (False, False),
 ) -> Schedule:
     """Balances the rows of a known pattern over persistent workers.
 
@@ -89,7 +92,7 @@ def schedule_on_host(
     batch entries that share a bias take turns, row by row, so that its tiles stay there
     too. A row that would end after the fair share of a worker is cut there and the rest
     goes on elsewhere (McNaughton's wrap-around rule), so only the last rows are split,
-    or the only ones.
+    or the only ones; none is where that gains less than `MERGE_COST`.
 
     Args:
         partial: partial blocks, NumPy arrays.
@@ -100,7 +103,9 @@ def schedule_on_host(
         group: query heads whose items must follow one another on one worker, because
             they add to one result; above 1 nothing is split.
         tiles: rows of the launch that share a list: the tiles of a row of blocks.
-        shared: whether batch entries, and whether heads, share a bias.
+        share: workers, one after another, that compute each item together: an even part
+            of its blocks each.
+        one_bias: whether batch entries, and whether heads, share a bias.
 
     Returns:
         The schedule, a function of the arguments only.
@@ -108,15 +113,17 @@ def schedule_on_host(
     rows = _Rows.of(np, partial, full, batch, heads, tiles)
     b, h, i = np.unravel_index(np.arange(len(rows.total)), rows.shape)
     if group == 1:
-        outer, inner = _turns(b, h, batch, heads, shared)
+        outer, inner = _turns(b, h, batch, heads, one_bias)
         order = np.lexsort((inner, i, -rows.total, outer))
-        pieces = _assign(rows.total, order, workers, split=True)
+        jobs = rows.total, order, workers // share
+        whole, cut = (_assign(*jobs, split=split) for split in (False, True))
+        saved = _longest(whole, workers) - _longest(cut, workers)
+        pieces = cut if saved > MERGE_COST else whole
     else:
         pieces = _assign_groups(rows, b, h, i, workers, group)
-    pieces = pieces[np.argsort(pieces[:, 0], kind="stable")]
-    owner, which, begin, end = pieces.T
-    few = len(rows.total) < workers
-    slots, split, split_slots = _slots(which, len(rows.total), few)
+    slots, split, split_slots = _slots(pieces[:, 1], len(rows.total))
+    pieces = np.concatenate([pieces, slots[:, None]], 1)
+    owner, which, begin, end, slots = _shared(pieces, share).T
     items = rows.items(np, which, begin, end, slots)
     count = np.bincount(owner, minlength=workers)
     padded = np.zeros((workers, max(1, int(count.max())), NUM_FIELDS), np.int32)
@@ -141,7 +148,8 @@ def schedule_on_device(
     workers: int,
     group: int = 1,
     tiles: int = 1,
-    shared: tuple[bool, bool] = (False, False),
+    share: int = 1,
+    one_bias: tuple[bool, bool] = (False, False),
 ) -> Schedule:
     """`schedule_on_host` for traced lists.
 
@@ -150,13 +158,12 @@ def schedule_on_device(
     of even parts.
     """
     rows = _Rows.of(jnp, partial, full, batch, heads, tiles)
-    num_rows = len(rows.total)
-    parts = 1
-    if group == 1 and num_rows < workers:
-        parts = min(MOST_PARTS, -(-2 * workers // num_rows))
+    num_rows, num_ctas, parts = len(rows.total), workers // share, 1
+    if group == 1 and num_rows * share < num_ctas:
+        parts = min(MOST_PARTS, -(-2 * num_ctas // (num_rows * share)))
     b, h, i = np.unravel_index(np.arange(num_rows), rows.shape)
     if group == 1:
-        outer, inner = _turns(b, h, batch, heads, shared)
+        outer, inner = _turns(b, h, batch, heads, one_bias)
         order = jnp.lexsort((inner, i, -rows.total, outer))
     else:
         # Heads of a group one after another; the row's place is that of their sum.
@@ -168,24 +175,28 @@ def schedule_on_device(
     begin = rows.total[which] * part // parts
     end = rows.total[which] * (part + 1) // parts
     slots = which * parts + part if parts > 1 else jnp.full(len(which), -1)
-    items = rows.items(jnp, which, begin, end, slots)
-    turns = -(-len(which) // (workers * group))
-    padded = jnp.zeros((turns * workers * group, NUM_FIELDS), jnp.int32)
-    padded = padded.at[: len(which)].set(items)
-    used = np.arange(len(padded)) < len(which)
-    padded, used = (
-        xp.where(
-            np.arange(turns)[:, None, None, None] % 2 == 1, x[:, ::-1], x
-        )  # to and fro
-        for xp, x in (
-            (jnp, padded.reshape(turns, workers, group, NUM_FIELDS)),
-            (np, used.reshape(turns, workers, group, 1)),
-        )
+    which, slots, begin, length = (
+        jnp.repeat(x, share) for x in (which, slots, begin, end - begin)
     )
+    nth = np.tile(np.arange(share), len(which) // share)
+    cuts = (begin + length * n // share for n in (nth, nth + 1))
+    items = rows.items(jnp, which, *cuts, slots)
+    turns = -(-len(items) // (workers * group))
+    padded = jnp.zeros((turns * workers * group, NUM_FIELDS), jnp.int32)
+    padded = padded.at[: len(items)].set(items)
+    used = np.arange(len(padded)) < len(items)
+
+    def dealt(xp, x):
+        """``[workers, turns * group, ...]``, to and fro."""
+        x = x.reshape(turns, num_ctas, share, group, -1)
+        back = np.arange(turns)[:, None, None, None, None] % 2 == 1
+        x = xp.where(back, x[:, ::-1], x)
+        return xp.moveaxis(x, 0, 2).reshape(workers, turns * group, -1)
+
     split = np.arange(num_rows if parts > 1 else 0)
     return Schedule(
-        used.sum((0, 2, 3)).astype(np.int32),
-        padded.swapaxes(0, 1).reshape(workers, turns * group, NUM_FIELDS),
+        dealt(np, used).sum((1, 2)).astype(np.int32),
+        dealt(jnp, padded),
         np.stack([b[split], h[split], i[split]], 1).astype(np.int32),
         np.arange(len(split) * parts, dtype=np.int32).reshape(-1, parts),
         len(split) * parts,
@@ -193,9 +204,9 @@ def schedule_on_device(
     )
 
 
-def _turns(b, h, batch: int, heads: int, shared: tuple[bool, bool]):
+def _turns(b, h, batch: int, heads: int, one_bias: tuple[bool, bool]):
     """Outer and inner sort keys of each row: entries of one outer key run together."""
-    over_batch, over_heads = shared
+    over_batch, over_heads = one_bias
     entry = h * batch + b if over_batch else b * heads + h
     sharers = (batch if over_batch else 1) * (heads if over_heads else 1)
     together = min(sharers, MOST_TOGETHER)
@@ -308,16 +319,28 @@ def _assign(
     return np.asarray(pieces, np.int64).reshape(-1, 4)
 
 
-def _slots(rows: np.ndarray, num_rows: int, few: bool):
-    """Workspace slots of the pieces, the rows that have several, and their slots.
+def _shared(pieces: np.ndarray, share: int) -> np.ndarray:
+    """``[n * share, 5]``: pieces by worker, each cut for ``share`` of them."""
+    owner, which, begin, end, slots = pieces[:, :, None].swapaxes(0, 1)
+    nth = np.arange(share)
+    cuts = [begin + (end - begin) * n // share for n in (nth, nth + 1)]
+    parts = np.broadcast_arrays(owner * share + nth, which, *cuts, slots)
+    parts = np.stack([x.reshape(-1) for x in parts], 1)
+    return parts[np.argsort(parts[:, 0], kind="stable")]
 
-    Of few rows all get slots, if one does: merging all is cheaper than filling in some.
-    """
+
+def _longest(pieces: np.ndarray, workers: int) -> float:
+    """Cost of the worker that has most to do."""
+    worker, _, begin, end = pieces.T
+    return np.bincount(worker, end - begin + ROW_COST, workers).max()
+
+
+def _slots(rows: np.ndarray, num_rows: int):
+    """Workspace slots of the pieces, the rows that have several, and their slots."""
     parts = np.bincount(rows, minlength=num_rows)
-    fewest = 1 if few and parts.max(initial=0) > 1 else 2
-    which = np.flatnonzero(parts >= fewest)
+    which = np.flatnonzero(parts > 1)
     slots = np.full(len(rows), -1, np.int64)
-    shared = np.flatnonzero(parts[rows] >= fewest)
+    shared = np.flatnonzero(parts[rows] > 1)
     shared = shared[np.argsort(rows[shared], kind="stable")]
     slots[shared] = np.arange(len(shared))
     nth = np.arange(int(parts.max(initial=1)) if len(which) else 0)

@@ -33,7 +33,7 @@ class Key(NamedTuple):
         value_dim: padded.
         block_q: queries of a block.
         block_kv: keys of a block.
-        few_blocks: of the forward kernel, whether the lists have room for few blocks.
+        launch: of the forward kernel, one of `fwd_sm90.LAUNCHES`.
     """
 
     family: str
@@ -42,22 +42,22 @@ class Key(NamedTuple):
     value_dim: int
     block_q: int
     block_kv: int
-    few_blocks: bool | None = None
+    launch: str | None = None
 
 
 Answer = Callable[[Key], Fields | None]
 _trying: list[Answer] = []
 
 
-def find(kernel: str, *sizes: int, few_blocks: bool | None = None) -> Fields | None:
+def find(kernel: str, *sizes: int, launch: str | None = None) -> Fields | None:
     """The fields of the measured config, or None where the heuristic decides.
 
     Args:
         kernel: see `Key`.
         sizes: head_dim, value_dim, block_q, block_kv.
-        few_blocks: see `Key`.
+        launch: see `Key`.
     """
-    key = Key("sm90", kernel, *sizes, few_blocks=few_blocks)
+    key = Key("sm90", kernel, *sizes, launch=launch)
     for answer in (*_trying, shipped().get):
         fields = answer(key)
         if fields is not None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._common import tile_transforms
-from . import _bias, _biased, _elements, _persistent, _tables
+from . import _bias, _biased, _elements, _persistent, _sharing, _tables
 from . import _registers as r
 from . import _softmax as softmax
 from ._bias import Bias
@@ -31,6 +31,28 @@ from ._wgmma import Product, start, wait
 from .merge_sm90 import merge
 
 Array = Any
+LAUNCHES = ("many", "distances", "few_blocks", "few_rows")
+"""What a config depends on beside sizes; see `launch_of`."""
+
+
+def launch_of(
+    num_rows: int, most_blocks: int, distances: bool, num_ctas: int = 132
+) -> str:
+    """One of `LAUNCHES`.
+
+    Where there are few blocks for each multiprocessor, latency counts; where there are
+    fewer rows than multiprocessors, several work on one row. Distances of points take
+    registers, of which two teams leave too few.
+
+    Args:
+        num_rows: rows of blocks, of all heads and batch entries.
+        most_blocks: what their lists have room for.
+        distances: whether partial blocks test distances.
+        num_ctas: multiprocessors.
+    """
+    if most_blocks < 16 * num_ctas:
+        return "few_rows" if num_rows < num_ctas else "few_blocks"
+    return "distances" if distances else "many"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +70,7 @@ class Config:
         q_in_registers: whether queries are kept in registers, not read from shared
             memory by every product.
         teams: teams of a CTA, each with a load warp of its own.
+        share: whether the teams compute each item together, a part of its blocks each.
         num_ctas: CTAs of the launch; one fits on a multiprocessor.
     """
 
@@ -59,12 +82,18 @@ class Config:
     lazy: float = 8.0
     q_in_registers: bool = False
     teams: int = 1
+    share: bool = False
     num_ctas: int = 132
 
     @property
     def num_workers(self) -> int:
         """Walkers of the schedule."""
         return self.num_ctas * self.teams
+
+    @property
+    def num_sharing(self) -> int:
+        """Walkers that compute an item together."""
+        return self.teams if self.share else 1
 
     def __post_init__(self):
         if self.tile_q not in (64, 128):
@@ -81,6 +110,11 @@ class Config:
             raise ValueError(f"num_q_stages={self.num_q_stages}; expected 1 or 2.")
         if self.teams not in (1, 2, 3, 4):
             raise ValueError(f"teams={self.teams}; expected 1 to 4.")
+        if self.share and (self.tile_q != 64 or self.teams == 1):
+            raise ValueError(
+                f"tile_q={self.tile_q}, teams={self.teams}; with share expected "
+                "tile_q=64 and several teams."
+            )
 
     @classmethod
     def choose(
@@ -90,33 +124,34 @@ class Config:
         block_q: int = 128,
         block_kv: int = 128,
         num_ctas: int = 132,
-        most_blocks: int | None = None,
+        launch: str = "many",
         bias_dtype: Any = None,
     ) -> Config:
         """The table's, or the heuristic's: what was fastest on an H100 (see README.md).
 
-        For head sizes above 128, what fits. ``most_blocks`` is what the lists have room
-        for. Where that is little for each multiprocessor, latency counts, and two teams
-        would split rows further. ``bias_dtype`` is that of a streamed bias: then, what
-        leaves room for it.
+        For head sizes above 128, what fits. ``bias_dtype`` is that of a streamed bias:
+        then, what leaves room for it.
         """
         if bias_dtype is not None:
             return cls._beside_bias(
                 head_dim, value_dim, block_q, block_kv, num_ctas, bias_dtype
             )
         widest = max(head_dim, value_dim)
-        few = most_blocks is not None and most_blocks < 16 * num_ctas
         sizes = head_dim, value_dim, block_q, block_kv
-        measured = _tables.find("forward", *sizes, few_blocks=few)
+        measured = _tables.find("forward", *sizes, launch=launch)
         if measured is not None:
             return cls(**measured, num_ctas=num_ctas)
         if widest > 128:
             turns = block_q == 128
             found = cls(tile_q=block_q, tile_kv=64, num_stages=2, ping_pong=turns)
+        elif widest <= 64 and launch == "few_rows":
+            found = cls(
+                64, num_stages=2, ping_pong=False, lazy=0.0, teams=2, share=True
+            )
         elif block_q == 64:
             stages = 4 if widest <= 64 else 2
             found = cls(64, tile_kv=64, num_stages=stages, ping_pong=False, teams=2)
-        elif widest <= 64 and few:
+        elif widest <= 64 and launch != "many":
             found = cls(num_stages=4, num_q_stages=2, lazy=0.0)
         elif widest <= 64:
             found = cls(tile_kv=64, num_stages=4, ping_pong=False, teams=2)
@@ -160,7 +195,9 @@ def scratch_spec(
     c, wgs = config, tile_q // 64
     tile = lambda *shape: _persistent.tiles((c.teams, *shape), dtype)
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
+    shared = _sharing.scratch_spec(c.teams, value_dim) if c.share else {}
     return dict(
+        **shared,
         q=tile(c.num_q_stages, wgs, 64, head_dim),
         k=tile(c.num_stages, c.tile_kv, head_dim),
         v=tile(c.num_stages, c.tile_kv, value_dim),
@@ -203,7 +240,7 @@ def forward(
         full_kv_indices: int32, flattened lists of full blocks.
         elements: test of the partial blocks; rows are queries; ``bad`` tells of v.
         schedule: from `_schedule`, of these lists, with ``block_q // config.tile_q``
-            items for each row.
+            items for each row, for `Config.num_sharing` workers each.
         blocks: ``block_q`` and ``block_kv``.
         scale: factor of the logits; above 0.
         config: see `Config`.
@@ -371,19 +408,31 @@ class _Forward(BiasedWalker):
 
     def store(self, result, fields, outs, s):
         """64 finished rows, or parts of them."""
+        finish = lambda dtype: softmax.finish(self.value_dim, dtype)(*result)
+        if not self.config.share:
+            self.write(finish, fields, outs, s)
+            return
+
+        def write(values, row_lse):
+            self.write(lambda dtype: (values.astype(dtype), row_lse), fields, outs, s)
+
+        _sharing.combine(*finish(jnp.float32), s, self.teams, write)
+
+    def write(self, finish, fields, outs, s):
+        """What ``finish(dtype)`` returns, values and lse, to where it belongs."""
         out, lse, part_out, part_lse = outs
         b, h, row, part = fields[0], fields[1], fields[2], fields[7]
         w = self.row_half()
         rows = self.rows_out(row, w)
 
         def whole():
-            values, row_lse = softmax.finish(self.value_dim, self.dtype)(*result)
+            values, row_lse = finish(self.dtype)
             places = out.at[b, rows, h], lse.at[b, h, rows]
             outputs = [(values, "out", places[0]), (row_lse, "lse", places[1])]
             _persistent.write(s, w, outputs)
 
         def one_part():
-            values, row_lse = softmax.finish(self.value_dim, jnp.float32)(*result)
+            values, row_lse = finish(jnp.float32)
             rows = pl.ds(w * 64, 64)
             _persistent.write(s, w, [(row_lse, "lse", part_lse.at[part, rows])])
             r.store(part_out.at[part, rows], values)

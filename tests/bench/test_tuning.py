@@ -159,7 +159,7 @@ def test_record_of_configs(tuned, tmp_path: Path):
     for found, entry in zip(tuned["tuned"], tuned["entries"], strict=True):
         key = _tables.key_of(entry)
         assert key[:6] == ("sm90", found["kernel"], 64, 64, 128, 128)
-        assert key.few_blocks is (True if key.kernel == "forward" else None)
+        assert key.launch == ("few_rows" if key.kernel == "forward" else None)
         configs = _candidates.candidates(key, "bfloat16")
         assert [one["config"] for one in found["tried"]] == [
             _tables.fields_of(config) for config in configs

@@ -59,16 +59,16 @@ class Launch:
     bits: bool = True
     rules: bool = False
     on_host: bool = True
-    few: bool = False
+    launch: str = "many"
     given: Any = None
     bias: str | None = None
 
     def config(self):
-        """The given one, or the chosen: few blocks matter to forward only."""
-        short = self.few and self.kernel == "forward"
-        options: dict[str, Any] = {"most_blocks": 1} if short else {}
-        options["bias_dtype"] = self.bias_dtype
-        if self.bias in ("linear", "quadratic") and self.kernel != "forward":
+        """The given one, or the chosen: what is launched matters to forward only."""
+        options: dict[str, Any] = {"bias_dtype": self.bias_dtype}
+        if self.kernel == "forward":
+            options["launch"] = self.launch
+        elif self.bias in ("linear", "quadratic"):
             options["bias_dtype"] = "float32"
         return self.given or KERNELS[self.kernel][1](
             *self.dims, *self.blocks, **options
@@ -162,6 +162,7 @@ class Launch:
             workers=config.num_workers,
             group=group,
             tiles=tiles,
+            share=getattr(config, "num_sharing", 1),
         )
         if self.bias == "block":
             numbers = (lists[0, 0], lists[0, 0])

@@ -15,7 +15,7 @@ import pytest
 
 from jsparse import block_sparse_attention
 from jsparse.backends import mosaic_gpu
-from jsparse.pallas_kernels.mosaic_gpu import fwd_sm90
+from jsparse.pallas_kernels.mosaic_gpu import _schedule, fwd_sm90
 from tests.backends import test_contract as contract
 from tests.pallas_kernels.emulation import emulated
 from tests.support.cases import (
@@ -119,8 +119,11 @@ def test_rules():
 
 
 @pytest.mark.parametrize("static", [True, False])
-def test_split_rows(static):
+@pytest.mark.parametrize("launch", ["few_blocks", "few_rows"])
+def test_split_rows(launch, static, monkeypatch):
     # Rows of 1 and 6 blocks, fewer than workers: the longer one comes first.
+    monkeypatch.setattr(fwd_sm90, "launch_of", lambda *_: launch)
+    monkeypatch.setattr(_schedule, "MERGE_COST", 0.0)
     rng = np.random.default_rng(1)
     mask = uneven_rows(rng, (1, 6), (200, 700, 128, 128))
     check(make_case(rng, mask, heads=(1, 1)), static)
@@ -196,13 +199,24 @@ def test_an_atom_without_a_place(form, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["per_key", "linear"])
-def test_row_sums_of_split_rows(kind):
+def test_row_sums_of_split_rows(kind, monkeypatch):
+    monkeypatch.setattr(_schedule, "MERGE_COST", 0.0)
     rng = np.random.default_rng(1)
     mask = uneven_rows(rng, (1, 6), (200, 700, 128, 128))
     case = make_case(rng, mask, heads=(1, 1))
     case.bias = biases(rng, mask, 1, 1)[kind]
     found = check(case, static=True)
     contract.check_sixteen_bit_bias(case.cast("bfloat16"), found[5])
+
+
+@pytest.mark.parametrize("teams", [2, 3])
+@pytest.mark.parametrize("name", ["grouped_query", "window"])
+def test_teams_that_share_items(name, teams, monkeypatch):
+    shares = fwd_sm90.Config(
+        64, tile_kv=64, num_stages=2, ping_pong=False, teams=teams, share=True
+    )
+    monkeypatch.setattr(fwd_sm90.Config, "choose", lambda *_: shares)
+    check(CASES[name](np.random.default_rng(8), SIZES["128 x 128"]))
 
 
 @pytest.mark.parametrize("static", [True, False])
@@ -216,7 +230,7 @@ def test_items_of_half_a_block(static, monkeypatch):
     check(case, static)
 
 
-@pytest.mark.parametrize("kind", ["dense_shared_heads", "block", "per_key", "linear"])
+@pytest.mark.parametrize("kind", ["dense_2d", "block", "per_key", "linear"])
 def test_bias_beside_items_of_half_a_block(kind, monkeypatch):
     half = fwd_sm90.Config(64, tile_kv=64, num_stages=2, ping_pong=False, teams=2)
     monkeypatch.setattr(fwd_sm90.Config, "choose", lambda *_: half)

@@ -39,8 +39,8 @@ BLOCKS: Any = tuple(itertools.product(*mosaic_gpu.BLOCKS.values()))
 
 
 POSSIBLE = [
-    Launch(kernel, (dim, value_dim), blocks, rules=True, few=few)
-    for kernel, blocks, few in itertools.product(TUNED, BLOCKS, [True, False])
+    Launch(kernel, (dim, value_dim), blocks, rules=True, launch=launch)
+    for kernel, blocks, launch in itertools.product(TUNED, BLOCKS, fwd_sm90.LAUNCHES)
     for dim, value_dim in itertools.product(SIZES, repeat=2)
 ]
 OF_EACH_CONFIG = {(x.kernel, x.blocks, x.config()): x for x in POSSIBLE}
@@ -115,12 +115,11 @@ CANDIDATE_DIMS = tuple((n, n) for n in (16, 32, 48, 64, 80, 96, 128))
 def launches_of_candidates() -> dict[str, Launch]:
     """Each config worth measuring that is not chosen, at the widest heads it fits."""
     found = {}
-    for dims, blocks, kernel, few in itertools.product(
-        CANDIDATE_DIMS, BLOCKS, TUNED, (False, True)
+    for dims, blocks, kernel, launch in itertools.product(
+        CANDIDATE_DIMS, BLOCKS, TUNED, fwd_sm90.LAUNCHES
     ):
-        few_blocks = few if kernel == "forward" else None
         sizes = (dims[0], dims[1], blocks[0], blocks[1])
-        key = _tables.Key("sm90", kernel, *sizes, few_blocks)
+        key = _tables.Key("sm90", kernel, *sizes, launch)
         for config in _candidates.candidates(key, "bfloat16")[1:]:
             name = f"{kernel}-{blocks}-{_tables.fields_of(config)}"
             found[name] = Launch(kernel, dims, blocks, rules=True, given=config)

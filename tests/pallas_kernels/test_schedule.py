@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jsparse.pallas_kernels.mosaic_gpu._schedule import (
+    MERGE_COST,
     MIN_PART,
     MOST_PARTS,
     ROW_COST,
@@ -35,6 +36,7 @@ class Launch:
     heads: int = 1
     group: int = 1
     tiles: int = 1
+    share: int = 1
     capacities: tuple[int, int] = (6, 40)
 
     @property
@@ -56,6 +58,7 @@ class Launch:
             workers=self.workers,
             group=self.group,
             tiles=self.tiles,
+            share=self.share,
         )
 
 
@@ -90,6 +93,9 @@ LAUNCHES = (
     Launch((1, 6), rows=2, workers=9, heads=6, group=3),
     Launch((2, 1), rows=5, workers=7, batch=2, heads=2, tiles=2),
     Launch((1, 1), rows=3, workers=8, tiles=2),
+    Launch((1, 1), rows=3, workers=8, tiles=2, share=2),
+    Launch((2, 1), rows=7, workers=6, batch=2, share=3),
+    Launch((1, 2), rows=2, workers=28, heads=2, share=2),
 )
 
 
@@ -168,8 +174,9 @@ def check_slots(launch: Launch, schedule: Schedule) -> None:
     Where it is split, the schedule lists the slots for the merge, row by row.
     """
     slots = collections.defaultdict(list)
-    for b, h, i, _, _, _, _, slot, *_ in items_of(schedule):
-        slots[b, h, i].append(slot)
+    for items in per_worker(schedule)[:: launch.share]:
+        for b, h, i, _, _, _, _, slot, *_ in items.tolist():
+            slots[b, h, i].append(slot)
     assert set(slots) == set(np.ndindex(launch.grid))
     split = {row: sorted(x) for row, x in slots.items() if x != [-1]}
     listed = {
@@ -182,6 +189,16 @@ def check_slots(launch: Launch, schedule: Schedule) -> None:
     assert schedule.split_rows.tolist() == [list(row) for row in sorted(split)]
     used = sorted(slot for parts in split.values() for slot in parts)
     assert used == list(range(schedule.num_slots))
+
+
+def check_sharing(launch: Launch, schedule: Schedule) -> None:
+    """Workers that share items walk the same ones, with about as many blocks each."""
+    walks = per_worker(schedule)
+    for first in range(0, launch.workers, launch.share):
+        shared = np.stack(walks[first : first + launch.share])
+        assert (shared[..., [0, 1, 2, 7]] == shared[:1][..., [0, 1, 2, 7]]).all()
+        blocks = shared[..., [4, 6]].sum(-1)
+        assert (blocks.max(0, initial=0) - blocks.min(0, initial=99) <= 1).all()
 
 
 def check_order(launch: Launch, schedule: Schedule, total: np.ndarray) -> None:
@@ -217,6 +234,7 @@ def test_every_block_is_computed_once(launch, make, data):
     assert blocks_in(schedule) == blocks_of(launch, partial, full)
     check_first_columns(launch, schedule)
     check_slots(launch, schedule)
+    check_sharing(launch, schedule)
     check_order(launch, schedule, totals(launch, partial, full))
     for items, count in zip(schedule.items, schedule.count, strict=True):
         assert not items[count:].any()
@@ -225,13 +243,12 @@ def test_every_block_is_computed_once(launch, make, data):
 
 
 def loads(launch: Launch, schedule: Schedule) -> np.ndarray:
-    """Cost of each worker's items, in blocks."""
-    return np.array(
-        [
-            items[:, [4, 6]].sum() + ROW_COST * len(items) / launch.group
-            for items in per_worker(schedule)
-        ]
-    )
+    """Cost of the items of each worker, or of those that share them, in blocks."""
+    each = [
+        items[:, [4, 6]].sum() + ROW_COST * len(items) / launch.group / launch.share
+        for items in per_worker(schedule)
+    ]
+    return np.reshape(each, (-1, launch.share)).sum(1)
 
 
 @pytest.mark.parametrize("launch", LAUNCHES, ids=str)
@@ -245,7 +262,8 @@ def test_no_worker_is_far_above_the_mean(launch, data):
         shape = launch.batch, -1, launch.group, launch.grid[-1]
         longest = total.reshape(shape).sum(2).max()
     # The worker that is free first is not above the mean, and takes one piece more.
-    assert load.max() <= load.mean() + longest + ROW_COST
+    merge = MERGE_COST if launch.group == 1 else 0
+    assert load.max() <= load.mean() + longest + ROW_COST + merge
 
 
 @given(data=st.data())
@@ -258,14 +276,12 @@ def test_parts_of_a_row_are_not_too_short(data):
     assert all(min(x) >= MIN_PART for x in lengths.values() if len(x) > 1)
 
 
-@pytest.mark.parametrize("workers, listed", [(9, [0, 1, 2, 3, 4]), (4, [2])])
-def test_where_rows_are_few_and_one_is_split_all_have_slots(workers, listed):
-    launch = Launch((1, 1), rows=5, workers=workers)
-    full = np.array([[[0, 3, 30, 2, 1]]])
+@pytest.mark.parametrize("longest, split", [(30, True), (8, False), (3, False)])
+def test_rows_are_split_where_that_saves_more_than_a_merge(longest, split):
+    launch = Launch((1, 1), rows=5, workers=9)
+    full = np.array([[[0, 3, longest, 2, 1]]])
     schedule = on_host(launch, np.zeros_like(full), full)
-    assert schedule.split_rows[:, 2].tolist() == listed
-    uncut = on_host(launch, np.zeros_like(full), np.minimum(full, 3))
-    assert uncut.num_slots == 0
+    assert schedule.split_rows[:, 2].tolist() == ([2] if split else [])
 
 
 def test_one_long_row_does_not_hold_up_the_launch():

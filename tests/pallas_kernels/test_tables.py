@@ -8,15 +8,15 @@ import json
 import pytest
 
 from jsparse.pallas_kernels.mosaic_gpu import _candidates, _tables
-from jsparse.pallas_kernels.mosaic_gpu.fwd_sm90 import Config
+from jsparse.pallas_kernels.mosaic_gpu.fwd_sm90 import LAUNCHES, Config, launch_of
 from tests.pallas_kernels.launches import KERNELS, TUNED
 
 KEYS = [
-    _tables.Key("sm90", kernel, dim, dim, *blocks, few)
+    _tables.Key("sm90", kernel, dim, dim, *blocks, launch)
     for kernel in TUNED
     for dim in (32, 64, 128)
     for blocks in ((128, 128), (64, 64))
-    for few in ([False, True] if kernel == "forward" else [None])
+    for launch in (LAUNCHES if kernel == "forward" else [None])
 ]
 
 
@@ -59,13 +59,28 @@ def test_the_table_comes_before_the_heuristic(key, monkeypatch):
     assert _candidates.chosen(key) == dataclasses.replace(measured, num_ctas=132)
     choose = KERNELS[key.kernel][1]
     sizes = key.head_dim, key.value_dim, key.block_q, key.block_kv
-    few = {"most_blocks": 0} if key.few_blocks else {}
-    assert choose(*sizes, num_ctas=114, **few) == measured
+    options = {"launch": key.launch} if key.launch else {}
+    assert choose(*sizes, num_ctas=114, **options) == measured
     other = key._replace(head_dim=16)
     assert _candidates.chosen(other).num_stages < 7
     with _tables.trying({key: _tables.fields_of(heuristic)}.get):
         assert _candidates.chosen(key) == heuristic
     assert _candidates.chosen(key).num_stages == 7
+
+
+@pytest.mark.parametrize(
+    "rows, blocks, distances, expected",
+    [
+        (63, 819, False, "few_rows"),
+        (63, 819, True, "few_rows"),
+        (800, 800, True, "few_blocks"),
+        (100, 2112, False, "many"),
+        (4096, 100_000, False, "many"),
+        (4096, 100_000, True, "distances"),
+    ],
+)
+def test_launches_are_told_apart(rows, blocks, distances, expected):
+    assert launch_of(rows, blocks, distances) == expected
 
 
 @pytest.mark.parametrize("key", KEYS, ids=str)
