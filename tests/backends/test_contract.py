@@ -387,8 +387,9 @@ def check_sixteen_bit_bias(case: Case, found: Any, limit: float = HALF_LIMIT) ->
     """
     if isinstance(case.bias, DistanceBias):
         limit *= 1.5
-    truth = run_case("reference", case.cast("float32"))[5]
-    plain = run_case("reference", case)[5]
+    with jax.default_device(jax.devices("cpu")[0]):  # see the tests on a GPU
+        truth = run_case("reference", case.cast("float32"))[5]
+        plain = run_case("reference", case)[5]
     leaves = [jax.tree_util.tree_leaves(x) for x in (found, truth, plain)]
     for x, y, z in zip(*leaves, strict=True):
         assert error(x, y) <= max(2 * error(z, y), limit)
