@@ -17,8 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.backends._contract import HostPattern, Operands, Problem
+from jsparse.backends._mosaic_bias import (
+    bias_blocks,
+    distance_gradient,
+    kernel_bias,
+    launched,
+    like,
+)
+from jsparse.bias import Bias, DistanceBias
 from jsparse.pallas_kernels._common import LOG2E
-from jsparse.pallas_kernels.mosaic_gpu import bwd_dkv_sm90, bwd_dq_sm90, fwd_sm90
+from jsparse.pallas_kernels.mosaic_gpu import (
+    _bias,
+    bwd_dbias_sm90,
+    bwd_dkv_sm90,
+    bwd_dq_sm90,
+    fwd_sm90,
+)
 from jsparse.pallas_kernels.mosaic_gpu._elements import (
     ColumnInterval,
     Elements,
@@ -37,6 +51,7 @@ from jsparse.pallas_kernels.mosaic_gpu._schedule import (
 from jsparse.patterns import BlockMask, Distance, Segments, Window
 
 Array = Any
+_SixArrays = tuple[Array, Array, Array, Array, Array, Array]
 
 name = "mosaic_gpu"
 differentiable = False
@@ -46,7 +61,10 @@ LARGEST_HEAD = 256
 BLOCKS = {"block_q": (64, 128), "block_kv": (32, 64, 128)}
 PROVEN_HEAD = 128
 PROVEN_BLOCKS = {"block_q": (64, 128), "block_kv": (64, 128)}
+PROVEN_BIAS: tuple[str, ...] = ()
 """What has run on a GPU, of what lowers; the rest is refused until it has."""
+BIAS = ("dense", "block", "linear", "quadratic")
+LARGEST_HEAD_WITH_BIAS = 128
 
 
 def why_not(problem: Problem) -> str | None:
@@ -67,7 +85,19 @@ def why_not(problem: Problem) -> str | None:
             *most, last = taken
             return f"{side}={size}; expected {', '.join(map(str, most))} or {last}"
     if problem.bias is not None:
-        return f"a {problem.bias} bias; expected none"
+        return _why_not_bias(problem)
+    return None
+
+
+def _why_not_bias(problem: Problem) -> str | None:
+    if problem.bias not in PROVEN_BIAS:
+        kinds = " or ".join(f"a {kind} one" for kind in PROVEN_BIAS)
+        return f"a {problem.bias} bias; expected none{kinds and ' or ' + kinds}"
+    size = max(problem.head_dim, problem.value_dim)
+    if size > LARGEST_HEAD_WITH_BIAS:
+        return (
+            f"head size {size} with a bias; expected at most {LARGEST_HEAD_WITH_BIAS}"
+        )
     return None
 
 
@@ -97,10 +127,13 @@ def forward(
     launch = fwd_sm90.launch_of(
         lists_of_all * call.mask.num_q_blocks,
         lists_of_all * (lists.partial.column[0, 0].size + lists.full.column[0, 0].size),
-        any(isinstance(rule, Distance) for rule in call.mask.rules),
+        isinstance(call.bias, _bias.DistanceBias)
+        or any(isinstance(rule, Distance) for rule in call.mask.rules),
         num_ctas,
     )
-    config = fwd_sm90.Config.choose(*call.dims, *call.blocks, num_ctas, launch)
+    config = fwd_sm90.Config.choose(
+        *(*call.dims, *call.blocks, num_ctas, launch), _bias.dtype_of(call.bias)
+    )
     schedule = call.schedule(
         lists,
         config.num_workers,
@@ -116,6 +149,7 @@ def forward(
         blocks=call.blocks,
         scale=call.scale,
         config=config,
+        bias=launched(call.bias, call.mask, "kv"),
     )
     value_dim = operands.v.shape[-1]
     out = out[..., :value_dim].reshape(*call.batch, *out.shape[1:3], value_dim)
@@ -130,11 +164,13 @@ def backward(
     lse: Array,
     dout: Array,
     dlse: Array,
-) -> tuple[Array, Array, Array, None]:
+) -> tuple[Array, Array, Array, Bias | None]:
     """See `Backend.backward`."""
     call = _Call.of(operands, scale, pattern)
     q, k, v = call.q, call.k, call.v
-    config = bwd_dq_sm90.choose(*call.dims, *call.blocks, _num_multiprocessors())
+    sizes = (*call.dims, *call.blocks, _num_multiprocessors())
+    bias_dtype = _bias.beside(call.bias)
+    config = bwd_dq_sm90.choose(*sizes, bias_dtype)
     lists = call.rows
     schedule = call.schedule(lists, config.num_workers)
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
@@ -145,7 +181,7 @@ def backward(
     arrays = (q, k, v, call.flat(_pad_dim(dout)), lse2, call.pad_queries(delta, 0))
 
     bad_keys = call.bad_keys(k)
-    dq = bwd_dq_sm90.backward_dq(
+    dq, by_query = bwd_dq_sm90.backward_dq(
         *arrays,
         *call.entries(lists, bad_keys, call.blocks[1]),
         call.elements(bad_keys),
@@ -153,11 +189,12 @@ def backward(
         blocks=call.blocks,
         scale=call.scale,
         config=config,
+        bias=launched(call.bias, call.mask, "kv"),
     )
-    config = bwd_dkv_sm90.choose(*call.dims, *call.blocks, _num_multiprocessors())
+    config = bwd_dkv_sm90.choose(*sizes, bias_dtype)
     lists, group = call.columns, call.q.shape[2] // call.k.shape[2]
     bad = call.pad_queries(bad, False).astype(jnp.int32)
-    dk, dv = bwd_dkv_sm90.backward_dkv(
+    dk, dv, by_key = bwd_dkv_sm90.backward_dkv(
         *arrays,
         *call.entries(lists, bad, call.blocks[0]),
         call.transposed_elements(bad),
@@ -165,13 +202,54 @@ def backward(
         blocks=call.blocks,
         scale=call.scale,
         config=config,
+        bias=launched(call.bias, call.mask, "q"),
     )
     if call.sign != 1:
         dq = dq * jnp.asarray(call.sign, dq.dtype)
     grads = (
         call.sum_shared(g, x) for g, x in zip((dq, dk, dv), operands[:3], strict=True)
     )
-    return (*grads, None)
+    sums = _Sums(by_query, by_key, jnp.where(blind, 0, dlse))
+    return (*grads, _bias_gradient(call, arrays, sums, operands.bias))
+
+
+class _Sums(NamedTuple):
+    """Row sums of the dq and of the dk and dv kernel, or None, and ``[*B, H, T]``."""
+
+    by_query: Any
+    by_key: Any
+    dlse: Array
+
+
+def _bias_gradient(
+    call: _Call, arrays: _SixArrays, sums: _Sums, primal: Bias | None
+) -> Bias | None:
+    """The gradient of a bias: from the sums if there are any, else by a kernel.
+
+    ``arrays`` are q, k, v, dout, lse2 and delta.
+    """
+    bias: Any = call.bias
+    if primal is None:
+        return None
+    if isinstance(primal, DistanceBias):
+        by_row = sums.by_query, sums.by_key
+        dlse = sums.dlse.reshape(sums.by_query.shape[1:])
+        return distance_gradient(bias, *by_row, dlse, primal, call.batch)
+    if sums.by_key is not None:
+        return like(jnp.moveaxis(sums.by_key, 0, 2), primal, call.batch)
+    sizes = (*call.dims, *call.blocks, _num_multiprocessors())
+    config = bwd_dbias_sm90.choose(*sizes, _bias.dtype_of(bias))
+    any_partial = call.rows.partial.column.shape[-1] > 0
+    found = bwd_dbias_sm90.backward_dbias(
+        *arrays,
+        bias_blocks(bias, call.mask),
+        call.elements(call.bad_keys(call.k)) if any_partial else None,
+        bias,
+        blocks=call.blocks,
+        scale=call.scale,
+        config=config,
+    )
+    return like(found, primal, call.batch)
 
 
 # ------------------------------------------------------------------------ preparation
@@ -197,6 +275,7 @@ class _Call:
     scale: float
     sign: float
     known: BlockMask | None
+    bias: _bias.Bias | None
 
     @classmethod
     def of(cls, operands: Operands, scale: float, pattern: HostPattern | None) -> _Call:
@@ -228,6 +307,7 @@ class _Call:
             abs(scale) or 1.0,
             sign,
             known,
+            kernel_bias(operands.bias, mask, batch),
         )
 
     @property
@@ -300,6 +380,7 @@ class _Call:
             group=group,
             tiles=tiles,
             share=share,
+            one_bias=_shared(self.bias, *self.q.shape[::2]),
         )
 
     # --------------------------------------------------------------- element tests
@@ -385,6 +466,11 @@ def _kernel_rule(
     cutoff = rule.cutoff[:, 0].astype(jnp.float32)
     coords = by_axis(rule.q_coords, rows), by_axis(rule.kv_coords, columns)
     return Within(*coords, cutoff * cutoff)
+
+
+def _shared(bias: _bias.Bias | None, batch: int, heads: int) -> tuple[bool, bool]:
+    """Whether batch entries, and whether heads, share a bias."""
+    return (False, False) if bias is None else bias.shared(batch, heads)
 
 
 def _pad_last(x: Array, length: int, value: float) -> Array:

@@ -51,7 +51,8 @@ def canonical(
 def describe(operands: Operands) -> Problem:
     """The static description that backends judge."""
     q, k, v, mask, bias = operands
-    kinds = {BlockBias: "block", DistanceBias: "distance", type(None): None}
+    kinds = {BlockBias: "block", type(None): None}
+    form = getattr(bias, "form", "dense")
     return Problem(
         batch=math.prod(q.shape[:-3]),
         q_len=q.shape[-3],
@@ -66,7 +67,7 @@ def describe(operands: Operands) -> Problem:
         mask_heads=mask.num_heads,
         rules=tuple(type(r).__name__ for r in mask.rules),
         bits=mask.bits is not None,
-        bias=kinds.get(type(bias), "dense"),
+        bias=kinds.get(type(bias), form),
         platform=jax.default_backend(),
     )
 

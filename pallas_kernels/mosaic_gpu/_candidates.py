@@ -31,7 +31,9 @@ FORWARD = (
     Config(64, num_stages=2, num_q_stages=2, ping_pong=False, lazy=0.0, teams=2),
     Config(64, tile_kv=64, num_stages=3, ping_pong=False, lazy=0.0, teams=3),
     Config(64, num_stages=2, ping_pong=False, lazy=0.0, teams=2, share=True),
-    Config(64, tile_kv=64, num_stages=2, ping_pong=False, lazy=0.0, teams=3, share=True),
+    Config(
+        64, tile_kv=64, num_stages=2, ping_pong=False, lazy=0.0, teams=3, share=True
+    ),
 )
 DQ = (
     BackwardConfig(tile=128, num_stages=3, num_fixed_stages=2),

@@ -33,11 +33,11 @@ class SameLabel(NamedTuple):
     rows: Array
     columns: Array
 
-    def by_row(self, at: _Place) -> Values:
+    def by_row(self, at: Place) -> Values:
         """What the thread needs for its two rows."""
         return [at.rows(self.rows)]
 
-    def by_column(self, at: _Place, pair: int) -> Values:
+    def by_column(self, at: Place, pair: int) -> Values:
         """What it needs for two neighbouring columns."""
         return [at.columns(self.columns, pair)]
 
@@ -53,11 +53,11 @@ class RowInterval(NamedTuple):
     start: Array
     stop: Array
 
-    def by_row(self, at: _Place) -> Values:
+    def by_row(self, at: Place) -> Values:
         """See `SameLabel`."""
         return [at.rows(self.start), at.rows(self.stop)]
 
-    def by_column(self, at: _Place, pair: int) -> Values:
+    def by_column(self, at: Place, pair: int) -> Values:
         """See `SameLabel`."""
         return []
 
@@ -73,11 +73,11 @@ class ColumnInterval(NamedTuple):
     start: Array
     stop: Array
 
-    def by_row(self, at: _Place) -> Values:
+    def by_row(self, at: Place) -> Values:
         """See `SameLabel`."""
         return []
 
-    def by_column(self, at: _Place, pair: int) -> Values:
+    def by_column(self, at: Place, pair: int) -> Values:
         """See `SameLabel`."""
         return [at.columns(self.start, pair), at.columns(self.stop, pair)]
 
@@ -99,13 +99,13 @@ class Within(NamedTuple):
     columns: Array
     cutoff2: Array
 
-    def by_row(self, at: _Place) -> Values:
+    def by_row(self, at: Place) -> Values:
         """See `SameLabel`."""
         return [at.rows(self.rows, axis) for axis in range(3)] + [
             2 * [at.entry(self.cutoff2)]
         ]
 
-    def by_column(self, at: _Place, pair: int) -> Values:
+    def by_column(self, at: Place, pair: int) -> Values:
         """See `SameLabel`."""
         return [at.columns(self.columns, pair, axis) for axis in range(3)]
 
@@ -148,7 +148,7 @@ class Position(NamedTuple):
     bit_word: Array
 
 
-class _Place:
+class Place:
     """The thread's rows and columns of a tile, in one batch entry."""
 
     def __init__(self, scalars: Sequence[ir.Value], columns: int, rows: int):
@@ -270,7 +270,7 @@ def fetch(elements: Elements, columns: int, rows: int) -> Callable:
     )
     def f(_, *args):
         refs = list(args[: len(given)])
-        at = _Place([x.registers.item() for x in args[len(given) :]], columns, rows)
+        at = Place([x.registers.item() for x in args[len(given) :]], columns, rows)
         lengths = refs.pop(0) if elements.lengths is not None else None
         bits = refs.pop(0) if elements.bits is not None else None
         words = itertools.chain(*at.words(lengths, bits))
@@ -305,7 +305,7 @@ def apply(elements: Elements, columns: int, fill: float, rows: int) -> Callable:
         if given:
             words = [arith.bitcast(r.i32(), x) for x in r.scalars(args.pop(0))]
         rules = jax.tree_util.tree_unflatten(tree, args[: len(refs)])
-        at = _Place([x.registers.item() for x in args[len(refs) :]], columns, rows)
+        at = Place([x.registers.item() for x in args[len(refs) :]], columns, rows)
         by_row = [rule.by_row(at) for rule in rules]
         out = r.scalars(s)
         # Two columns at a time: what both rows need of them is loaded once, soon used.

@@ -24,13 +24,14 @@ def _tile(columns: int) -> plgpu.ShapeDtypeStruct:
     return plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=r.ACC)
 
 
+def _rows() -> plgpu.ShapeDtypeStruct:
+    return plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=r.ROW)
+
+
 def load_rows() -> Callable:
     """``f(ref, first) -> values``: 64 rows of a flat float32 array in global memory."""
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), r.SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=r.ROW),
-    )
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), r.SCALAR), return_type=_rows())
     def f(_, ref, first):
         at = arith.addi(first.registers.item(), r.first_row())
         values = [r.global_word(ref, at, 8 * half, r.f32()) for half in range(2)]
@@ -135,6 +136,43 @@ def await_all(*columns: int) -> Callable:
     return f
 
 
+def sum_of(columns: int) -> Callable:
+    """``f(x, y) -> x + y``."""
+
+    @plgpu.inline_mgpu(arg_types=(r.ACC, r.ACC), return_type=_tile(columns))
+    def f(_, x, y):
+        both = zip(r.scalars(x), r.scalars(y), strict=True)
+        return r.accumulator([r.add(a, b) for a, b in both], (64, columns))
+
+    return f
+
+
+def add_to_rows(columns: int) -> Callable:
+    """``f(total, x) -> total``: row sums, split over the four lanes of a row."""
+
+    @plgpu.inline_mgpu(arg_types=(r.ROW, r.ACC), return_type=_rows())
+    def f(_, total, x):
+        values, totals = r.scalars(x), r.scalars(total)
+        sums = [
+            r.add(totals[half], r.tree(r.add, r.row_half(values, half), 4))
+            for half in range(2)
+        ]
+        return r.from_scalars(sums, (64,), r.ROW.to_mgpu())
+
+    return f
+
+
+def whole_rows() -> Callable:
+    """``f(total) -> total``: the sums of `add_to_rows`, joined."""
+
+    @plgpu.inline_mgpu(arg_types=(r.ROW,), return_type=_rows())
+    def f(_, total):
+        sums = [r.across_row(r.add, x) for x in r.scalars(total)]
+        return r.from_scalars(sums, (64,), r.ROW.to_mgpu())
+
+    return f
+
+
 def scaled(columns: int, factor: float, dtype) -> Callable:
     """``f(x) -> factor * x`` in ``dtype``, ready to be stored."""
 
@@ -213,3 +251,24 @@ class BackwardConfig:
         """The fields that `_persistent.Walker` shares."""
         names = ("tile", "num_stages", "num_fixed_stages", "ping_pong", "teams")
         return {name: getattr(self, name) for name in names}
+
+
+def beside_bias(
+    block_rows: int, block_columns: int, num_ctas: int
+) -> list[BackwardConfig]:
+    """What may leave room for a streamed bias, best first; not measured.
+
+    At most two warpgroups a CTA: a tile of the bias takes registers.
+    """
+    return [
+        BackwardConfig(
+            tile=min(tile, block_columns),
+            num_stages=stages,
+            teams=1 if block_rows == 128 else teams,
+            num_ctas=num_ctas,
+        )
+        for tile, stages, teams in (
+            *((64, 4, 2), (64, 3, 2), (32, 3, 2), (32, 3, 1)),
+            (32, 2, 1),
+        )
+    ]

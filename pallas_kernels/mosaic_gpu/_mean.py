@@ -24,7 +24,7 @@ def start(columns: int) -> Sums:
 
 
 def add(sums: Sums, parts: Sequence[Array], lses: Sequence[Array]) -> Sums:
-    """With more parts ``[64, D]`` float32; an lse of -inf is a part that saw nothing."""
+    """With more parts ``[64, D]`` float32; lse -inf is a part that saw nothing."""
     acc, top, total = sums
     new = functools.reduce(jnp.maximum, lses, top)
     base = jnp.where(new == -jnp.inf, 0.0, new)

@@ -32,8 +32,9 @@ import numpy as np
 from jax import lax
 
 from .._common import MAX_SMEM_BYTES, NUM_FIELDS, tile_transforms
-from . import _elements
+from . import _bias, _elements
 from . import _registers as r
+from ._bias import Bias, BlockBias, Streamed, TilePlace
 from ._elements import Elements, Position
 from ._manual_axes import per_device
 from ._schedule import Schedule
@@ -59,6 +60,7 @@ class Lists(NamedTuple):
         elements: test of the partial blocks, or None if there are none.
         count: ``[workers]`` int32, items of each worker.
         items: flattened `Schedule.items`.
+        bias: added to the scaled logits, or None.
     """
 
     partial: Array
@@ -66,20 +68,30 @@ class Lists(NamedTuple):
     elements: Elements | None
     count: Array
     items: Array
+    bias: Bias | None
 
     @classmethod
     def of(
-        cls, partial: Array, full: Array, elements: Elements, schedule: Schedule
+        cls,
+        partial: Array,
+        full: Array,
+        elements: Elements,
+        schedule: Schedule,
+        bias: Bias | None,
     ) -> Lists:
         """The lists of a schedule, as arrays on the device."""
         # The load warpgroup reads one entry of each list, whether it needs it or not.
         flat = lambda x: x.reshape(-1) if x.size else np.zeros(1, np.int32)
+        if isinstance(bias, BlockBias):
+            numbers = tuple(flat(x) for x in bias.numbers)
+            bias = dataclasses.replace(bias, numbers=numbers)
         lists = cls(
             flat(partial),
             flat(full),
             elements if schedule.any_partial else None,
             schedule.count,
             schedule.items.reshape(-1),
+            bias,
         )
         return jax.tree_util.tree_map(jnp.asarray, lists)
 
@@ -119,51 +131,35 @@ class TeamBarriers(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Walker:
-    """One kernel's static sizes; its phases are the methods.
+class Teams:
+    """How a CTA is divided into teams, and a kernel launched.
 
     Attributes:
         block_rows: rows of an item: 32, or 64 for each compute warpgroup; those of a
             block of the pattern, or of a tile of it.
-        block_columns: columns of a block.
-        tile: columns of one step.
-        num_stages: tiles of a stream in flight.
-        num_fixed_stages: fixed tiles in flight.
-        ping_pong: whether two compute warpgroups take turns on the tensor core.
         teams: teams of a CTA.
-        group: query heads that share a key head.
-        rows_are_queries: whether rows are queries and columns keys, or the reverse.
-        any_partial: whether partial blocks may occur.
-        items_per_worker: width of the schedule.
     """
 
     block_rows: int
-    block_columns: int
-    tile: int
-    num_stages: int
-    num_fixed_stages: int
-    ping_pong: bool
     teams: int
-    group: int
-    rows_are_queries: bool
-    any_partial: bool
-    items_per_worker: int
 
     @property
     def wgs(self) -> int:
         """Compute warpgroups of a team."""
         return warpgroups(self.block_rows)
 
-    @property
-    def steps_per_block(self) -> int:
-        return self.block_columns // self.tile
+    def load(self, arrays, lists, s: dict) -> None:
+        """The work of a team's load warp."""
+        raise NotImplementedError
 
-    # ------------------------------------------------------------------ the launch
+    def compute(self, arrays, lists, outs, s: dict) -> None:
+        """The work of each of its compute warpgroups."""
+        raise NotImplementedError
 
     def launch(
         self,
         arrays: tuple[Array, ...],
-        lists: Lists,
+        lists: Any,
         out_type: Sequence[jax.ShapeDtypeStruct],
         scratch: dict,
         num_ctas: int,
@@ -204,7 +200,7 @@ class Walker:
             def _warps(team):
                 @pl.when(team < self.teams)
                 def _one():
-                    self.load(*self.tiles(arrays), lists, self.of_team(s, team))
+                    self.load(arrays, lists, self.of_team(s, team))
 
         @pl.when(index < compute_wgs)
         def _compute():
@@ -228,6 +224,37 @@ class Walker:
     def row_half(self):
         """Which 64 rows of a block this warpgroup computes."""
         return lax.rem(lax.axis_index("wg"), jnp.int32(self.wgs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Walker(Teams):
+    """One kernel's static sizes; its phases are the methods.
+
+    Attributes:
+        block_columns: columns of a block.
+        tile: columns of one step.
+        num_stages: tiles of a stream in flight.
+        num_fixed_stages: fixed tiles in flight.
+        ping_pong: whether two compute warpgroups take turns on the tensor core.
+        group: query heads that share a key head.
+        rows_are_queries: whether rows are queries and columns keys, or the reverse.
+        any_partial: whether partial blocks may occur.
+        items_per_worker: width of the schedule.
+    """
+
+    block_columns: int
+    tile: int
+    num_stages: int
+    num_fixed_stages: int
+    ping_pong: bool
+    group: int
+    rows_are_queries: bool
+    any_partial: bool
+    items_per_worker: int
+
+    @property
+    def steps_per_block(self) -> int:
+        return self.block_columns // self.tile
 
     def tiles(self, arrays) -> tuple[list[tuple[Array, str]], list[Stream]]:
         """The fixed arrays with their scratch names, and the streams."""
@@ -255,11 +282,12 @@ class Walker:
 
     # ------------------------------------------------------------------------- load
 
-    def load(self, fixed, streams: Sequence[Stream], lists: Lists, s: dict) -> None:
+    def load(self, arrays, lists: Lists, s: dict) -> None:
         """Producer: each item's fields and fixed tiles, then tiles of the streams.
 
         Items are read one ahead, and so are block lists.
         """
+        fixed, streams = self.tiles(arrays)
         per_block, worker = jnp.int32(self.steps_per_block), self.worker(s)
 
         def place(n):
@@ -271,19 +299,12 @@ class Walker:
 
         def item(nth, carry):
             fields, step0 = carry
-            b, h, row, p0, pn, f0, fn = fields[:7]
+            b, h, row, _, pn, _, fn = fields[:7]
             following_fields = read(nth + 1)
             h_kv = h if self.group == 1 else lax.div(h, jnp.int32(self.group))
             h_row, h_col = (h, h_kv) if self.rows_are_queries else (h_kv, h)
             total = pn + fn
-
-            def entry(n):
-                if not self.any_partial:
-                    return lists.full[f0 + jnp.minimum(n, fn - 1)]
-                partial = lists.partial[p0 + jnp.minimum(n, jnp.maximum(pn - 1, 0))]
-                partial &= FLAGGED - 1
-                full = lists.full[f0 + jnp.clip(n - pn, 0, jnp.maximum(fn - 1, 0))]
-                return jnp.where(n < pn, partial, full)
+            entry = functools.partial(self.listed, fields, (lists.partial, lists.full))
 
             stage = lax.rem(nth, jnp.int32(self.num_fixed_stages))
             full = s["fixed_full"][stage]
@@ -301,7 +322,8 @@ class Walker:
                 slot = lax.rem(step0 + n, jnp.int32(self.num_stages))
                 following = entry(lax.div(n + 1, per_block))
                 part = lax.rem(n, per_block) * self.tile
-                columns = pl.ds(block * self.block_columns + part, self.tile)
+                column = block * self.block_columns + part
+                columns = pl.ds(column, self.tile)
                 for stream in streams:
                     full = s[f"{stream.name}_full"][slot]
                     plgpu.barrier_wait(s[f"{stream.name}_free"][slot])
@@ -309,6 +331,9 @@ class Walker:
                         tiles = len(array.shape) == 4
                         at = (b, columns, h_col) if tiles else (b, h_col, columns)
                         plgpu.copy_gmem_to_smem(array.at[at], s[name].at[slot], full)
+                if _bias.streamed(lists.bias):
+                    nth = lax.div(n, per_block)
+                    self.load_bias(fields, lists.bias, nth, column, s, slot)
                 return following
 
             lax.fori_loop(0, total * per_block, step, fields[9])
@@ -318,10 +343,36 @@ class Walker:
         lax.fori_loop(0, lists.count[worker], item, first)
         # Every arrival is waited for: interpret mode checks that barriers end at rest.
         for i in range(self.num_stages):
-            for stream in streams:
-                plgpu.barrier_wait(s[f"{stream.name}_free"][i])
+            for name in self.stream_names(streams, lists):
+                plgpu.barrier_wait(s[f"{name}_free"][i])
         for i in range(self.num_fixed_stages):
             plgpu.barrier_wait(s["fixed_free"][i])
+
+    def load_bias(self, fields, bias: Streamed, nth, column, s: dict, slot) -> None:
+        """Fetches the bias of a step of the nth block, a tile for each warpgroup."""
+        number = 0
+        if isinstance(bias, BlockBias):
+            number = self.listed(fields, bias.numbers, nth)
+        plgpu.barrier_wait(s["bias_free"][slot])
+        for w in range(self.wgs):
+            row = fields[2] * self.block_rows + w * 64
+            first = (row, column) if self.rows_are_queries else (column, row)
+            place = TilePlace(*bias.entry(*fields[:2]), *first, number)
+            _bias.fetch(bias, place, s["bias"].at[slot, w], s["bias_full"][slot])
+
+    def stream_names(self, streams: Sequence[Stream], lists: Lists) -> list[str]:
+        """Of all streams; that of the bias is freed apart from its step's others."""
+        return [x.name for x in streams] + ["bias"] * _bias.streamed(lists.bias)
+
+    def listed(self, fields, lists: tuple[Array, Array], n):
+        """The n-th of an item's entries, partial ones first; at most the last."""
+        p0, pn, f0, fn = fields[3:7]
+        if not self.any_partial:
+            return lists[1][f0 + jnp.minimum(n, fn - 1)]
+        partial = lists[0][p0 + jnp.minimum(n, jnp.maximum(pn - 1, 0))]
+        partial &= FLAGGED - 1
+        full = lists[1][f0 + jnp.clip(n - pn, 0, jnp.maximum(fn - 1, 0))]
+        return jnp.where(n < pn, partial, full)
 
     # ---------------------------------------------------------------------- compute
 
@@ -329,8 +380,8 @@ class Walker:
         """Consumer: 64 rows of each item."""
         _, streams = self.tiles(arrays)
         for i in range(self.num_stages):
-            for stream in streams:
-                plgpu.barrier_arrive(s[f"{stream.name}_free"][i])
+            for name in self.stream_names(streams, lists):
+                plgpu.barrier_arrive(s[f"{name}_free"][i])
         for i in range(self.num_fixed_stages):
             plgpu.barrier_arrive(s["fixed_free"][i])
         if self.ping_pong:
@@ -524,13 +575,22 @@ def tiles(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
     return plgpu.SMEM(shape, dtype, transforms=tile_transforms(shape[-1]))
 
 
-def check_smem(who: str, config: Any, scratch: dict) -> None:
-    """Refuses a config whose scratch does not fit, before anything is lowered."""
+def fits(scratch: dict) -> bool:
+    """Whether a multiprocessor has room for the scratch of a CTA."""
+    return _bytes(scratch) <= MAX_SMEM_BYTES - 1024
+
+
+def _bytes(scratch: dict) -> int:
+    """Each array starts at a multiple of 1024 bytes."""
     arrays = [x for x in scratch.values() if not isinstance(x, plgpu.Barrier)]
     sizes = [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays]
-    # Each array starts at a multiple of 1024 bytes.
-    need = sum(-(-size // 1024) * 1024 for size in sizes)
-    if need > MAX_SMEM_BYTES - 1024:
+    return sum(-(-size // 1024) * 1024 for size in sizes)
+
+
+def check_smem(who: str, config: Any, scratch: dict) -> None:
+    """Refuses a config whose scratch does not fit, before anything is lowered."""
+    if not fits(scratch):
+        need = _bytes(scratch)
         raise ValueError(
             f"{who}: {config} needs {need} bytes of shared memory; a multiprocessor "
             f"has {MAX_SMEM_BYTES}. Use fewer stages."

@@ -191,6 +191,28 @@ def exp2(x: ir.Value) -> ir.Value:
     return asm(f32(), [x], "ex2.approx.ftz.f32 $0, $1;", "=f,f")
 
 
+def sqrt(x: ir.Value) -> ir.Value:
+    return asm(f32(), [x], "sqrt.approx.ftz.f32 $0, $1;", "=f,f")
+
+
+def inverse_sqrt(x: ir.Value) -> ir.Value:
+    """``1 / sqrt(x)``, 0 where x is 0."""
+    text = (
+        "{ .reg .pred p; .reg .f32 t; setp.eq.ftz.f32 p, $1, 0f00000000; "
+        "rsqrt.approx.ftz.f32 t, $1; selp.f32 $0, 0f00000000, t, p; }"
+    )
+    return asm(f32(), [x], text, "=f,f")
+
+
+def zero_with(x: ir.Value, y: ir.Value) -> ir.Value:
+    """x, 0 where y is 0."""
+    text = (
+        "{ .reg .pred p; setp.eq.f32 p, $2, 0f00000000; "
+        "selp.f32 $0, 0f00000000, $1, p; }"
+    )
+    return asm(f32(), [x, y], text, "=f,f,f")
+
+
 def low_bits(count: ir.Value) -> ir.Value:
     """A word with its ``count`` lowest bits set; all from 32 on, none below 1."""
     text = "{ .reg .b32 t; max.s32 t, $1, 0; bmsk.clamp.b32 $0, 0, t; }"

@@ -34,6 +34,8 @@ MERGE_COST = 4.0
 """Cost of merging the parts of split rows, whatever their number: a second kernel."""
 MOST_PARTS = 8
 """Most parts of a row that is split on the device."""
+MOST_TOGETHER = 16
+"""Entries that share a bias and run side by side: more would crowd their keys out."""
 
 
 class Blocks(NamedTuple):
@@ -81,14 +83,16 @@ def schedule_on_host(
     group: int = 1,
     tiles: int = 1,
     share: int = 1,
+    one_bias: tuple[bool, bool] = (False, False),
 ) -> Schedule:
     """Balances the rows of a known pattern over persistent workers.
 
     Items come head by head, so that what is loaded stays in the L2 cache, and longest
-    first within a head; each goes to the worker that is free first. A row that would
-    end after the fair share of a worker is cut there and the rest goes on elsewhere
-    (McNaughton's wrap-around rule), so only the last rows are split, or the only ones;
-    none is where that gains less than `MERGE_COST`.
+    first within a head; each goes to the worker that is free first. A few heads or
+    batch entries that share a bias take turns, row by row, so that its tiles stay there
+    too. A row that would end after the fair share of a worker is cut there and the rest
+    goes on elsewhere (McNaughton's wrap-around rule), so only the last rows are split,
+    or the only ones; none is where that gains less than `MERGE_COST`.
 
     Args:
         partial: partial blocks, NumPy arrays.
@@ -101,6 +105,7 @@ def schedule_on_host(
         tiles: rows of the launch that share a list: the tiles of a row of blocks.
         share: workers, one after another, that compute each item together: an even part
             of its blocks each.
+        one_bias: whether batch entries, and whether heads, share a bias.
 
     Returns:
         The schedule, a function of the arguments only.
@@ -108,7 +113,8 @@ def schedule_on_host(
     rows = _Rows.of(np, partial, full, batch, heads, tiles)
     b, h, i = np.unravel_index(np.arange(len(rows.total)), rows.shape)
     if group == 1:
-        order = np.lexsort((i, -rows.total, b * heads + h))
+        outer, inner = _turns(b, h, batch, heads, one_bias)
+        order = np.lexsort((inner, i, -rows.total, outer))
         jobs = rows.total, order, workers // share
         whole, cut = (_assign(*jobs, split=split) for split in (False, True))
         saved = _longest(whole, workers) - _longest(cut, workers)
@@ -143,6 +149,7 @@ def schedule_on_device(
     group: int = 1,
     tiles: int = 1,
     share: int = 1,
+    one_bias: tuple[bool, bool] = (False, False),
 ) -> Schedule:
     """`schedule_on_host` for traced lists.
 
@@ -156,7 +163,8 @@ def schedule_on_device(
         parts = min(MOST_PARTS, -(-2 * num_ctas // (num_rows * share)))
     b, h, i = np.unravel_index(np.arange(num_rows), rows.shape)
     if group == 1:
-        order = jnp.lexsort((i, -rows.total, b * heads + h))
+        outer, inner = _turns(b, h, batch, heads, one_bias)
+        order = jnp.lexsort((inner, i, -rows.total, outer))
     else:
         # Heads of a group one after another; the row's place is that of their sum.
         load = rows.total.reshape(batch, heads // group, group, -1).sum(2)
@@ -194,6 +202,15 @@ def schedule_on_device(
         len(split) * parts,
         partial.column.shape[-1] > 0,
     )
+
+
+def _turns(b, h, batch: int, heads: int, one_bias: tuple[bool, bool]):
+    """Outer and inner sort keys of each row: entries of one outer key run together."""
+    over_batch, over_heads = one_bias
+    entry = h * batch + b if over_batch else b * heads + h
+    sharers = (batch if over_batch else 1) * (heads if over_heads else 1)
+    together = min(sharers, MOST_TOGETHER)
+    return entry // together, entry % together
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,13 +20,15 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .._common import LOG2E, tile_transforms
+from .._common import tile_transforms
+from . import _bias, _biased, _persistent, _tables
 from . import _gradient as gradient
-from . import _persistent, _tables
 from . import _registers as r
+from ._bias import Bias
+from ._biased import BiasedWalker
 from ._elements import Elements
 from ._gradient import BackwardConfig
-from ._persistent import Lists, Stream, Walker
+from ._persistent import Lists, Stream
 from ._schedule import Schedule
 from ._softmax import operand
 from ._wgmma import Product, start, wait
@@ -43,11 +45,16 @@ def choose(
     block_q: int = 128,
     block_kv: int = 128,
     num_ctas: int = 132,
+    bias_dtype: Any = None,
 ) -> BackwardConfig:
     """The table's, or the heuristic's: what was fastest on an H100 (see README.md).
 
-    For head sizes above 128, what fits.
+    For head sizes above 128, what fits; beside a streamed bias of ``bias_dtype`` too.
     """
+    if bias_dtype is not None:
+        sizes = block_kv, head_dim, value_dim, jnp.bfloat16, bias_dtype
+        configs = gradient.beside_bias(block_kv, block_q, num_ctas)
+        return _biased.first_fit(configs, lambda c: scratch_spec(c, *sizes))
     measured = _tables.find("dkv", head_dim, value_dim, block_q, block_kv)
     if measured is not None:
         return BackwardConfig(**measured, num_ctas=num_ctas)
@@ -65,7 +72,12 @@ def choose(
 
 
 def scratch_spec(
-    config: BackwardConfig, block_kv: int, head_dim: int, value_dim: int, dtype
+    config: BackwardConfig,
+    block_kv: int,
+    head_dim: int,
+    value_dim: int,
+    dtype,
+    bias_dtype=None,
 ) -> dict:
     """Shared memory of one CTA; the estimate and the launch both read it.
 
@@ -90,6 +102,9 @@ def scratch_spec(
         q_free=bar(c.num_stages, wgs),
         dout_full=bar(c.num_stages, 2),
         dout_free=bar(c.num_stages, wgs),
+        **_biased.bias_stream(
+            bar, (c.teams, c.num_stages, wgs), (c.tile, 64), bias_dtype
+        ),
     )
 
 
@@ -108,8 +123,9 @@ def backward_dkv(
     blocks: tuple[int, int],
     scale: float,
     config: BackwardConfig,
-) -> tuple[Array, Array]:
-    """Computes dk and dv over the blocks of a schedule.
+    bias: Bias | None = None,
+) -> tuple[Array, Array, Array | None]:
+    """Computes dk and dv, and sums for dbias, over the blocks of a schedule.
 
     Args:
         q: ``[B, T, H, D]`` float16 or bfloat16.
@@ -128,17 +144,22 @@ def backward_dkv(
         blocks: ``block_q`` and ``block_kv``.
         scale: factor of the logits; above 0.
         config: see `BackwardConfig`.
+        bias: as in the forward pass, whose probabilities these are.
 
     Returns:
         dk: ``[B, S, K, D]`` in the dtype of k.
         dv: ``[B, S, K, Dv]``.
+        sums: ``[n, B, H, S]`` float32, of ds by key, or see `_bias.add_distance_sums`;
+            None where the bias needs none.
 
     Raises:
         ValueError: for a config that does not fit into shared memory.
     """
     kv_len, head_dim, value_dim = k.shape[1], q.shape[-1], v.shape[-1]
     block_kv = blocks[1]
-    scratch = scratch_spec(config, block_kv, head_dim, value_dim, q.dtype)
+    scratch = scratch_spec(
+        config, block_kv, head_dim, value_dim, q.dtype, _bias.dtype_of(bias)
+    )
     _persistent.check_smem("backward_dkv", config, scratch)
     q, k, v, dout = (_persistent.pad_rows(x) for x in (q, k, v, dout))
     kernel = _BackwardDkv(
@@ -149,24 +170,30 @@ def backward_dkv(
         rows_are_queries=False,
         any_partial=schedule.any_partial,
         items_per_worker=schedule.items.shape[1],
+        scale=scale,
         head_dim=head_dim,
         value_dim=value_dim,
         dtype=q.dtype,
-        scale=scale,
         sums=("dk", "dv"),
+        row_sums=_bias.row_sums(bias, rows_are_queries=False),
     )
-    lists = Lists.of(q_indices, full_q_indices, elements, schedule)
-    arrays, found = (q, k, v, dout, lse2, delta), []
+    lists = Lists.of(q_indices, full_q_indices, elements, schedule, bias)
+    arrays, found, sums = (q, k, v, dout, lse2, delta), [], None
+    slots = max(schedule.num_slots, 1)
     for part in kernel.launches():
-        out_type = part.out_type(k.shape, kv_len, max(schedule.num_slots, 1))
+        out_type = part.out_type(k.shape, kv_len, slots, lse2.shape[1])
+        room = scratch | part.sums_scratch()
         outs = part.launch(
-            arrays, lists, out_type, scratch, config.num_ctas, part.kernel_name
+            arrays, lists, out_type, room, config.num_ctas, part.kernel_name
         )
+        if part.row_sums:
+            *outs, whole, parts = outs
+            sums = _biased.merge_sums(whole, parts, schedule, block_kv, kv_len)
         half = len(outs) // 2
         for whole, parts in zip(outs[:half], outs[half:], strict=True):
             whole = gradient.merge(whole, parts, schedule)
             found.append(_persistent.crop(whole, kv_len, block_kv))
-    return tuple(found)
+    return *found, sums
 
 
 def _start(products: dict[str, Product], operands: dict[str, tuple]) -> dict:
@@ -179,11 +206,10 @@ def _start(products: dict[str, Product], operands: dict[str, tuple]) -> dict:
 
 
 @dataclasses.dataclass(frozen=True)
-class _BackwardDkv(Walker):
+class _BackwardDkv(BiasedWalker):
     head_dim: int
     value_dim: int
     dtype: Any
-    scale: float
     sums: tuple[str, ...]
 
     @property
@@ -200,12 +226,19 @@ class _BackwardDkv(Walker):
         """One launch for both sums, or one for each."""
         if self.head_dim + self.value_dim <= MOST_COLUMNS:
             return [self]
-        return [dataclasses.replace(self, sums=(name,)) for name in self.sums]
-
-    def out_type(self, shape, length: int, slots: int) -> list[jax.ShapeDtypeStruct]:
-        """The sums, then the parts of rows that are split."""
-        (batch, _, heads, _), rows = shape, self.block_rows
         return [
+            dataclasses.replace(
+                self, sums=(name,), row_sums=self.row_sums if name == "dk" else 0
+            )
+            for name in self.sums
+        ]
+
+    def out_type(
+        self, shape, length: int, slots: int, q_heads: int
+    ) -> list[jax.ShapeDtypeStruct]:
+        """The products, then the parts of rows that are split; then row sums."""
+        (batch, _, heads, _), rows = shape, self.block_rows
+        sums = [
             jax.ShapeDtypeStruct(
                 (batch, _persistent.rows_of(length, rows, dim), heads, dim), self.dtype
             )
@@ -214,6 +247,7 @@ class _BackwardDkv(Walker):
             jax.ShapeDtypeStruct((slots, self.wgs * 64, dim), jnp.float32)
             for dim in self.dims.values()
         ]
+        return sums + self.sums_type(batch, q_heads, length, slots)
 
     def tiles(self, arrays):
         q, k, v, dout, lse2, delta = arrays
@@ -235,6 +269,7 @@ class _BackwardDkv(Walker):
             total = self.total_steps(fields)
             head = lax.rem(fields[1], jnp.int32(self.group))
             sums = lax.cond(head == 0, lambda _: self.nothing(), lambda x: x, sums)
+            sums |= dict(rows=self.no_sums())
 
             def rows(sums):
                 return self.attend(fields, arrays, lists, s, step0, stage, sums)
@@ -245,7 +280,8 @@ class _BackwardDkv(Walker):
 
             sums = lax.cond(total > 0, rows, no_rows, sums)
             last = head == self.group - 1
-            pl.when(last)(lambda: self.store(sums, fields, outs, s))
+            pl.when(last)(lambda: self.store_products(sums, fields, outs, s))
+            self.store_sums(sums["rows"], fields, outs, s)
             return step0 + total, sums
 
         start_ = jnp.int32(0), self.nothing()
@@ -270,9 +306,9 @@ class _BackwardDkv(Walker):
         plgpu.barrier_arrive(s["fixed_free"][stage])
         return sums
 
-    def probabilities(self, logits, s, slot):
+    def probabilities(self, logits, lists, s, slot):
         """The step's p."""
-        f = gradient.probabilities_by_column(self.tile, self.scale * LOG2E)
+        f = gradient.probabilities_by_column(self.tile, self.scale_left(lists))
         return f(logits, s["lse2"].at[slot])
 
     def logits_gradient(self, p, dp, s, slot, partial):
@@ -306,8 +342,10 @@ class _BackwardDkv(Walker):
             self.take_turn(s, self.row_half())
             found = _start(products, operands)
             self.pass_turn(s, self.row_half())
+            bias = self.read_bias(fields, lists, n, s, slot)
             logits = wait((64, tile), len(found) - 1)(found["logits"])
-            p = self.probabilities(logits, s, slot)
+            logits = self.with_bias(fields, lists, logits, bias)
+            p = self.probabilities(logits, lists, s, slot)
             if seen is not None:
                 p = mask(seen, p)
             operands = {}
@@ -320,9 +358,12 @@ class _BackwardDkv(Walker):
                 operands["dk"] = sums["dk"], to_operand(ds), q
             found = _start(products, operands)
             self.await_operands(n + 1, total, step0, s, STREAMS)
+            rows = sums["rows"]
+            if "dk" in dims:
+                rows = self.add_sums(lists, rows, p, ds, bias)
             done = gradient.await_all(*dims.values())(*(found[x] for x in dims))
             self.release(s, slot)
-            return dict(zip(dims, done, strict=True))
+            return dict(zip(dims, done, strict=True)) | dict(rows=rows)
 
         return self.steps(fields, lists, step, sums, 0)
 
@@ -330,10 +371,15 @@ class _BackwardDkv(Walker):
         return {
             name: plgpu.layout_cast(jnp.zeros((64, dim), jnp.float32), r.ACC)
             for name, dim in self.dims.items()
-        }
+        } | dict(rows=self.no_sums())
 
     def store(self, result, fields, outs, s):
+        self.store_products(result, fields, outs, s)
+        self.store_sums(result["rows"], fields, outs, s)
+
+    def store_products(self, result, fields, outs, s):
         """64 rows of dk and dv, or parts of them."""
+        outs = outs[: 2 * len(self.dims)]
         b, row, part = fields[0], fields[2], fields[7]
         h = lax.div(fields[1], jnp.int32(self.group))
         w = self.row_half()

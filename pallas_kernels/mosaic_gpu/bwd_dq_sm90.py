@@ -16,13 +16,15 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from .._common import LOG2E, tile_transforms
+from .._common import tile_transforms
+from . import _bias, _biased, _persistent, _tables
 from . import _gradient as gradient
-from . import _persistent, _tables
 from . import _registers as r
+from ._bias import Bias
+from ._biased import BiasedWalker
 from ._elements import Elements
 from ._gradient import BackwardConfig
-from ._persistent import Lists, Stream, Walker
+from ._persistent import Lists, Stream
 from ._schedule import Schedule
 from ._softmax import operand
 from ._wgmma import Product, start, wait
@@ -36,11 +38,16 @@ def choose(
     block_q: int = 128,
     block_kv: int = 128,
     num_ctas: int = 132,
+    bias_dtype: Any = None,
 ) -> BackwardConfig:
     """The table's, or the heuristic's: what was fastest on an H100 (see README.md).
 
-    For head sizes above 128, what fits.
+    For head sizes above 128, what fits; beside a streamed bias of ``bias_dtype`` too.
     """
+    if bias_dtype is not None:
+        sizes = block_q, head_dim, value_dim, jnp.bfloat16, bias_dtype
+        configs = gradient.beside_bias(block_q, block_kv, num_ctas)
+        return _biased.first_fit(configs, lambda c: scratch_spec(c, *sizes))
     measured = _tables.find("dq", head_dim, value_dim, block_q, block_kv)
     if measured is not None:
         return BackwardConfig(**measured, num_ctas=num_ctas)
@@ -58,7 +65,12 @@ def choose(
 
 
 def scratch_spec(
-    config: BackwardConfig, block_q: int, head_dim: int, value_dim: int, dtype
+    config: BackwardConfig,
+    block_q: int,
+    head_dim: int,
+    value_dim: int,
+    dtype,
+    bias_dtype=None,
 ) -> dict:
     """Shared memory of one CTA; the estimate and the launch both read it."""
     c, wgs = config, block_q // 64
@@ -77,6 +89,9 @@ def scratch_spec(
         k_free=bar(c.num_stages, wgs),
         v_full=bar(c.num_stages, 1),
         v_free=bar(c.num_stages, wgs),
+        **_biased.bias_stream(
+            bar, (c.teams, c.num_stages, wgs), (64, c.tile), bias_dtype
+        ),
     )
 
 
@@ -95,8 +110,9 @@ def backward_dq(
     blocks: tuple[int, int],
     scale: float,
     config: BackwardConfig,
-) -> Array:
-    """Computes dq over the blocks of a schedule.
+    bias: Bias | None = None,
+) -> tuple[Array, Array | None]:
+    """Computes dq, and sums for dbias, over the blocks of a schedule.
 
     Args:
         q: ``[B, T, H, D]`` float16 or bfloat16.
@@ -113,9 +129,12 @@ def backward_dq(
         blocks: ``block_q`` and ``block_kv``.
         scale: factor of the logits; above 0.
         config: see `BackwardConfig`.
+        bias: as in the forward pass, whose probabilities these are.
 
     Returns:
-        ``[B, T, H, D]`` in the dtype of q.
+        dq: ``[B, T, H, D]`` in the dtype of q.
+        sums: ``[n, B, H, T]`` float32, see `_bias.add_distance_sums`; None where the
+            bias needs none.
 
     Raises:
         ValueError: for a config that does not fit into shared memory.
@@ -127,15 +146,17 @@ def backward_dq(
         raise ValueError(
             f"backward_dq: num_stages={config.num_stages}; expected at least 3."
         )
-    scratch = scratch_spec(config, block_q, head_dim, value_dim, q.dtype)
+    scratch = scratch_spec(
+        config, block_q, head_dim, value_dim, q.dtype, _bias.dtype_of(bias)
+    )
     _persistent.check_smem("backward_dq", config, scratch)
     q, k, v, dout = (_persistent.pad_rows(x) for x in (q, k, v, dout))
     slots = max(schedule.num_slots, 1)
     rows = _persistent.rows_of(q_len, block_q, head_dim)
-    out_type = (
+    out_type = [
         jax.ShapeDtypeStruct((q.shape[0], rows, heads, head_dim), q.dtype),
         jax.ShapeDtypeStruct((slots, block_q, head_dim), jnp.float32),
-    )
+    ]
     kernel = _BackwardDq(
         **config.walker(),
         block_rows=block_q,
@@ -144,25 +165,30 @@ def backward_dq(
         rows_are_queries=True,
         any_partial=schedule.any_partial,
         items_per_worker=schedule.items.shape[1],
+        scale=scale,
         head_dim=head_dim,
         value_dim=value_dim,
         dtype=q.dtype,
-        scale=scale,
+        row_sums=_bias.row_sums(bias, rows_are_queries=True),
     )
-    lists = Lists.of(kv_indices, full_kv_indices, elements, schedule)
+    out_type += kernel.sums_type(q.shape[0], heads, q_len, slots)
+    lists = Lists.of(kv_indices, full_kv_indices, elements, schedule, bias)
     arrays = (q, k, v, dout, lse2, delta)
-    dq, parts = kernel.launch(
+    scratch |= kernel.sums_scratch()
+    dq, parts, *rows = kernel.launch(
         arrays, lists, out_type, scratch, config.num_ctas, "jsparse_bwd_dq"
     )
-    return gradient.merge(dq, parts, schedule)[:, :q_len]
+    dq = gradient.merge(dq, parts, schedule)[:, :q_len]
+    if not rows:
+        return dq, None
+    return dq, _biased.merge_sums(*rows, schedule, block_q, q_len)
 
 
 @dataclasses.dataclass(frozen=True)
-class _BackwardDq(Walker):
+class _BackwardDq(BiasedWalker):
     head_dim: int
     value_dim: int
     dtype: Any
-    scale: float
 
     def tiles(self, arrays):
         q, k, v, dout, _, _ = arrays
@@ -177,7 +203,7 @@ class _BackwardDq(Walker):
         qk = Product(tile, k_tiling, k_tiling)
         dov = Product(tile, v_tiling, v_tiling)
         dsk = Product(dim, k_tiling, accumulate=True)
-        probabilities = gradient.probabilities_by_row(tile, self.scale * LOG2E)
+        probabilities = gradient.probabilities_by_row(tile, self.scale_left(lists))
         logits_gradient = [
             gradient.logits_gradient_by_row(tile, partial) for partial in (False, True)
         ]
@@ -196,17 +222,21 @@ class _BackwardDq(Walker):
         self.take_turn(s, self.row_half())
         logits, dp = start(qk, dov)(q, s["k"].at[slot], dout, s["v"].at[slot])
         self.pass_turn(s, self.row_half())
+        bias = self.read_bias(fields, lists, jnp.int32(0), s, slot)
         logits, dp = gradient.await_all(tile, tile)(logits, dp)
         plgpu.barrier_arrive(s["v_free"][slot])
+        logits = self.with_bias(fields, lists, logits, bias)
         p = self.mask_first(fields, mask, seen, probabilities(logits, lse2))
-        ds = to_operand(logits_gradient[self.any_partial](p, dp, delta))
+        ds = logits_gradient[self.any_partial](p, dp, delta)
+        rows = self.add_sums(lists, self.no_sums(), p, ds, bias)
+        ds = to_operand(ds)
         self.clean_first(fields, lists, seen, [s["k"].at[slot]])
         dq = plgpu.layout_cast(jnp.zeros((64, dim), jnp.float32), r.ACC)
         self.await_operands(jnp.int32(1), total, step0, s, ["k", "v"])
         start_all = start(qk, dov, dsk)
 
         def step(n, carry, seen):
-            dq, ds, before = carry
+            dq, ds, before, rows = carry
             slot = self.slot(step0, n)
             self.take_turn(s, self.row_half())
             logits, dp, dq = start_all(
@@ -214,36 +244,42 @@ class _BackwardDq(Walker):
                 *(dq, ds, s["k"].at[before]),
             )
             self.pass_turn(s, self.row_half())
+            bias = self.read_bias(fields, lists, n, s, slot)
             logits = wait((64, tile), 2)(logits)
             if seen is not None:
                 # Also a branch, which ptxas does not move the test across: with it
                 # before the products, distances took twice as long.
                 self.clean(fields, lists, seen, [s["k"].at[slot]])
+            logits = self.with_bias(fields, lists, logits, bias)
             p = probabilities(logits, lse2)
             if seen is not None:
                 p = mask(seen, p)
             dp = wait((64, tile), 1)(dp)
             plgpu.barrier_arrive(s["v_free"][slot])
             ds = logits_gradient[seen is not None](p, dp, delta)
+            rows = self.add_sums(lists, rows, p, ds, bias)
             self.await_operands(n + 1, total, step0, s, ["k", "v"])
             dq, ds = gradient.await_all(dim, tile)(dq, ds)
             plgpu.barrier_arrive(s["k_free"][before])
-            return dq, to_operand(ds), slot
+            return dq, to_operand(ds), slot, rows
 
-        dq, ds, last = self.steps(fields, lists, step, (dq, ds, slot), 1)
+        carry = dq, ds, slot, rows
+        dq, ds, last, rows = self.steps(fields, lists, step, carry, 1)
         plgpu.barrier_arrive(s["fixed_free"][stage])
         dq = start(dsk)(dq, ds, s["k"].at[last])
         dq = wait((64, dim), 0)(dq)
         plgpu.barrier_arrive(s["k_free"][last])
-        return dq
+        return dq, rows
 
     def nothing(self):
         zero = jnp.zeros((64, self.head_dim), jnp.float32)
-        return plgpu.layout_cast(zero, r.ACC)
+        return plgpu.layout_cast(zero, r.ACC), self.no_sums()
 
     def store(self, result, fields, outs, s):
         """64 rows of dq, or parts of them."""
-        dq, parts = outs
+        result, sums = result
+        self.store_sums(sums, fields, outs, s)
+        dq, parts, *_ = outs
         b, h, row, part = fields[0], fields[1], fields[2], fields[7]
         w = self.row_half()
         rows = self.rows_out(row, w)

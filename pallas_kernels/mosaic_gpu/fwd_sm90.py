@@ -18,12 +18,14 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .._common import LOG2E, tile_transforms
-from . import _elements, _persistent, _sharing, _tables
+from .._common import tile_transforms
+from . import _bias, _biased, _elements, _persistent, _sharing, _tables
 from . import _registers as r
 from . import _softmax as softmax
+from ._bias import Bias
+from ._biased import BiasedWalker
 from ._elements import Elements
-from ._persistent import Lists, Stream, Walker
+from ._persistent import Lists, Stream
 from ._schedule import Schedule
 from ._wgmma import Product, start, wait
 from .merge_sm90 import merge
@@ -123,11 +125,17 @@ class Config:
         block_kv: int = 128,
         num_ctas: int = 132,
         launch: str = "many",
+        bias_dtype: Any = None,
     ) -> Config:
         """The table's, or the heuristic's: what was fastest on an H100 (see README.md).
 
-        For head sizes above 128, what fits.
+        For head sizes above 128, what fits. ``bias_dtype`` is that of a streamed bias:
+        then, what leaves room for it.
         """
+        if bias_dtype is not None:
+            return cls._beside_bias(
+                head_dim, value_dim, block_q, block_kv, num_ctas, bias_dtype
+            )
         widest = max(head_dim, value_dim)
         sizes = head_dim, value_dim, block_q, block_kv
         measured = _tables.find("forward", *sizes, launch=launch)
@@ -152,9 +160,36 @@ class Config:
         tile_kv = min(found.tile_kv, block_kv)
         return dataclasses.replace(found, tile_kv=tile_kv, num_ctas=num_ctas)
 
+    @classmethod
+    def _beside_bias(
+        cls, head_dim, value_dim, block_q, block_kv, num_ctas, bias_dtype
+    ) -> Config:
+        """The first that fits; not measured."""
+        return _biased.first_fit(
+            (
+                cls(
+                    tile_q=block_q,
+                    tile_kv=min(tile, block_kv),
+                    num_stages=stages,
+                    ping_pong=block_q == 128,
+                    teams=128 // block_q,
+                    num_ctas=num_ctas,
+                )
+                for tile, stages in ((64, 4), (64, 3), (64, 2), (32, 3), (32, 2))
+            ),
+            lambda c: scratch_spec(
+                c, block_q, head_dim, value_dim, jnp.bfloat16, bias_dtype
+            ),
+        )
+
 
 def scratch_spec(
-    config: Config, tile_q: int, head_dim: int, value_dim: int, dtype
+    config: Config,
+    tile_q: int,
+    head_dim: int,
+    value_dim: int,
+    dtype,
+    bias_dtype=None,
 ) -> dict:
     """Shared memory of one CTA; the estimate and the launch both read it."""
     c, wgs = config, tile_q // 64
@@ -175,6 +210,9 @@ def scratch_spec(
         k_free=bar(c.num_stages, wgs),
         v_full=bar(c.num_stages, 1),
         v_free=bar(c.num_stages, wgs),
+        **_biased.bias_stream(
+            bar, (c.teams, c.num_stages, wgs), (64, c.tile_kv), bias_dtype
+        ),
     )
 
 
@@ -190,6 +228,7 @@ def forward(
     blocks: tuple[int, int],
     scale: float,
     config: Config,
+    bias: Bias | None = None,
 ) -> tuple[Array, Array]:
     """Attention over the blocks of a schedule.
 
@@ -205,6 +244,7 @@ def forward(
         blocks: ``block_q`` and ``block_kv``.
         scale: factor of the logits; above 0.
         config: see `Config`.
+        bias: added to the scaled logits.
 
     Returns:
         out: ``[B, T, H, Dv]``.
@@ -219,7 +259,9 @@ def forward(
         raise ValueError(f"forward: scale={scale}; expected a positive number.")
     if block_q % tile_q:
         raise ValueError(f"forward: {config} for block_q={block_q}; tile_q divides it.")
-    scratch = scratch_spec(config, tile_q, head_dim, value_dim, q.dtype)
+    scratch = scratch_spec(
+        config, tile_q, head_dim, value_dim, q.dtype, _bias.dtype_of(bias)
+    )
     _persistent.check_smem("forward", config, scratch)
     q, k, v = (_persistent.pad_rows(x) for x in (q, k, v))
     q_pad = -(-q_len // block_q) * block_q
@@ -244,13 +286,13 @@ def forward(
         rows_are_queries=True,
         any_partial=schedule.any_partial,
         items_per_worker=schedule.items.shape[1],
+        scale=scale,
         config=config,
         head_dim=head_dim,
         value_dim=value_dim,
         dtype=q.dtype,
-        scale=scale,
     )
-    lists = Lists.of(kv_indices, full_kv_indices, elements, schedule)
+    lists = Lists.of(kv_indices, full_kv_indices, elements, schedule, bias)
     out, lse, part_out, part_lse = kernel.launch(
         (q, k, v), lists, out_type, scratch, config.num_ctas, "jsparse_fwd"
     )
@@ -260,12 +302,11 @@ def forward(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Forward(Walker):
+class _Forward(BiasedWalker):
     config: Config
     head_dim: int
     value_dim: int
     dtype: Any
-    scale: float
 
     def tiles(self, arrays):
         q, k, v = arrays
@@ -297,7 +338,7 @@ class _Forward(Walker):
         qk = Product(tile, k_tiling, None if in_regs else k_tiling)
         pv = Product(dim, v_tiling, accumulate=True)
         start_qk, start_pv, start_both = start(qk), start(pv), start(qk, pv)
-        softmax_step = softmax.softmax_step(tile, self.scale * LOG2E, c.lazy)
+        softmax_step = softmax.softmax_step(tile, self.scale_left(lists), c.lazy)
         end_step = softmax.end_step(tile, dim, self.dtype, c.lazy > 0)
         total = self.total_steps(fields)
         mask = self.masked(fields, lists, fill=-math.inf)
@@ -315,8 +356,10 @@ class _Forward(Walker):
         self.take_turn(s, w)
         logits = start_qk(q, s["k"].at[slot])
         self.pass_turn(s, w)
+        bias = self.read_bias(fields, lists, jnp.int32(0), s, slot)
         logits = wait((64, tile), 0)(logits)
         plgpu.barrier_arrive(s["k_free"][slot])
+        logits = self.with_bias(fields, lists, logits, bias)
         logits = self.mask_first(fields, mask, seen, logits)
         p, m, l, _ = softmax_step(logits, m, l)
         p = softmax.operand(tile, self.dtype)(p)
@@ -330,8 +373,10 @@ class _Forward(Walker):
             self.take_turn(s, w)
             logits, acc = start_both(q, s["k"].at[slot], acc, p, s["v"].at[before])
             self.pass_turn(s, w)
+            bias = self.read_bias(fields, lists, n, s, slot)
             logits = wait((64, tile), 1)(logits)
             plgpu.barrier_arrive(s["k_free"][slot])
+            logits = self.with_bias(fields, lists, logits, bias)
             if seen is not None:
                 logits = mask(seen, logits)
             p, m, l, alpha = softmax_step(logits, m, l)

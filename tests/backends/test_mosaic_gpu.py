@@ -60,6 +60,22 @@ def test_refuses(reason):
     assert mosaic_gpu.why_not(dataclasses.replace(TAKEN, **REFUSED[reason])) == reason
 
 
+def test_takes_a_bias_that_has_been_proven(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "PROVEN_BIAS", ("dense", "block"))
+    dense, table = (dataclasses.replace(TAKEN, bias=x) for x in ("dense", "table"))
+    assert mosaic_gpu.why_not(dense) is None
+    reason = "a table bias; expected none or a dense one or a block one"
+    assert mosaic_gpu.why_not(table) == reason
+
+
+def test_refuses_wide_heads_beside_a_bias(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "PROVEN_BIAS", ("dense",))
+    monkeypatch.setattr(mosaic_gpu, "PROVEN_HEAD", 256)
+    wide = dataclasses.replace(TAKEN, head_dim=144, bias="dense")
+    reason = "head size 144 with a bias; expected at most 128"
+    assert mosaic_gpu.why_not(wide) == reason
+
+
 def test_refuses_other_gpus(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "_compute_capability", lambda: "8.0")
     assert mosaic_gpu.why_not(TAKEN) == (

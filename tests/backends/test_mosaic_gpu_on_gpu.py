@@ -6,6 +6,7 @@ beyond 16 and 32 bits; memory and compilation.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from typing import Any
@@ -19,7 +20,15 @@ from jsparse import BlockMask, block_sparse_attention
 from jsparse.backends import mosaic_gpu
 from jsparse.pallas_kernels.mosaic_gpu import fwd_sm90
 from tests.backends import test_contract as contract
-from tests.support.cases import CASES, Case, make_case, random_mask, uneven_rows
+from tests.support.cases import (
+    CASES,
+    Case,
+    biases,
+    cast_bias,
+    make_case,
+    random_mask,
+    uneven_rows,
+)
 
 pytestmark = pytest.mark.gpu
 FP16_LIMIT = 1e-3
@@ -33,6 +42,7 @@ def everything_that_lowers(monkeypatch):
     """What these tests show is what the backend may then take."""
     monkeypatch.setattr(mosaic_gpu, "PROVEN_HEAD", mosaic_gpu.LARGEST_HEAD)
     monkeypatch.setattr(mosaic_gpu, "PROVEN_BLOCKS", mosaic_gpu.BLOCKS)
+    monkeypatch.setattr(mosaic_gpu, "PROVEN_BIAS", mosaic_gpu.BIAS)
 
 
 def check(case: Case, dtype: str) -> None:
@@ -45,6 +55,8 @@ def check(case: Case, dtype: str) -> None:
     for name, x, y, z in zip(contract.NAMES, found, truth, plain, strict=False):
         bound = 2e-6 if name == "lse" else max(limit, 2 * contract.error(z, y))
         assert contract.error(x, y) <= bound, name
+    if case.bias is not None:
+        contract.check_sixteen_bit_bias(case, found[5], limit)
 
 
 @pytest.mark.parametrize("dtype", mosaic_gpu.DTYPES)
@@ -134,15 +146,153 @@ def test_items_of_half_a_block(name, config, monkeypatch):
     check(CASES[name](np.random.default_rng(6), (300, 700, 128, 128)), "bfloat16")
 
 
-def test_the_same_bits_a_thousand_times():
+KINDS = [
+    kind
+    for kind in contract.KINDS
+    if kind.startswith(mosaic_gpu.BIAS) or kind == "per_key"
+]
+
+
+def with_bias(case: Case, kind: str, dtype: str = "float32") -> Case:
+    rng = np.random.default_rng(8)
+    made = biases(rng, case.mask, case.q.shape[-2], 2)[kind]
+    return dataclasses.replace(case, bias=cast_bias(made, dtype))
+
+
+def pair(sizes: tuple[int, int, int, int], dim: int = 32) -> Case:
+    """Two batch entries, query heads that share key heads."""
+    rng = np.random.default_rng(12)
+    mask = random_mask(rng, sizes, 12)
+    return make_case(rng, mask, batch=(2,), heads=(4, 2), dims=(dim, dim))
+
+
+@pytest.mark.parametrize("bias_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_bias(kind, bias_dtype):
+    check(with_bias(pair((503, 647, 128, 128)), kind, bias_dtype), "bfloat16")
+
+
+@pytest.mark.parametrize("block_kv", mosaic_gpu.BLOCKS["block_kv"])
+@pytest.mark.parametrize("block_q", mosaic_gpu.BLOCKS["block_q"])
+@pytest.mark.parametrize(
+    "kind, bias_dtype",
+    [
+        ("dense", "float32"),
+        ("dense", "bfloat16"),
+        ("block", "float32"),
+        ("per_key", "float32"),
+        ("quadratic", "float32"),
+    ],
+)
+def test_bias_in_every_block(kind, bias_dtype, block_q, block_kv):
+    sizes = (block_q * 4 - 9, block_kv * 5 + 7, block_q, block_kv)
+    check(with_bias(pair(sizes), kind, bias_dtype), "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", mosaic_gpu.DTYPES)
+@pytest.mark.parametrize("kind", ["dense_shared_batch", "per_key", "linear"])
+@pytest.mark.parametrize("dim", [16, 24, 48, 64, 96, 128])
+def test_every_head_size_beside_a_bias(dim, kind, dtype):
+    check(with_bias(pair((500, 645, 128, 128), dim), kind), dtype)
+
+
+@pytest.mark.parametrize(
+    "kind", ["dense", "dense_shared_heads", "per_key", "block", "linear"]
+)
+def test_bias_beside_batch_and_head_patterns(kind):
+    rng = np.random.default_rng(13)
+    case = CASES["batch_and_head_patterns"](rng, (300, 500, 128, 64))
+    check(with_bias(case, kind), "bfloat16")
+
+
+@pytest.mark.parametrize("pattern", ["distance", "window", "segments", "groups"])
+def test_bias_beside_rules(pattern):
+    rng = np.random.default_rng(9)
+    case = CASES[pattern](rng, (300, 500, 128, 64))
+    case.bias = biases(rng, case.mask, 2, 1)["dense_shared_heads"]
+    check(case, "bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["dense_shared_heads", "block", "per_key", "linear"])
+def test_bias_beside_items_of_half_a_block(kind, monkeypatch):
+    monkeypatch.setattr(fwd_sm90.Config, "choose", lambda *_: NARROW[0])
+    check(with_bias(pair((300, 700, 128, 128)), kind), "bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["dense_shared_heads", "per_key", "linear"])
+@pytest.mark.parametrize("static", [True, False])
+def test_split_rows_beside_a_bias(static, kind):
+    rng = np.random.default_rng(10)
+    mask = uneven_rows(rng, (9, 30), (200, 3900, 128, 128))
+    case = make_case(rng, mask, dims=(32, 32))
+    case.bias = biases(rng, mask, 2, 1)[kind]
+    case = case.cast("bfloat16")
+    run = functools.partial(contract.results, "mosaic_gpu", bias=case.bias)
+    if static:
+        run = functools.partial(run, mask=mask)
+    args = () if static else (mask,)
+    found = jax.jit(run)(
+        *(case.q, case.k, case.v, *args), dout=case.dout, dlse=case.dlse
+    )
+    for x, y in zip(found[:5], contract.expected(case)[:5], strict=True):
+        assert contract.error(x, y) < contract.HALF_LIMIT
+    contract.check_sixteen_bit_bias(case, found[5])
+
+
+@pytest.mark.parametrize("on_blocks", [False, True], ids=["dense", "block"])
+@pytest.mark.parametrize("value", [-np.inf, np.inf, np.nan])
+def test_bad_bias(value, on_blocks):
+    if value == -np.inf:
+        test = contract.test_bias_of_minus_infinity_masks_the_element
+    else:
+        test = functools.partial(
+            contract.test_bad_bias_reaches_only_its_row, value=value
+        )
+    test("mosaic_gpu", on_blocks=on_blocks)
+
+
+def test_bad_bias_outside_the_mask():
+    contract.test_bad_bias_outside_the_mask_is_never_seen("mosaic_gpu")
+
+
+@pytest.mark.parametrize("form", ["linear", "quadratic"])
+def test_an_atom_without_a_place(form):
+    contract.test_an_atom_without_a_place_reaches_only_who_sees_it("mosaic_gpu", form)
+
+
+def test_memory_of_a_shared_bias():
+    # 64 entries share 64 MB: nothing of that size beside the gradient is allocated.
+    rng, length = np.random.default_rng(11), 2048
+    mask = random_mask(rng, (length, length, 128, 128), 600, elements=False)
+    case = make_case(rng, mask, batch=(64,), heads=(4, 4), dims=(32, 32))
+    case = case.cast("bfloat16")
+    bias = jnp.zeros((4, length, length), jnp.float32)
+
+    def gradients(q, k, v, bias, dout):
+        out, pullback = jax.vjp(
+            lambda q, k, v, bias: attend(q, k, v, mask, bias=bias), q, k, v, bias
+        )
+        return out, *pullback(dout)
+
+    args = (case.q, case.k, case.v, bias, case.dout)
+    memory: Any = jax.jit(gradients).lower(*args).compile().memory_analysis()
+    ends = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    assert memory.temp_size_in_bytes < 0.05 * ends + 64e6
+
+
+@pytest.mark.parametrize("kind", [None, "dense_shared_batch", "block"])
+def test_the_same_bits_a_thousand_times(kind):
     rng = np.random.default_rng(2)
     mask = random_mask(rng, (2000, 3000, 128, 128), 150)
-    case = make_case(rng, mask, heads=(4, 2), dims=(64, 64)).cast("bfloat16")
-    mask = case.mask
+    case = make_case(rng, mask, batch=(2,), heads=(4, 2), dims=(64, 64))
+    case.bias = None if kind is None else biases(rng, mask, 4, 2)[kind]
+    case = case.cast("bfloat16")
+    mask, bias = case.mask, case.bias
 
     @jax.jit
     def differs(q, k, v, dout, dlse, first):
-        found = contract.run("mosaic_gpu", q, k, v, mask, None, dout, dlse)[:5]
+        found = contract.run("mosaic_gpu", q, k, v, mask, bias, dout, dlse)
+        found = jax.tree_util.tree_leaves(found)
         bits = [
             jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
             for x in found

@@ -128,13 +128,14 @@ def error(found: Array, truth: Array) -> float:
 
 def check(ours: Callable, formula: Callable, *args: Array, dtype="float32"):
     """At most twice the error of the formula at the same dtype, and a floor."""
-    args = tuple(jnp.asarray(x, dtype) for x in args)
+    args = tuple(np.asarray(jnp.asarray(x, dtype)) for x in args)
     found = jax.jit(functools.partial(results, ours))(*args)
-    plain = jax.jit(functools.partial(results, formula))(*args)
-    with jax.enable_x64(True):
-        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in args]
-        truth = jax.jit(functools.partial(results, formula))(*wide)
-        truth = [np.asarray(x) for x in truth]
+    with jax.default_device(jax.devices("cpu")[0]):
+        plain = jax.jit(functools.partial(results, formula))(*args)
+        with jax.enable_x64(True):
+            wide = [x.astype(np.float64) for x in args]
+            truth = jax.jit(functools.partial(results, formula))(*wide)
+            truth = [np.asarray(x) for x in truth]
     assert found[0].dtype == dtype
     for n, (x, y, z) in enumerate(zip(found, truth, plain, strict=True)):
         assert error(x, y) <= 2 * error(z, y) + FLOOR[dtype], n

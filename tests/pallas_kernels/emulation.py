@@ -16,11 +16,14 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from jsparse.pallas_kernels._common import LOG2E
 from jsparse.pallas_kernels.mosaic_gpu import (
+    _bias,
     _elements,
     _gradient,
     _registers,
     _softmax,
+    bwd_dbias_sm90,
     bwd_dkv_sm90,
     bwd_dq_sm90,
     fwd_sm90,
@@ -128,6 +131,20 @@ def scaled(columns, factor, dtype):
     return lambda x: (x * factor).astype(dtype)
 
 
+def add_to_rows(columns):
+    del columns
+    return lambda total, x: total + x.sum(1)
+
+
+def whole_rows():
+    return lambda total: total
+
+
+def sum_of(columns):
+    del columns
+    return jnp.add
+
+
 def named_barrier(text):
     del text
     return lambda index: None
@@ -193,6 +210,82 @@ def zero_columns(columns, dim):
     return f
 
 
+def load_tile(queries, keys, dtype, transposed):
+    del dtype
+
+    def f(ref):
+        tile = jnp.moveaxis(ref[...], 0, 1).reshape(queries, keys)
+        return tile.T if transposed else tile
+
+    return f
+
+
+def store_tile(keys, dtype):
+    def f(tile, x):
+        parts, rows, width = tile.shape
+        tile[...] = jnp.moveaxis(x.reshape(rows, parts, width), 1, 0).astype(dtype)
+
+    del keys
+    return f
+
+
+def add_tile(columns, scale_log2, dtype):
+    del columns, dtype
+    return lambda s, values: s * scale_log2 + values.astype(F32) * LOG2E
+
+
+def add_columns(columns, scale_log2):
+    def f(s, values, first):
+        head, column = jnp.divmod(first, values.shape[-1])
+        b, h = jnp.divmod(head, values.shape[1])
+        return s * scale_log2 + values[b, h, pl.ds(column, columns)] * LOG2E
+
+    return f
+
+
+def add_rows(columns, scale_log2):
+    del columns
+    return lambda s, values: s * scale_log2 + values[:, None] * LOG2E
+
+
+def _difference(bias, at, rows, columns):
+    """By axis, of the points of a 64-row tile."""
+    x, y = (
+        points[at.batch if points.shape[0] > 1 else 0, :, pl.ds(first, count)]
+        for points, first, count in (
+            (bias.rows, at.row, rows),
+            (bias.columns, at.column, columns),
+        )
+    )
+    return [_tile(a[:, None]) - b[None] for a, b in zip(x, y, strict=True)]
+
+
+def add_distance(columns, scale_log2, squared, rows):
+    def f(s, bias, entry, at):
+        square = sum(x * x for x in _difference(bias, at, rows, columns))
+        slope = bias.slope[tuple(jnp.divmod(entry, bias.slope.shape[1]))]
+        distance = square if squared else jnp.sqrt(square)
+        return s * scale_log2 - slope * distance * LOG2E
+
+    return f
+
+
+def add_distance_sums(columns, squared, rows, every):
+    def f(sums, p, ds, bias, at):
+        difference = _difference(bias, at, rows, columns)
+        square = sum(x * x for x in difference)
+        inverse = jnp.where(square > 0, 1 / jnp.sqrt(square), 0)
+        factor = 2 if squared else inverse
+        terms = [ds * factor * x for x in difference]
+        if every:
+            distance = square if squared else jnp.sqrt(square)
+            terms += [ds * distance, ds, p * distance]
+        terms = [jnp.where(p == 0, 0, x).sum(1) for x in terms]
+        return [x + y for x, y in zip(sums, terms, strict=True)]
+
+    return f
+
+
 def _tile(x):
     """64 rows: those of a block of 32 twice."""
     return jnp.tile(x, (64 // len(x), 1))
@@ -227,12 +320,17 @@ def _allows(rule, at, row, column):
 _STAND_INS = {
     _softmax: (softmax_step, operand, end_step, finish),
     _gradient: (
-        *(await_all, rows, scaled),
+        *(await_all, rows, scaled, sum_of, add_to_rows, whole_rows),
         *(probabilities_by_row, logits_gradient_by_row),
         *(probabilities_by_column, logits_gradient_by_column),
     ),
     _elements: (fetch, apply, poison, zero_columns),
+    _bias: (
+        *(load_tile, store_tile, add_tile, add_columns, add_rows),
+        *(add_distance, add_distance_sums),
+    ),
     fwd_sm90: (start, wait),
+    bwd_dbias_sm90: (start,),
     bwd_dq_sm90: (start, wait, operand),
     bwd_dkv_sm90: (start, wait, operand),
 }

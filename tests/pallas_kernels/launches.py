@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from jsparse.pallas_kernels.mosaic_gpu import bwd_dkv_sm90, bwd_dq_sm90, fwd_sm90
+from jsparse.pallas_kernels.mosaic_gpu import (
+    _bias,
+    bwd_dbias_sm90,
+    bwd_dkv_sm90,
+    bwd_dq_sm90,
+    fwd_sm90,
+)
 from jsparse.pallas_kernels.mosaic_gpu._elements import (
     ColumnInterval,
     Elements,
@@ -28,7 +34,10 @@ KERNELS = {
     "forward": (fwd_sm90.forward, fwd_sm90.Config.choose),
     "dq": (bwd_dq_sm90.backward_dq, bwd_dq_sm90.choose),
     "dkv": (bwd_dkv_sm90.backward_dkv, bwd_dkv_sm90.choose),
+    "dbias": (bwd_dbias_sm90.backward_dbias, bwd_dbias_sm90.choose),
 }
+TUNED = {name: KERNELS[name] for name in ("forward", "dq", "dkv")}
+"""Kernels with a table of measured configs."""
 H100 = AbstractDevice(
     device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
 )
@@ -36,7 +45,11 @@ H100 = AbstractDevice(
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One kernel on 7 query and 5 key blocks, the last of each ragged."""
+    """One kernel on 7 query and 5 key blocks, the last of each ragged.
+
+    ``bias`` is None, ``"key"``, ``"block"``, ``"linear"``, ``"quadratic"`` or the dtype
+    of a dense one.
+    """
 
     kernel: str
     dims: tuple[int, int] = (64, 64)
@@ -48,13 +61,24 @@ class Launch:
     on_host: bool = True
     launch: str = "many"
     given: Any = None
+    bias: str | None = None
 
     def config(self):
         """The given one, or the chosen: what is launched matters to forward only."""
-        options = {"launch": self.launch} if self.kernel == "forward" else {}
+        options: dict[str, Any] = {"bias_dtype": self.bias_dtype}
+        if self.kernel == "forward":
+            options["launch"] = self.launch
+        elif self.bias in ("linear", "quadratic"):
+            options["bias_dtype"] = "float32"
         return self.given or KERNELS[self.kernel][1](
             *self.dims, *self.blocks, **options
         )
+
+    @property
+    def bias_dtype(self) -> str | None:
+        """Of a streamed bias."""
+        streamed = {"block": "float32", "key": None, "linear": None, "quadratic": None}
+        return streamed.get(str(self.bias), self.bias)
 
     @property
     def rows(self) -> int:
@@ -70,7 +94,7 @@ class Launch:
             return traced.lower(lowering_platforms=("cuda",)).as_text()
 
     def arguments(self) -> tuple:
-        """Shapes of q, k, v, dout, lse2, delta and the two counts."""
+        """Shapes of q, k, v, dout, lse2, delta, the two counts and the bias."""
         block_q, block_kv = self.blocks
         q_len, kv_len = 7 * block_q - 5, 5 * block_kv - 9
 
@@ -86,16 +110,45 @@ class Launch:
             side(kv_len, self.heads[1], self.dims[1]),
             side(q_len, self.heads[0], self.dims[1]),
             *(row, row, counts, counts),
+            self.bias_shape(),
         )
+
+    def bias_shape(self):
+        """Shared by all heads; of a block bias, values of 40 blocks."""
+        block_q, block_kv = self.blocks
+        if self.bias is None:
+            return None
+        if self.bias == "key":
+            shape = jax.ShapeDtypeStruct((1, 1, 5 * block_kv), "float32")
+            return _bias.KeyBias(shape)
+        if self.bias in ("linear", "quadratic"):
+            sides = (7 * block_q, 5 * block_kv)[:: -1 if self.kernel == "dkv" else 1]
+            rows, columns = (jax.ShapeDtypeStruct((1, 3, n), "float32") for n in sides)
+            slope = jax.ShapeDtypeStruct((1, self.heads[0]), "float32")
+            squared = self.bias == "quadratic"
+            return _bias.DistanceBias(rows, columns, slope, squared)
+        if self.bias == "block":
+            shape = jax.ShapeDtypeStruct((1, 1, 40, block_q, block_kv), "float32")
+            return _bias.BlockBias(shape)
+        shape = (1, 1, 7 * block_q - 5, 5 * block_kv - 8)
+        return _bias.DenseBias(jax.ShapeDtypeStruct(shape, self.bias))
 
     def grid(self) -> tuple[int, int]:
         """Rows and columns in blocks."""
         return (5, 7) if self.kernel == "dkv" else (7, 5)
 
-    def __call__(self, q, k, v, dout, lse2, delta, partial, full):
+    def __call__(self, q, k, v, dout, lse2, delta, partial, full, bias):
         run, _ = KERNELS[self.kernel]
         config = self.config()
         rows, columns = self.grid()
+        if self.kernel == "dbias":
+            return run(
+                *(q, k, v, dout, lse2, delta, self.bias_blocks(), self.elements()),
+                bias,
+                blocks=self.blocks,
+                scale=0.125,
+                config=config,
+            )
         make = schedule_on_device
         if self.on_host:
             make, partial, full = schedule_on_host, *self.counts()
@@ -111,6 +164,9 @@ class Launch:
             tiles=tiles,
             share=getattr(config, "num_sharing", 1),
         )
+        if self.bias == "block":
+            numbers = (lists[0, 0], lists[0, 0])
+            bias = dataclasses.replace(bias, numbers=numbers)
         arrays = (q, k, v)
         if self.kernel != "forward":
             arrays += (dout, lse2, delta)
@@ -119,7 +175,15 @@ class Launch:
             blocks=self.blocks,
             scale=0.125,
             config=config,
+            bias=bias,
         )
+
+    def bias_blocks(self) -> bwd_dbias_sm90.Blocks:
+        """Of all blocks, or of those of a block bias."""
+        count = 40 if self.bias == "block" else 35
+        zeros = jnp.zeros((1, count), jnp.int32)
+        places = (zeros, zeros) if self.bias == "block" else (None, None)
+        return bwd_dbias_sm90.Blocks(zeros[None], *places)
 
     def counts(self):
         """Blocks of each row, partial and full."""

@@ -18,7 +18,15 @@ from jsparse.backends import mosaic_gpu
 from jsparse.pallas_kernels.mosaic_gpu import _schedule, fwd_sm90
 from tests.backends import test_contract as contract
 from tests.pallas_kernels.emulation import emulated
-from tests.support.cases import CASES, Case, make_case, random_mask, uneven_rows
+from tests.support.cases import (
+    CASES,
+    Case,
+    biases,
+    cast_bias,
+    make_case,
+    random_mask,
+    uneven_rows,
+)
 
 SIZES = {
     "128 x 128": (150, 300, 128, 128),
@@ -45,14 +53,21 @@ def kernels(monkeypatch, capsys):
         faulthandler.cancel_dump_traceback_later()
 
 
-def check(case: Case, static: bool = False) -> None:
-    """Outputs and gradients against float64; the mask traced, or closed over."""
+def check(case: Case, static: bool = False) -> tuple:
+    """Outputs and gradients against float64; the mask traced, or closed over.
+
+    Returns:
+        What was found, the gradient of the bias last.
+    """
     case = case.cast("bfloat16")
     if static:
-        run = functools.partial(
-            contract.results, "mosaic_gpu", mask=case.mask, bias=None
+        run = jax.jit(functools.partial(contract.results, "mosaic_gpu", mask=case.mask))
+        found = run(
+            *(case.q, case.k, case.v),
+            bias=case.bias,
+            dout=case.dout,
+            dlse=case.dlse,
         )
-        found = jax.jit(run)(case.q, case.k, case.v, dout=case.dout, dlse=case.dlse)
     else:
         found = contract.run_case("mosaic_gpu", case)
     plain, truth = contract.run_case("reference", case), contract.expected(case)
@@ -62,6 +77,7 @@ def check(case: Case, static: bool = False) -> None:
         else:
             limit = 2 * contract.error(z, y) + 2e-6
             assert contract.error(x, y) <= limit, (name, contract.error(x, y), limit)
+    return found
 
 
 @pytest.mark.parametrize("name", ["batch_and_head_patterns", "groups"])
@@ -113,6 +129,86 @@ def test_split_rows(launch, static, monkeypatch):
     check(make_case(rng, mask, heads=(1, 1)), static)
 
 
+BIASES = [
+    ("dense_shared_batch", "float32", "128 x 128"),
+    ("dense", "bfloat16", "64 x 32"),
+    ("dense_shared_heads", "float16", "128 x 64"),
+    ("dense_2d", "float32", "64 x 64"),
+    ("per_key", "float32", "64 x 128"),
+    ("block", "bfloat16", "128 x 128"),
+    ("block_shared_heads", "float32", "64 x 32"),
+    ("linear", "float32", "64 x 64"),
+    ("quadratic", "float32", "64 x 32"),
+]
+
+
+@pytest.mark.parametrize("kind, dtype, sizes", BIASES)
+def test_bias(kind, dtype, sizes):
+    rng = np.random.default_rng(4)
+    mask = random_mask(rng, SIZES[sizes], 5)
+    case = make_case(rng, mask, batch=(2,), heads=(2, 1))
+    case.bias = cast_bias(biases(rng, mask, 2, 2)[kind], dtype)
+    found = check(case)
+    contract.check_sixteen_bit_bias(case.cast("bfloat16"), found[5])
+
+
+@pytest.mark.parametrize("kind", ["block", "dense_shared_heads"])
+def test_bias_beside_batch_and_head_patterns(kind):
+    rng = np.random.default_rng(6)
+    case = CASES["batch_and_head_patterns"](rng, (100, 150, 64, 64))
+    case.bias = biases(rng, case.mask, 2, 2)[kind]
+    found = check(case)
+    contract.check_sixteen_bit_bias(case.cast("bfloat16"), found[5])
+
+
+@pytest.mark.parametrize("lead", [(3, 1), (1, 2)], ids=str)
+def test_bias_shared_over_some_batch_axes(lead):
+    rng = np.random.default_rng(5)
+    mask = random_mask(rng, (60, 70, 64, 64), 3)
+    case = make_case(rng, mask, batch=(3, 2), heads=(1, 1)).cast("bfloat16")
+    case.bias = rng.standard_normal((*lead, 1, 60, 70)).astype(np.float32)
+    found = contract.run_case("mosaic_gpu", case)
+    plain = contract.run_case("reference", case)
+    truth = contract.run_case("reference", case.cast("float32"))
+    for x, y, z in zip(found, truth, plain, strict=True):
+        assert contract.error(x, y) <= 2 * contract.error(z, y) + 2e-6
+
+
+@pytest.mark.parametrize("on_blocks", [False, True], ids=["dense", "block"])
+@pytest.mark.parametrize("value", [-np.inf, np.inf, np.nan])
+def test_bad_bias(value, on_blocks, monkeypatch):
+    monkeypatch.setitem(contract.BLOCKS, "mosaic_gpu", SIZES["64 x 64"])
+    if value == -np.inf:
+        test = contract.test_bias_of_minus_infinity_masks_the_element
+    else:
+        test = functools.partial(
+            contract.test_bad_bias_reaches_only_its_row, value=value
+        )
+    test("mosaic_gpu", on_blocks=on_blocks)
+
+
+def test_bad_bias_outside_the_mask(monkeypatch):
+    monkeypatch.setitem(contract.BLOCKS, "mosaic_gpu", SIZES["64 x 64"])
+    contract.test_bad_bias_outside_the_mask_is_never_seen("mosaic_gpu")
+
+
+@pytest.mark.parametrize("form", ["linear", "quadratic"])
+def test_an_atom_without_a_place(form, monkeypatch):
+    monkeypatch.setitem(contract.BLOCKS, "mosaic_gpu", SIZES["64 x 64"])
+    contract.test_an_atom_without_a_place_reaches_only_who_sees_it("mosaic_gpu", form)
+
+
+@pytest.mark.parametrize("kind", ["per_key", "linear"])
+def test_row_sums_of_split_rows(kind, monkeypatch):
+    monkeypatch.setattr(_schedule, "MERGE_COST", 0.0)
+    rng = np.random.default_rng(1)
+    mask = uneven_rows(rng, (1, 6), (200, 700, 128, 128))
+    case = make_case(rng, mask, heads=(1, 1))
+    case.bias = biases(rng, mask, 1, 1)[kind]
+    found = check(case, static=True)
+    contract.check_sixteen_bit_bias(case.cast("bfloat16"), found[5])
+
+
 @pytest.mark.parametrize("teams", [2, 3])
 @pytest.mark.parametrize("name", ["grouped_query", "window"])
 def test_teams_that_share_items(name, teams, monkeypatch):
@@ -132,6 +228,17 @@ def test_items_of_half_a_block(static, monkeypatch):
     case = CASES["window"](rng, sizes)
     check(make_case(rng, mask, heads=(2, 1)), static)
     check(case, static)
+
+
+@pytest.mark.parametrize("kind", ["dense_2d", "block", "per_key", "linear"])
+def test_bias_beside_items_of_half_a_block(kind, monkeypatch):
+    half = fwd_sm90.Config(64, tile_kv=64, num_stages=2, ping_pong=False, teams=2)
+    monkeypatch.setattr(fwd_sm90.Config, "choose", lambda *_: half)
+    rng = np.random.default_rng(7)
+    mask = uneven_rows(rng, (2, 5), (170, 600, 128, 128))
+    case = make_case(rng, mask, heads=(2, 1))
+    case.bias = biases(rng, mask, 2, 1)[kind]
+    check(case)
 
 
 def test_negative_scale():

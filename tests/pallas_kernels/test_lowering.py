@@ -18,11 +18,12 @@ from jsparse.pallas_kernels.mosaic_gpu import (
     _candidates,
     _persistent,
     _tables,
+    bwd_dbias_sm90,
     bwd_dkv_sm90,
     bwd_dq_sm90,
     fwd_sm90,
 )
-from tests.pallas_kernels.launches import H100, KERNELS, Launch
+from tests.pallas_kernels.launches import H100, KERNELS, TUNED, Launch
 from tests.support.cases import random_mask
 
 SIZES = range(16, mosaic_gpu.LARGEST_HEAD + 1, 16)
@@ -32,13 +33,14 @@ SCRATCH = {
     "forward": fwd_sm90.scratch_spec,
     "dq": bwd_dq_sm90.scratch_spec,
     "dkv": bwd_dkv_sm90.scratch_spec,
+    "dbias": bwd_dbias_sm90.scratch_spec,
 }
 BLOCKS: Any = tuple(itertools.product(*mosaic_gpu.BLOCKS.values()))
 
 
 POSSIBLE = [
     Launch(kernel, (dim, value_dim), blocks, rules=True, launch=launch)
-    for kernel, blocks, launch in itertools.product(KERNELS, BLOCKS, fwd_sm90.LAUNCHES)
+    for kernel, blocks, launch in itertools.product(TUNED, BLOCKS, fwd_sm90.LAUNCHES)
     for dim, value_dim in itertools.product(SIZES, repeat=2)
 ]
 OF_EACH_CONFIG = {(x.kernel, x.blocks, x.config()): x for x in POSSIBLE}
@@ -51,18 +53,60 @@ def test_every_config_lowers(launch):
 
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", TUNED)
 def test_head_sizes_lower(kernel, dims):
     assert "mosaic_gpu" in Launch(kernel, dims, rules=True).lower()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", TUNED)
 def test_every_config_fits_into_shared_memory(kernel):
     for launch in POSSIBLE:
         if launch.kernel == kernel:
             config = launch.config()
             scratch = SCRATCH[kernel](config, launch.rows, *launch.dims, "bfloat16")
             _persistent.check_smem(kernel, config, scratch)
+
+
+BIASED = [
+    Launch(kernel, (dim, value_dim), blocks, rules=True, bias=bias)
+    for kernel, blocks in itertools.product(KERNELS, BLOCKS)
+    for dim, value_dim in itertools.product(
+        range(16, mosaic_gpu.LARGEST_HEAD_WITH_BIAS + 1, 16), repeat=2
+    )
+    for bias in ("float32", "bfloat16")
+]
+BIASED_OF_EACH_CONFIG = {(x.kernel, x.blocks, x.config()): x for x in BIASED}
+
+
+@pytest.mark.parametrize("launch", BIASED_OF_EACH_CONFIG.values(), ids=str)
+def test_every_config_beside_a_bias_lowers(launch):
+    assert "mosaic_gpu" in launch.lower()
+
+
+def test_every_config_beside_a_bias_fits_into_shared_memory():
+    for launch in BIASED:
+        config, rows = launch.config(), launch.rows
+        scratch = SCRATCH[launch.kernel](
+            config, rows, *launch.dims, "bfloat16", launch.bias_dtype
+        )
+        _persistent.check_smem(launch.kernel, config, scratch)
+
+
+@pytest.mark.parametrize("bias", ["block", "float16"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_lowers_with_bias(kernel, bias):
+    for heads, bits in (((4, 2), True), ((2, 2), False)):
+        launch = Launch(kernel, heads=heads, bits=bits, bias=bias)
+        assert "mosaic_gpu" in launch.lower()
+
+
+@pytest.mark.parametrize("bias", ["key", "linear", "quadratic"])
+@pytest.mark.parametrize("blocks", [(128, 128), (64, 32)], ids=str)
+@pytest.mark.parametrize("kernel", TUNED)
+def test_lowers_with_a_bias_that_is_not_streamed(kernel, blocks, bias):
+    for heads, on_host in (((4, 2), True), ((2, 2), False)):
+        launch = Launch(kernel, (128, 64), blocks, heads, on_host=on_host, bias=bias)
+        assert "mosaic_gpu" in launch.lower()
 
 
 CANDIDATE_DIMS = tuple((n, n) for n in (16, 32, 48, 64, 80, 96, 128))
@@ -72,7 +116,7 @@ def launches_of_candidates() -> dict[str, Launch]:
     """Each config worth measuring that is not chosen, at the widest heads it fits."""
     found = {}
     for dims, blocks, kernel, launch in itertools.product(
-        CANDIDATE_DIMS, BLOCKS, KERNELS, fwd_sm90.LAUNCHES
+        CANDIDATE_DIMS, BLOCKS, TUNED, fwd_sm90.LAUNCHES
     ):
         sizes = (dims[0], dims[1], blocks[0], blocks[1])
         key = _tables.Key("sm90", kernel, *sizes, launch)
@@ -97,11 +141,11 @@ def test_the_table_lowers():
         assert "mosaic_gpu" in launch.lower()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", TUNED)
 def test_a_config_that_is_tried_reaches_its_kernel(kernel, monkeypatch):
     """And no other; before and after, the chosen one is what is traced."""
     used = {}
-    for name, (run, _) in KERNELS.items():
+    for name, (run, _) in TUNED.items():
 
         def spy(*arguments, name=name, run=run, config, **rest):
             used[name] = config
@@ -149,12 +193,12 @@ def test_a_config_that_is_tried_reaches_its_kernel(kernel, monkeypatch):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", TUNED)
 def test_lowers_with(kernel, changes):
     assert "mosaic_gpu" in Launch(kernel, **changes).lower()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", TUNED)
 def test_impossible_configs_are_refused(kernel):
     config = Launch(kernel).config()
     tile = "tile_kv" if kernel == "forward" else "tile"
@@ -201,7 +245,7 @@ def test_steps_that_overlap_need_three_stages():
         launch.lower()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", TUNED)
 def test_a_config_that_does_not_fit_is_refused(kernel):
     launch = Launch(kernel, dims=(128, 128))
     big = dataclasses.replace(launch.config(), num_stages=9)

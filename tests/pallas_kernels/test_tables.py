@@ -9,11 +9,11 @@ import pytest
 
 from jsparse.pallas_kernels.mosaic_gpu import _candidates, _tables
 from jsparse.pallas_kernels.mosaic_gpu.fwd_sm90 import LAUNCHES, Config, launch_of
-from tests.pallas_kernels.launches import KERNELS
+from tests.pallas_kernels.launches import KERNELS, TUNED
 
 KEYS = [
     _tables.Key("sm90", kernel, dim, dim, *blocks, launch)
-    for kernel in KERNELS
+    for kernel in TUNED
     for dim in (32, 64, 128)
     for blocks in ((128, 128), (64, 64))
     for launch in (LAUNCHES if kernel == "forward" else [None])

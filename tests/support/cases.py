@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -255,3 +256,10 @@ def biases(rng: np.random.Generator, mask: BlockMask, heads: int, batch: int) ->
             _normal(rng, heads, 5), np.linspace(0, 6, 5), 1.5, xs, y
         ),
     }
+
+
+def cast_bias(bias: Any, dtype: str) -> Any:
+    """A dense or block bias in another dtype; the others are float32 always."""
+    if isinstance(bias, DistanceBias):
+        return bias
+    return jax.tree_util.tree_map(lambda x: jnp.asarray(x).astype(dtype), bias)

@@ -1,0 +1,269 @@
+"""How the Mosaic backend hands a bias to its kernels, and takes its gradient back.
+
+A mask here has one batch axis, full or of size 1, and so have the kernels' biases:
+entries that share a bias are told by position and never copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jsparse.bias import Bias, BlockBias, DistanceBias
+from jsparse.pallas_kernels.mosaic_gpu import _bias
+from jsparse.pallas_kernels.mosaic_gpu.bwd_dbias_sm90 import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    Blocks,
+)
+from jsparse.patterns import BlockMask
+
+Array = Any
+
+
+def kernel_bias(
+    bias: Bias | None, mask: BlockMask, batch: tuple[int, ...]
+) -> _bias.Bias | None:
+    """A bias of `Operands` for the kernels, for launches by query block.
+
+    A `BlockBias` gets its numbers by `launched`.
+
+    The last axis is padded, which is a copy, where TMA could not address a row of it.
+    """
+    if bias is None:
+        return None
+    if isinstance(bias, DistanceBias):
+        return _distance_bias(bias, mask, batch)
+    values, inner = _join_batch(_values(bias), batch)
+    if values.dtype.itemsize > 4:
+        values = values.astype(jnp.float32)
+    if isinstance(bias, BlockBias):
+        return _bias.BlockBias(values, inner)
+    if values.shape[2] == 1:
+        whole = mask.num_kv_blocks * mask.block_kv
+        values = _pad_last(values[:, :, 0].astype(jnp.float32), whole)
+        return _bias.KeyBias(values, inner)
+    pitch = 16 // values.dtype.itemsize
+    whole = -(-values.shape[-1] // pitch) * pitch
+    return _bias.DenseBias(_pad_last(values, whole), inner)
+
+
+def _distance_bias(
+    bias: DistanceBias, mask: BlockMask, batch: tuple[int, ...]
+) -> _bias.DistanceBias:
+    """Points by axis, in whole blocks."""
+
+    def points(x, length):
+        x = _one_batch_axis(jnp.swapaxes(x, -1, -2), batch)
+        return _pad_last(x, length)
+
+    return _bias.DistanceBias(
+        points(bias.q_coords, mask.num_q_blocks * mask.block_q),
+        points(bias.kv_coords, mask.num_kv_blocks * mask.block_kv),
+        _one_batch_axis(bias.weights[..., 0], batch),
+        bias.form == "quadratic",
+    )
+
+
+def launched(bias: _bias.Bias | None, mask: BlockMask, side: str) -> _bias.Bias | None:
+    """The bias for a launch over the lists ``"kv"``, by query block, or ``"q"``."""
+    if isinstance(bias, _bias.DistanceBias) and side == "q":
+        return dataclasses.replace(bias, rows=bias.columns, columns=bias.rows)
+    if not isinstance(bias, _bias.BlockBias):
+        return bias
+    if side == "kv":
+        numbers = [x.number for x in _listed(mask)]
+    else:
+        places = _by_place(mask, [x.number for x in _listed(mask)], 0)
+        numbers = []
+        for rows in (mask.q_indices, mask.full_q_indices):
+            b, h, j = np.ix_(*map(np.arange, rows.shape[:3]))
+            last = mask.num_q_blocks - 1
+            at = jnp.minimum(rows, last), j[..., None]  # beyond the count: anything
+            numbers.append(places[b[..., None], h[..., None], *at])
+    return dataclasses.replace(bias, numbers=tuple(numbers))
+
+
+def bias_blocks(bias: _bias.Streamed, mask: BlockMask) -> Blocks:
+    """Where the blocks of a streamed bias are, and who computes them."""
+    listed = _listed(mask)
+    count, column, _ = listed[0]
+    bits = PARTIAL + _first(count)[..., None] + _slots(column)
+    if isinstance(bias, _bias.DenseBias):
+        state = _by_place(mask, [bits, FULL], EMPTY)
+        return Blocks(state.reshape(*state.shape[:2], -1))
+    total = bias.values.shape[2]
+    batch, heads, nq = count.shape
+    b, h, i = np.ix_(*map(np.arange, (batch, heads, nq)))
+    state = jnp.full((batch, heads, total), EMPTY)
+    row, col = jnp.zeros((2, batch, total), jnp.int32)
+    for (count, column, number), value in zip(listed, (bits, FULL), strict=True):
+        used = _slots(column) < count[..., None]
+        number = jnp.where(used, number, total)  # others are dropped
+        at = b[..., None], number
+        state = state.at[at[0], h[..., None], number].set(value, mode="drop")
+        row = row.at[at].set(i[..., None], mode="drop")
+        col = col.at[at].set(column, mode="drop")
+    return Blocks(state, row, col)
+
+
+def like(grad: Array, primal: Bias, batch: tuple[int, ...]) -> Bias:
+    """A gradient in the shape of its bias: padding off, the rest summed.
+
+    The rest are copies of shared entries, or by key all that share the bias.
+    """
+    values = _values(primal)
+    rank = len(batch)
+    lead, _ = _joined(values.shape[:rank], batch)
+    if grad.shape[0] > math.prod(lead):
+        lead = batch
+    grad = grad[..., : values.shape[-1]]
+    grad = grad.reshape(*lead, *grad.shape[1:])
+    axes = [i for i, n in enumerate(values.shape) if n < grad.shape[i]]
+    if axes:
+        grad = grad.astype(jnp.float32).sum(axes, keepdims=True)
+    grad = grad.astype(values.dtype)
+    return BlockBias(grad) if isinstance(primal, BlockBias) else grad
+
+
+def distance_gradient(
+    bias: _bias.DistanceBias,
+    by_query: Array,
+    by_key: Array,
+    dlse: Array,
+    primal: DistanceBias,
+    batch: tuple[int, ...],
+) -> DistanceBias:
+    """From the sums of `add_distance_sums`, ``[6, B, H, T]`` and ``[3, B, H, S]``.
+
+    The ds of a row add up to its dlse, which ``[B, H, T]`` says exactly. What the sum
+    is beside it comes from delta, made from the rounded output, and is p times that: as
+    much of the sum over distances is taken off, which else grows with their mean.
+    """
+
+    def shaped(x, like):
+        x = x.reshape(*batch, *x.shape[1:])
+        axes = tuple(i for i, n in enumerate(like.shape) if n < x.shape[i])
+        return x.sum(axes, keepdims=True).astype(like.dtype)
+
+    def points(sums):
+        return -jnp.einsum("abhn,bh->bna", sums, slope, precision="highest")
+
+    slope = jnp.broadcast_to(bias.slope, by_query.shape[1:3])
+    with_distance, total, mean = by_query[3:]
+    by_head = -(with_distance - (total - dlse) * mean).sum(-1)[..., None]
+    weights, q_coords, kv_coords = (
+        shaped(x, like)
+        for x, like in (
+            (by_head, primal.weights),
+            (points(by_query[:3]), primal.q_coords),
+            (points(by_key), primal.kv_coords),
+        )
+    )
+    knots = jnp.zeros_like(primal.knots)
+    return dataclasses.replace(
+        primal, weights=weights, q_coords=q_coords, kv_coords=kv_coords, knots=knots
+    )
+
+
+def _values(bias: Bias) -> Array:
+    return bias.values if isinstance(bias, BlockBias) else bias
+
+
+def _pad_last(x: Array, length: int) -> Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])])
+
+
+# ------------------------------------------------------------------------ batch axes
+
+
+def _one_batch_axis(x: Array, batch: tuple[int, ...]) -> Array:
+    """Small arrays: one axis of size 1 if all entries share it, else full."""
+    rank = len(batch)
+    lead, rest = x.shape[:rank], x.shape[rank:]
+    if math.prod(lead) > 1:
+        x = jnp.broadcast_to(x, (*batch, *rest))
+    return x.reshape(-1, *rest)
+
+
+def _join_batch(x: Array, batch: tuple[int, ...]) -> tuple[Array, int]:
+    """One batch axis from those of ``batch``, each of which x has or shares.
+
+    Also ``inner``: batch entry n of them all reads ``x[n // inner % len(x)]``.
+    """
+    rank = len(batch)
+    lead, inner = _joined(x.shape[:rank], batch)
+    x = jnp.broadcast_to(x, (*lead, *x.shape[rank:]))
+    return x.reshape(-1, *x.shape[rank:]), inner
+
+
+def _joined(
+    lead: tuple[int, ...], batch: tuple[int, ...]
+) -> tuple[tuple[int, ...], int]:
+    """Axes ``lead``, full between two that are its own, and ``inner``.
+
+    Axes of size 1 at either end stay so, as nothing has to be copied for them.
+    """
+    own = [i for i, n in enumerate(batch) if lead[i] == n > 1]
+    if not own:
+        return lead, 1
+    begin, end = own[0], own[-1] + 1
+    full = (*lead[:begin], *batch[begin:end], *lead[end:])
+    return full, math.prod(batch[end:])
+
+
+# ------------------------------------------------------------------------ block lists
+
+
+class _List(NamedTuple):
+    """Blocks of a kind by query block: how many, which, their number in `BlockBias`."""
+
+    count: Array
+    column: Array
+    number: Array
+
+
+def _listed(mask: BlockMask) -> tuple[_List, _List]:
+    """The partial and the full blocks, in `BlockBias` order: heads outermost."""
+    partial, full = mask.kv_num_blocks, mask.full_kv_num_blocks
+    before = partial.sum((1, 2), dtype=jnp.int32)[:, None, None, None]
+    return (
+        _List(
+            partial,
+            mask.kv_indices,
+            _first(partial)[..., None] + _slots(mask.kv_indices),
+        ),
+        _List(
+            full,
+            mask.full_kv_indices,
+            before + _first(full)[..., None] + _slots(mask.full_kv_indices),
+        ),
+    )
+
+
+def _first(count: Array) -> Array:
+    """How many blocks of its batch entry come before each row's."""
+    flat = count.reshape(len(count), -1)
+    return (jnp.cumsum(flat, 1, dtype=jnp.int32) - flat).reshape(count.shape)
+
+
+def _slots(column: Array) -> Array:
+    return jnp.arange(column.shape[-1], dtype=jnp.int32)
+
+
+def _by_place(mask: BlockMask, values: list, fill: int) -> Array:
+    """``[B or 1, H or 1, nq, nkv]`` int32: values of partial and of full blocks."""
+    lists = _listed(mask)
+    places = jnp.full((*lists[0].count.shape, mask.num_kv_blocks), fill, jnp.int32)
+    b, h, i = np.ix_(*map(np.arange, places.shape[:3]))
+    for (count, column, _), value in zip(lists, values, strict=True):
+        used = _slots(column) < count[..., None]
+        column = jnp.where(used, column, mask.num_kv_blocks)  # others are dropped
+        at = b[..., None], h[..., None], i[..., None], column
+        places = places.at[at].set(value, mode="drop")
+    return places

@@ -1,0 +1,401 @@
+"""Pair bias in the kernels: how its tiles lie in memory, are read and are added.
+
+Logits with a bias are ``s * scale + bias`` in base 2, before the element test. Tiles of
+a dense or block bias are streamed to shared memory by TMA, in swizzled parts 128 bytes
+wide, so that no array needs more alignment than the 16 bytes a row that TMA asks for.
+Axes of size 1 are shared: index 0 serves every batch entry or head.
+
+May assume: the last axis of a streamed bias fills 16 bytes. Called by the kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax._src.lib.mlir.dialects import arith
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils
+
+from .._common import LOG2E
+from . import _registers as r
+from ._elements import Place
+
+Array = Any
+WIDTH = 128
+"""Bytes of a row of a part: the widest swizzle."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+    """Values that batch entries and heads may share.
+
+    Attributes:
+        values: ``[b, H or 1, ...]``.
+        inner: batch entry n reads index ``n // inner % b``.
+    """
+
+    values: Array
+    inner: int = dataclasses.field(default=1, metadata=dict(static=True))
+
+    def entry(self, b, h) -> tuple[Array | int, Array | int]:
+        """Indices into the first two axes for a batch entry and a query head."""
+        count, heads = self.values.shape[:2]
+        at = lax.rem(lax.div(b, jnp.int32(self.inner)), jnp.int32(count))
+        return (at if count > 1 else 0), (h if heads > 1 else 0)
+
+    def shared(self, batch: int, heads: int) -> tuple[bool, bool]:
+        """Whether batch entries, and whether heads, share values."""
+        return self.values.shape[0] < batch, self.values.shape[1] < heads
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseBias(_Shared):
+    """``values [b, H or 1, T, S]``, float32 or 16-bit."""
+
+    def index(self, place: TilePlace, rows: int, columns: int) -> tuple:
+        """Where a tile stands in ``values``."""
+        return (
+            *(place.batch, place.head),
+            *(pl.ds(place.q, rows), pl.ds(place.kv, columns)),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockBias(_Shared):
+    """``values [b, H or 1, n, block_q, block_kv]``, on the mask's blocks only.
+
+    Attributes:
+        numbers: of the blocks in the lists of a launch, partial and full, flattened;
+            the n-th is ``values[:, :, n]``. None where tiles are named by number.
+    """
+
+    numbers: tuple[Array, Array] | None = None
+
+    def index(self, place: TilePlace, rows: int, columns: int) -> tuple:
+        """Where a tile stands in ``values``."""
+        block_q, block_kv = self.values.shape[-2:]
+        first = lax.rem(place.q, jnp.int32(block_q))
+        column = lax.rem(place.kv, jnp.int32(block_kv))
+        return (
+            *(place.batch, place.head, place.block),
+            *(pl.ds(first, rows), pl.ds(column, columns)),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyBias(_Shared):
+    """``values [b, H or 1, S]`` float32, of whole blocks: the same for all queries."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DistanceBias:
+    """``-slope * d``, or ``-slope * d**2``, of the distance d between two points.
+
+    Attributes:
+        rows: ``[B or 1, 3, R]`` float32, of whole blocks; of the keys in the dk and dv
+            kernel, else of the queries.
+        columns: ``[B or 1, 3, C]``, of the others.
+        slope: ``[B or 1, H or 1]`` float32.
+        squared: which of the two.
+    """
+
+    rows: Array
+    columns: Array
+    slope: Array
+    squared: bool = dataclasses.field(metadata=dict(static=True))
+
+    def entry(self, b, h) -> Array:
+        """Position of a slope in the flattened array."""
+        count, heads = self.slope.shape
+        return (b if count > 1 else 0) * heads + (h if heads > 1 else 0)
+
+    def shared(self, batch: int, heads: int) -> tuple[bool, bool]:
+        """No values are loaded, so none are shared."""
+        del batch, heads
+        return False, False
+
+
+Streamed = DenseBias | BlockBias
+Bias = Streamed | KeyBias | DistanceBias
+
+
+class TilePlace(NamedTuple):
+    """Where a tile is.
+
+    Attributes:
+        batch: index into the first axis of the bias.
+        head: into the second.
+        q: first query.
+        kv: first key.
+        block: the number of its block, of a `BlockBias`.
+    """
+
+    batch: Array | int
+    head: Array | int
+    q: Array
+    kv: Array
+    block: Array | int = 0
+
+
+def fetch(bias: Streamed, place: TilePlace, tile: Array, full: Array) -> None:
+    """Copies a tile to shared memory, part by part."""
+    for part, at in _parts_of(bias, place, tile):
+        plgpu.copy_gmem_to_smem(bias.values.at[at], tile.at[part], full)
+
+
+def write(bias: Streamed, out: Array, place: TilePlace, tile: Array) -> None:
+    """Copies a tile of the gradient of a bias from shared memory, part by part."""
+    for part, at in _parts_of(bias, place, tile):
+        plgpu.copy_smem_to_gmem(tile.at[part], out.at[at])
+
+
+def _parts_of(bias: Streamed, place: TilePlace, tile: Array):
+    """Each part of a tile, and where it stands in the bias."""
+    count, rows, width = tile.shape
+    for part in range(count):
+        yield part, bias.index(place._replace(kv=place.kv + part * width), rows, width)
+
+
+def streamed(bias: Bias | None) -> bool:
+    """Whether tiles of the bias come through shared memory."""
+    return isinstance(bias, DenseBias | BlockBias)
+
+
+def row_sums(bias: Bias | None, rows_are_queries: bool) -> int:
+    """How many sums of each row the gradient of a bias needs of a dq or dkv kernel."""
+    if isinstance(bias, DistanceBias):
+        return row_sums_of_distance(rows_are_queries)
+    return int(isinstance(bias, KeyBias) and not rows_are_queries)
+
+
+def row_sums_of_distance(every: bool) -> int:
+    """How many `add_distance_sums` adds to."""
+    return 6 if every else 3
+
+
+def dtype_of(bias: Bias | None) -> Any:
+    """The dtype of tiles in shared memory; None if there are none."""
+    return bias.values.dtype if bias is not None and streamed(bias) else None
+
+
+def beside(bias: Bias | None) -> Any:
+    """``bias_dtype`` for the choice of a backward config, which needs narrow tiles.
+
+    A distance bias takes as many registers as a streamed one, though no shared memory.
+    """
+    return jnp.float32 if isinstance(bias, DistanceBias) else dtype_of(bias)
+
+
+# -------------------------------------------------------------------- tiles in memory
+
+
+def parts(columns: int, dtype: Any) -> tuple[int, int]:
+    """How many parts a tile of so many columns has, and their width."""
+    width = min(columns, WIDTH // jnp.dtype(dtype).itemsize)
+    return columns // width, width
+
+
+def tile(lead: Sequence[int], rows: int, columns: int, dtype: Any) -> plgpu.SMEM:
+    """Shared memory of tiles of ``rows`` queries and ``columns`` keys."""
+    count, width = parts(columns, dtype)
+    shape = (*lead, count, rows, width)
+    return plgpu.SMEM(shape, dtype, transforms=_transforms(width, dtype))
+
+
+def _transforms(width: int, dtype: Any) -> tuple:
+    return (plgpu.SwizzleTransform(width * jnp.dtype(dtype).itemsize),)
+
+
+def load_tile(queries: int, keys: int, dtype: Any, transposed: bool) -> Callable:
+    """``f(tile) -> values``: 64 queries by ``keys``, or 64 keys by ``queries``.
+
+    16-bit values stay packed, float32 ones have the accumulator layout.
+    """
+    _, width = parts(keys, dtype)
+    wide = jnp.dtype(dtype).itemsize == 4
+    shape = (keys, queries) if transposed else (queries, keys)
+    layout = r.ACC if wide else r.OPERAND
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(_transforms(width, dtype)),),
+        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=layout),
+    )
+    def f(_, ref):
+        swizzle = width * jnp.dtype(dtype).itemsize
+        tiled = utils.memref_unsqueeze(ref, 0)
+        if transposed:
+            # Neighbouring columns of registers are rows of memory: one by one.
+            tiled = utils.memref_transpose(tiled, (1, 0, 3, 2))
+            how = layout.to_mgpu()
+            return fa.FragmentedArray.load_tiled(tiled, swizzle, layout=how)
+        values = fa.FragmentedArray.load_tiled(tiled, swizzle, layout=fa.WGMMA_LAYOUT)
+        return r.accumulator(r.scalars(values), shape) if wide else values
+
+    return f
+
+
+def store_tile(keys: int, dtype: Any) -> Callable:
+    """``f(tile, x)``: writes 64 queries by ``keys`` in the tile's dtype."""
+    _, width = parts(keys, dtype)
+    wide = jnp.dtype(dtype).itemsize == 4
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(_transforms(width, dtype)), r.ACC), return_type=()
+    )
+    def f(_, ref, x):
+        values, shape = r.scalars(x), (64, keys)
+        made = r.pairs(values, shape) if wide else r.packed(values, shape, dtype)
+        swizzle = width * jnp.dtype(dtype).itemsize
+        made.store_tiled(utils.memref_unsqueeze(ref, 0), swizzle)
+
+    return f
+
+
+# ------------------------------------------------------------------- logits in base 2
+
+
+def _logits(columns: int) -> plgpu.ShapeDtypeStruct:
+    return plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=r.ACC)
+
+
+def add_tile(columns: int, scale_log2: float, dtype: Any) -> Callable:
+    """``f(s, values) -> logits`` with the values of `load_tile`."""
+    layout = r.ACC if jnp.dtype(dtype).itemsize == 4 else r.OPERAND
+
+    @plgpu.inline_mgpu(arg_types=(r.ACC, layout), return_type=_logits(columns))
+    def f(_, s, values):
+        bias = r.scalars(values)
+        if layout is r.OPERAND:
+            bias = [arith.extf(r.f32(), x) for x in bias]
+        return _sum(s, bias, scale_log2, columns)
+
+    return f
+
+
+def add_columns(columns: int, scale_log2: float) -> Callable:
+    """``f(s, values, first) -> logits``: one value a column, from global memory."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(r.ACC, plgpu.RefType(), r.SCALAR), return_type=_logits(columns)
+    )
+    def f(_, s, values, first):
+        first = arith.addi(first.registers.item(), r.first_column())
+        pairs = [
+            r.global_pair(values, first, 8 * pair, r.f32())
+            for pair in range(columns // 8)
+        ]
+        bias = [pairs[i >> 2][i & 1] for i in range(len(pairs) * 4)]
+        return _sum(s, bias, scale_log2, columns)
+
+    return f
+
+
+def add_rows(columns: int, scale_log2: float) -> Callable:
+    """``f(s, values) -> logits`` with one value a row."""
+
+    @plgpu.inline_mgpu(arg_types=(r.ACC, r.ROW), return_type=_logits(columns))
+    def f(_, s, values):
+        rows = r.scalars(values)
+        bias = [rows[(i >> 1) & 1] for i in range(columns // 2)]
+        return _sum(s, bias, scale_log2, columns)
+
+    return f
+
+
+def add_distance(columns: int, scale_log2: float, squared: bool, rows: int) -> Callable:
+    """``f(s, row_points, column_points, slope, entry, position) -> logits``.
+
+    ``entry`` is the slope's place; see `DistanceBias`, and `_elements.apply` for rows.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(r.ACC, *[plgpu.RefType()] * 3, *[r.SCALAR] * 5),
+        return_type=_logits(columns),
+    )
+    def f(_, s, points, others, slope, entry, *position):
+        at = Place([x.registers.item() for x in position], columns, rows)
+        slope = r.global_word(slope, entry.registers.item(), 0, r.f32())
+        factor = r.mul(slope, r.number(-1.0))
+        bias = [
+            r.mul(factor, square if squared else r.sqrt(square))
+            for _, square in _differences(at, points, others, columns)
+        ]
+        return _sum(s, bias, scale_log2, columns)
+
+    return lambda s, bias, entry, position: f(
+        s, bias.rows, bias.columns, bias.slope, entry, *position
+    )
+
+
+def add_distance_sums(columns: int, squared: bool, rows: int, every: bool) -> Callable:
+    """``f(sums, p, ds, bias, position) -> sums`` of each row.
+
+    With x the row's point, y the column's and d their distance, or squared distance:
+    of ``ds`` times the derivative of d by x, axis by axis; with ``every`` also of ``ds
+    * d``, ``ds`` and ``p * d``. An element with p 0 adds nothing, whatever its points.
+    """
+    count = row_sums_of_distance(every)
+    sums_type = plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=r.ROW)
+    refs, scalars = [plgpu.RefType()] * 2, [r.SCALAR] * 4
+
+    @plgpu.inline_mgpu(
+        arg_types=(*[r.ROW] * count, r.ACC, r.ACC, *refs, *scalars),
+        return_type=(sums_type,) * count,
+    )
+    def f(_, *args):
+        totals = [r.scalars(x) for x in args[:count]]
+        p, ds, points, others, *position = args[count:]
+        at = Place([x.registers.item() for x in position], columns, rows)
+        found = _differences(at, points, others, columns)
+        values = zip(r.scalars(p), r.scalars(ds), found, strict=True)
+        for i, (weight, x, (difference, square)) in enumerate(values):
+            factor, distance = r.number(2.0), square
+            if not squared:
+                factor = r.inverse_sqrt(square)
+                distance = r.mul(square, factor)
+            by_axis = r.mul(x, factor)
+            terms = [r.mul(by_axis, y) for y in difference]
+            if every:
+                terms += [r.mul(x, distance), x, r.mul(weight, distance)]
+            half = (i >> 1) & 1
+            for total, term in zip(totals, terms, strict=True):
+                total[half] = r.add(total[half], r.zero_with(term, weight))
+        return tuple(r.from_scalars(x, (64,), r.ROW.to_mgpu()) for x in totals)
+
+    return lambda sums, p, ds, bias, position: f(
+        *sums, p, ds, bias.rows, bias.columns, *position
+    )
+
+
+def _differences(at: Place, points: Any, others: Any, columns: int) -> Iterator:
+    """For each register, the difference of its two points and its square."""
+    mine = [at.rows(points, axis) for axis in range(3)]
+    for pair in range(columns // 8):
+        theirs = [at.columns(others, pair, axis) for axis in range(3)]
+        for half in range(2):
+            for second in range(2):
+                x, y, z = (
+                    r.sub(a[half], b[second]) for a, b in zip(mine, theirs, strict=True)
+                )
+                yield (x, y, z), r.fma(z, z, r.fma(y, y, r.mul(x, x)))
+
+
+def _sum(s: fa.FragmentedArray, bias: list, scale_log2: float, columns: int):
+    scale, log2e = r.number(scale_log2), r.number(LOG2E)
+    values = [
+        r.fma(x, scale, r.mul(b, log2e))
+        for x, b in zip(r.scalars(s), bias, strict=True)
+    ]
+    return r.accumulator(values, (64, columns))

@@ -1,0 +1,187 @@
+"""What a walker does with a bias: reads it, adds it, sums its gradient by row.
+
+A streamed bias has a tile for each warpgroup and step; the others are read by position
+(see `_bias`). Of a bias by key or by distance, the dq and the dk and dv kernel sum up
+for each row what its gradient is made of. Called by the kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from .._common import LOG2E
+from . import _bias, _persistent
+from . import _gradient as gradient
+from . import _registers as r
+from ._bias import DistanceBias, KeyBias
+from ._elements import Position
+from ._persistent import Lists, Walker
+from ._schedule import Schedule
+
+Array = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class BiasedWalker(Walker):
+    """A walker whose logits may have a bias.
+
+    Attributes:
+        scale: factor of the logits.
+        row_sums: sums of each row that the gradient of the bias needs.
+    """
+
+    scale: float
+    row_sums: int = dataclasses.field(default=0, kw_only=True)
+
+    def read_bias(self, fields, lists: Lists, n, s: dict, slot):
+        """What step n needs of the bias: its values, or where they stand.
+
+        Called while the step's products are in flight, which do not touch those
+        registers. The tile of a streamed bias is free then.
+        """
+        bias = lists.bias
+        if bias is None:
+            return None
+        if isinstance(bias, DistanceBias):
+            return self.position(fields, lists, n)
+        if isinstance(bias, KeyBias):
+            b, h = bias.entry(*fields[:2])
+            if not self.rows_are_queries:
+                return gradient.rows(bias.values, b, h, self.first_row(fields))
+            _, heads, length = bias.values.shape
+            return (b * heads + h) * length + self.position(fields, lists, n).column
+        plgpu.barrier_wait(s["bias_full"][slot])
+        shape = (64, self.tile) if self.rows_are_queries else (self.tile, 64)
+        load = _bias.load_tile(*shape, bias.values.dtype, not self.rows_are_queries)
+        values = load(s["bias"].at[slot, self.row_half()])
+        plgpu.barrier_arrive(s["bias_free"][slot])
+        return values
+
+    def with_bias(self, fields, lists: Lists, x, read):
+        """A step's logits in base 2; without a bias ``x``, yet to be scaled."""
+        bias, scale = lists.bias, self.scale * LOG2E
+        if bias is None:
+            return x
+        if isinstance(bias, DistanceBias):
+            add = _bias.add_distance(self.tile, scale, bias.squared, self.rows_tested)
+            return add(x, bias, bias.entry(*fields[:2]), read)
+        if not isinstance(bias, KeyBias):
+            return _bias.add_tile(self.tile, scale, bias.values.dtype)(x, read)
+        if self.rows_are_queries:
+            return _bias.add_columns(self.tile, scale)(x, bias.values, read)
+        return _bias.add_rows(self.tile, scale)(x, read)
+
+    def position(self, fields, lists: Lists, n) -> Position:
+        """Where this warpgroup's tile of step n is, without bits."""
+        per_block = jnp.int32(self.steps_per_block)
+        listed = lists.partial, lists.full
+        block = self.listed(fields, listed, lax.div(n, per_block))
+        column = block * self.block_columns + lax.rem(n, per_block) * self.tile
+        return Position(fields[0], self.first_row(fields), column, jnp.int32(0))
+
+    def first_row(self, fields):
+        """First of the rows that this warpgroup computes."""
+        return fields[2] * self.block_rows + self.row_half() * 64
+
+    def no_sums(self) -> list:
+        """The row sums before the first step."""
+        zero = jnp.zeros((64,), jnp.float32)
+        return [plgpu.layout_cast(zero, r.ROW) for _ in range(self.row_sums)]
+
+    def add_sums(self, lists: Lists, sums: list, p, ds, read) -> list:
+        """Adds a step, of which `read_bias` returned ``read``, to the row sums."""
+        if not self.row_sums:
+            return sums
+        bias = lists.bias
+        if not isinstance(bias, DistanceBias):
+            return [gradient.add_to_rows(self.tile)(sums[0], ds)]
+        add = _bias.add_distance_sums(
+            self.tile, bias.squared, self.rows_tested, self.rows_are_queries
+        )
+        return list(add(sums, p, ds, bias, read))
+
+    def store_sums(self, sums: list, fields, outs, s: dict) -> None:
+        """Writes 64 rows' sums of one head to the last two outputs, whole and parts."""
+        if not self.row_sums:
+            return
+        b, h, row, part = fields[0], fields[1], fields[2], fields[7]
+        w, (whole, parts) = self.row_half(), outs[-2:]
+        sums = [gradient.whole_rows()(x) for x in sums]
+
+        def write_to(places):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for n, x in enumerate(sums):
+                s["sums"].at[n, w][...] = x
+            plgpu.commit_smem()
+            for n, place in enumerate(places):
+                plgpu.copy_smem_to_gmem(s["sums"].at[n, w], place)
+
+        rows, out = pl.ds(w * 64, 64), self.rows_out(row, w)
+        each = range(self.row_sums)
+        pl.when(part < 0)(lambda: write_to([whole.at[n, b, h, out] for n in each]))
+        pl.when(part >= 0)(lambda: write_to([parts.at[n, part, rows] for n in each]))
+
+    def sums_type(self, batch: int, heads: int, length: int, slots: int) -> list:
+        """Outputs of `store_sums`."""
+        rows = -(-length // self.block_rows) * self.wgs * 64
+        shapes = (batch, heads, rows), (slots, self.wgs * 64)
+        return [
+            jax.ShapeDtypeStruct((self.row_sums, *shape), jnp.float32)
+            for shape in shapes
+            if self.row_sums
+        ]
+
+    def sums_scratch(self) -> dict:
+        """Shared memory of `store_sums`."""
+        if not self.row_sums:
+            return {}
+        shape = (self.teams, self.row_sums, self.wgs, 64)
+        return dict(sums=plgpu.SMEM(shape, jnp.float32))
+
+    def scale_left(self, lists: Lists) -> float:
+        """What makes logits in base 2 of what `with_bias` returns."""
+        return self.scale * LOG2E if lists.bias is None else 1.0
+
+
+def first_fit(configs: Iterable, scratch: Callable) -> Any:
+    """The first config whose ``scratch(config)`` fits, or the last."""
+    for config in configs:
+        if _persistent.fits(scratch(config)):
+            break
+    return config
+
+
+def bias_stream(
+    bar: Callable, lead: tuple[int, ...], shape: tuple[int, int], dtype: Any
+) -> dict:
+    """Shared memory and barriers of a bias whose tiles have that dtype; None: nothing.
+
+    ``lead`` are teams, stages and warpgroups; ``shape`` is a warpgroup's tile.
+    """
+    if dtype is None:
+        return {}
+    _, stages, wgs = lead
+    arrivals = wgs * _bias.parts(shape[1], dtype)[0]
+    return dict(
+        bias=_bias.tile(lead, *shape, dtype),
+        bias_full=bar(stages, arrivals),
+        bias_free=bar(stages, wgs),
+    )
+
+
+def merge_sums(whole: Array, parts: Array, schedule: Schedule, block_rows: int, length):
+    """``[n, B, H, length]``: row sums, those of split rows' parts added up."""
+    out = []
+    for x, pieces in zip(whole, parts, strict=True):
+        x = jnp.swapaxes(x, 1, 2)[..., None]
+        x = gradient.merge(x, pieces[..., None], schedule)
+        out.append(jnp.swapaxes(_persistent.crop(x, length, block_rows)[..., 0], 1, 2))
+    return jnp.stack(out)
