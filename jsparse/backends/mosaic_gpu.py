@@ -59,8 +59,6 @@ differentiable = False
 DTYPES = ("bfloat16", "float16")
 LARGEST_HEAD = 256
 BLOCKS = {"block_q": (64, 128), "block_kv": (32, 64, 128)}
-PROVEN_HEAD = 128
-PROVEN_BLOCKS = {"block_q": (64, 128), "block_kv": (64, 128)}
 PROVEN_BIAS: tuple[str, ...] = ()
 """What has run on a GPU, of what lowers; the rest is refused until it has."""
 BIAS = ("dense", "block", "linear", "quadratic")
@@ -76,10 +74,10 @@ def why_not(problem: Problem) -> str | None:
         return f"it needs compute capability 9.0, and this GPU has {capability}"
     if problem.dtype not in DTYPES:
         return f"dtype {problem.dtype}; expected {' or '.join(DTYPES)}"
-    if max(problem.head_dim, problem.value_dim) > PROVEN_HEAD:
+    if max(problem.head_dim, problem.value_dim) > LARGEST_HEAD:
         size = max(problem.head_dim, problem.value_dim)
-        return f"head size {size}; expected at most {PROVEN_HEAD}"
-    for side, taken in PROVEN_BLOCKS.items():
+        return f"head size {size}; expected at most {LARGEST_HEAD}"
+    for side, taken in BLOCKS.items():
         size = getattr(problem, side)
         if size not in taken:
             *most, last = taken

@@ -29,9 +29,9 @@ TAKEN = Problem(
 REFUSED = {
     "it needs an H100 or H200, and JAX computes on cpu": {"platform": "cpu"},
     "dtype float32; expected bfloat16 or float16": {"dtype": "float32"},
-    "head size 144; expected at most 128": {"value_dim": 144},
+    "head size 272; expected at most 256": {"value_dim": 272},
     "block_q=32; expected 64 or 128": {"block_q": 32},
-    "block_kv=32; expected 64 or 128": {"block_kv": 32},
+    "block_kv=16; expected 32, 64 or 128": {"block_kv": 16},
     "a table bias; expected none": {"bias": "table"},
 }
 
@@ -47,7 +47,8 @@ def hopper(monkeypatch):
         {},
         {"head_dim": 128, "value_dim": 128},
         {"head_dim": 24, "value_dim": 96},
-        {"block_q": 64, "block_kv": 128},
+        {"head_dim": 256, "value_dim": 256},
+        {"block_q": 64, "block_kv": 32},
     ],
     ids=str,
 )
@@ -70,7 +71,6 @@ def test_takes_a_bias_that_has_been_proven(monkeypatch):
 
 def test_refuses_wide_heads_beside_a_bias(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "PROVEN_BIAS", ("dense",))
-    monkeypatch.setattr(mosaic_gpu, "PROVEN_HEAD", 256)
     wide = dataclasses.replace(TAKEN, head_dim=144, bias="dense")
     reason = "head size 144 with a bias; expected at most 128"
     assert mosaic_gpu.why_not(wide) == reason

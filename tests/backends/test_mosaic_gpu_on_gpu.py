@@ -40,8 +40,6 @@ attend = functools.partial(block_sparse_attention, implementation="mosaic_gpu")
 @pytest.fixture(autouse=True)
 def everything_that_lowers(monkeypatch):
     """What these tests show is what the backend may then take."""
-    monkeypatch.setattr(mosaic_gpu, "PROVEN_HEAD", mosaic_gpu.LARGEST_HEAD)
-    monkeypatch.setattr(mosaic_gpu, "PROVEN_BLOCKS", mosaic_gpu.BLOCKS)
     monkeypatch.setattr(mosaic_gpu, "PROVEN_BIAS", mosaic_gpu.BIAS)
 
 
