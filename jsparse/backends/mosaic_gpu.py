@@ -407,9 +407,22 @@ class _Call:
         """The test of partial blocks; rows are keys."""
         bits, rules = self.mask.bits, tuple(x.transpose() for x in self.mask.rules)
         if bits is not None:
-            bits = _transpose_bits(self.mask, bits)
+            bits = _transpose_bits(bits, self._order_by_key(), self.mask.block_kv)
         q, kv = self._tokens
         return self._elements(kv, q, bits, rules, bad)
+
+    def _order_by_key(self) -> Array:
+        """``[B or 1, n]``: number by query block of each partial block by key block.
+
+        Known before tracing if the pattern is.
+        """
+        count = self.mask.bits.shape[1]
+        if self.known is None:
+            order = jax.vmap(functools.partial(_order_by_key, jnp, count))
+            return order(self.mask.kv_num_blocks, self.mask.kv_indices)
+        lists = self.known.kv_num_blocks, self.known.kv_indices
+        order = functools.partial(_order_by_key, np, count)
+        return np.stack([order(*entry) for entry in zip(*lists, strict=True)])
 
     @property
     def _tokens(self) -> tuple[_Tokens, _Tokens]:
@@ -499,31 +512,37 @@ def _known_lists(mask: BlockMask, leads: Any, batch: tuple[int, ...]) -> BlockMa
     return dataclasses.replace(mask, **found)
 
 
-def _transpose_bits(mask: BlockMask, bits: Array) -> Array:
+def _transpose_bits(bits: Array, order: Array, block_kv: int) -> Array:
     """Bits in the order of the transposed lists, ``[B or 1, n, block_kv, words]``."""
-    order = jax.vmap(functools.partial(_transposed_order, count=bits.shape[1]))
-    order = order(mask.kv_num_blocks, mask.kv_indices)
     shape = (max(bits.shape[0], order.shape[0]),)
     bits = jnp.broadcast_to(bits, (*shape, *bits.shape[1:]))
     order = jnp.broadcast_to(order, (*shape, *order.shape[1:]))
     bits = jnp.take_along_axis(bits, order[..., None, None], 1)
-    # [B, n, word of queries, query, word of keys, key]: bit `key` moves to `query`.
     batch, n, block_q, words = bits.shape
-    bits = bits.reshape(batch, n, block_q // 32, 32, words, 1)
-    shift = jnp.arange(32, dtype=jnp.uint32)
-    bits = (bits >> shift & 1) << shift[:, None, None]
-    bits = bits.sum(3, dtype=jnp.uint32).reshape(batch, n, block_q // 32, -1)
-    return bits.swapaxes(2, 3)[:, :, : mask.block_kv]
+    # Squares of 32 queries by 32 keys: [B, n, word of queries, word of keys, query].
+    bits = bits.reshape(batch, n, block_q // 32, 32, words).swapaxes(3, 4)
+    # Halves of a square trade places, then of its quarters, and so on.
+    for size in (16, 8, 4, 2, 1):
+        low = sum(1 << i for i in range(32) if not i & size)
+        halves = bits.reshape(*bits.shape[:4], -1, 2, size)
+        first, second = halves[..., 0, :], halves[..., 1, :]
+        swapped = (first >> size ^ second) & np.uint32(low)
+        halves = first ^ swapped << size, second ^ swapped
+        bits = jnp.stack(halves, -2).reshape(bits.shape)
+    # [B, n, word of queries, key]
+    bits = bits.reshape(batch, n, block_q // 32, -1)
+    return bits.swapaxes(2, 3)[:, :, :block_kv]
 
 
-def _transposed_order(counts: Array, indices: Array, count: int) -> Array:
-    """For each partial block by key block, its number by query block."""
+def _order_by_key(xp: Any, count: int, counts: Array, indices: Array) -> Array:
+    """`_Call._order_by_key` of one batch entry, with NumPy or jnp."""
     heads, _, capacity = indices.shape
-    slots = jnp.arange(capacity)
+    slots = np.arange(capacity)
     valid = slots < counts[..., None]
     # A stable sort by (head, key block) keeps the query blocks ascending.
-    head = jnp.arange(heads)[:, None, None]
-    key = jnp.where(valid, indices + head * (indices.max() + 1), jnp.iinfo("int32").max)
-    number = (jnp.cumsum(valid.reshape(-1)) - 1).astype(jnp.int32)
-    order = jnp.argsort(key.reshape(-1), stable=True)[:count]
-    return jnp.clip(number[order], 0, count - 1)
+    head = np.arange(heads, dtype=np.int32)[:, None, None]
+    last = np.iinfo(np.int32).max
+    key = xp.where(valid, indices + head * (indices.max(initial=0) + 1), last)
+    number = xp.cumsum(valid.reshape(-1)) - 1
+    order = xp.lexsort((key.reshape(-1),))[:count]
+    return xp.clip(number[order], 0, count - 1).astype(np.int32)
