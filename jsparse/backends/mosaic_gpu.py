@@ -407,16 +407,17 @@ class _Call:
         """The test of partial blocks; rows are keys."""
         bits, rules = self.mask.bits, tuple(x.transpose() for x in self.mask.rules)
         if bits is not None:
-            bits = _transpose_bits(bits, self._order_by_key(), self.mask.block_kv)
+            bits = _transpose_bits(
+                bits, self._order_by_key(bits.shape[1]), self.mask.block_kv
+            )
         q, kv = self._tokens
         return self._elements(kv, q, bits, rules, bad)
 
-    def _order_by_key(self) -> Array:
+    def _order_by_key(self, count: int) -> Array:
         """``[B or 1, n]``: number by query block of each partial block by key block.
 
         Known before tracing if the pattern is.
         """
-        count = self.mask.bits.shape[1]
         if self.known is None:
             order = jax.vmap(functools.partial(_order_by_key, jnp, count))
             return order(self.mask.kv_num_blocks, self.mask.kv_indices)

@@ -348,19 +348,17 @@ class _BackwardDkv(BiasedWalker):
             p = self.probabilities(logits, lists, s, slot)
             if seen is not None:
                 p = mask(seen, p)
-            operands = {}
+            operands, rows = {}, sums["rows"]
             if "dk" in dims:
                 dp = wait((64, tile), 0)(found["dp"])
                 ds = self.logits_gradient(p, dp, s, slot, seen is not None)
+                rows = self.add_sums(lists, rows, p, ds, bias)
             if "dv" in dims:
                 operands["dv"] = sums["dv"], to_operand(p), dout
             if "dk" in dims:
                 operands["dk"] = sums["dk"], to_operand(ds), q
             found = _start(products, operands)
             self.await_operands(n + 1, total, step0, s, STREAMS)
-            rows = sums["rows"]
-            if "dk" in dims:
-                rows = self.add_sums(lists, rows, p, ds, bias)
             done = gradient.await_all(*dims.values())(*(found[x] for x in dims))
             self.release(s, slot)
             return dict(zip(dims, done, strict=True)) | dict(rows=rows)

@@ -106,5 +106,8 @@ def merge(
 
     lists = (schedule.split_rows, slots)
     flat = [jnp.asarray(x.reshape(-1), jnp.int32) for x in lists]
-    out, lse = per_device(in_place)(*flat, part_out, part_lse, out, lse)
+    merged = per_device(in_place)(*flat, part_out, part_lse, out, lse)
+    # In a loop XLA may let a kernel write to its place among the loop's results; one
+    # that works in place then leaves that unwritten.
+    out, lse = lax.optimization_barrier(merged)
     return out, lse

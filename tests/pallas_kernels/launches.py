@@ -66,9 +66,10 @@ class Launch:
     def config(self):
         """The given one, or the chosen: what is launched matters to forward only."""
         options: dict[str, Any] = {"bias_dtype": self.bias_dtype}
+        distances = self.bias in ("linear", "quadratic")
         if self.kernel == "forward":
-            options["launch"] = self.launch
-        elif self.bias in ("linear", "quadratic"):
+            options["launch"] = "distances" if distances else self.launch
+        elif distances:
             options["bias_dtype"] = "float32"
         return self.given or KERNELS[self.kernel][1](
             *self.dims, *self.blocks, **options
