@@ -379,20 +379,26 @@ def test_bias_of_minus_infinity_masks_the_element(implementation, on_blocks):
         assert not np.asarray(found[5])[~keep].any()
 
 
-def check_sixteen_bit_bias(case: Case, found: Any, limit: float = HALF_LIMIT) -> None:
+def check_sixteen_bit_bias(
+    case: Case,
+    found: Any,
+    limit: float = HALF_LIMIT,
+    like: tuple[str, ...] = ("reference",),
+) -> None:
     """Compares each array of a bias's gradient with what jnp computes in float32.
 
     Slopes and points get sums of a whole row, where an error of delta, which comes from
-    the rounded output, does not average out.
+    the rounded output, does not average out. ``like`` are the implementations that may
+    be half as wrong.
     """
     if isinstance(case.bias, DistanceBias):
         limit *= 1.5
     with jax.default_device(jax.devices("cpu")[0]):  # see the tests on a GPU
         truth = run_case("reference", case.cast("float32"))[5]
-        plain = run_case("reference", case)[5]
-    leaves = [jax.tree_util.tree_leaves(x) for x in (found, truth, plain)]
-    for x, y, z in zip(*leaves, strict=True):
-        assert error(x, y) <= max(2 * error(z, y), limit)
+        others = [run_case(name, case)[5] for name in like]
+    leaves = [jax.tree_util.tree_leaves(x) for x in (found, truth, *others)]
+    for x, y, *rest in zip(*leaves, strict=True):
+        assert error(x, y) <= max(limit, *(2 * error(z, y) for z in rest))
 
 
 @pytest.mark.parametrize("on_blocks", [False, True], ids=["dense", "block"])

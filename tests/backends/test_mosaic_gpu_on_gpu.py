@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsparse import BlockMask, block_sparse_attention
+from jsparse import BlockMask, DistanceBias, block_sparse_attention
 from jsparse.backends import mosaic_gpu
 from jsparse.pallas_kernels.mosaic_gpu import fwd_sm90
 from tests.backends import test_contract as contract
@@ -46,15 +46,20 @@ def everything_that_lowers(monkeypatch):
 def check(case: Case, dtype: str) -> None:
     case = case.cast(dtype)
     found, truth = contract.run_case("mosaic_gpu", case), contract.expected(case)
+    like = ("reference",)
+    if isinstance(case.bias, DistanceBias):
+        # It can leave a row a single key, where ds is a small difference of dp and
+        # delta; the kernels' delta comes from the rounded output, as xla's does.
+        like += ("xla",)
     # Compiled for the CPU: XLA tries out products on a GPU, for longer than the test.
     with jax.default_device(jax.devices("cpu")[0]):
-        plain = contract.run_case("reference", case)
+        others = [contract.run_case(name, case) for name in like]
     limit = FP16_LIMIT if dtype == "float16" else contract.HALF_LIMIT
-    for name, x, y, z in zip(contract.NAMES, found, truth, plain, strict=False):
-        bound = 2e-6 if name == "lse" else max(limit, 2 * contract.error(z, y))
-        assert contract.error(x, y) <= bound, name
+    for name, x, y, *rest in zip(contract.NAMES, found, truth, *others, strict=False):
+        bound = max(limit, *(2 * contract.error(z, y) for z in rest))
+        assert contract.error(x, y) <= (2e-6 if name == "lse" else bound), name
     if case.bias is not None:
-        contract.check_sixteen_bit_bias(case, found[5], limit)
+        contract.check_sixteen_bit_bias(case, found[5], limit, like)
 
 
 @pytest.mark.parametrize("dtype", mosaic_gpu.DTYPES)
