@@ -52,9 +52,17 @@ contracts: $(VENV)/.dev ## check which part imports which
 wheel: $(VENV)/.dev ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir $(DIST)
 
+# Needs a C++ compiler; nvcc, CUTLASS and jaxlib's headers come from PyPI. The library is
+# removed, not overwritten: a process may have it loaded.
+.PHONY: cuda
+cuda: $(VENV)/.dev ## build a wheel with the CUDA kernels into dist/, and put the kernels into jsparse/_lib/
+	JSPARSE_CUDA=1 $(BIN)/python -m build --wheel --outdir $(DIST)
+	$(BIN)/python -m zipfile -e $(DIST)/jsparse-*-linux_$$(uname -m).whl build/cuda
+	rm -rf jsparse/_lib && cp -R build/cuda/jsparse/_lib jsparse/_lib
+
 .PHONY: clean
 clean: ## remove everything that make made, the environment too
-	rm -rf $(VENV) build dist demo-report .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist jsparse/_lib demo-report .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 	find jsparse tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:

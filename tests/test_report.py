@@ -118,7 +118,7 @@ def test_page_tells_what_was_found(written: Path, job):
         "Forward + backward",
         "gradient of q: verdict right",
         "peak memory of the process",
-        "this version of jsparse has no cutlass kernels",
+        "it needs an H100 or H200",
         "bisection",
         "hilbert",
         "10 Å",

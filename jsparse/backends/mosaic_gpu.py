@@ -1,26 +1,21 @@
 """Block-sparse attention through the Pallas Mosaic-GPU kernels, on Hopper GPUs.
 
-Turns operands into what the kernels take: one batch axis, head sizes that are multiples
-of 16, flat block lists, element tests by row and column, a schedule. The kernels
-themselves are in `jsparse.pallas_kernels`.
+Chooses configs and launches; `jsparse.backends._hopper` makes of the operands what the
+kernels take. The kernels themselves are in `jsparse.pallas_kernels`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jsparse.backends import _hopper
 from jsparse.backends._contract import HostPattern, Operands, Problem
 from jsparse.backends._mosaic_bias import (
     bias_blocks,
     distance_gradient,
-    kernel_bias,
     launched,
     like,
 )
@@ -33,22 +28,7 @@ from jsparse.pallas_kernels.mosaic_gpu import (
     bwd_dq_sm90,
     fwd_sm90,
 )
-from jsparse.pallas_kernels.mosaic_gpu._elements import (
-    ColumnInterval,
-    Elements,
-    RowInterval,
-    Rule,
-    SameLabel,
-    Within,
-)
-from jsparse.pallas_kernels.mosaic_gpu._persistent import FLAGGED
-from jsparse.pallas_kernels.mosaic_gpu._schedule import (
-    Blocks,
-    Schedule,
-    schedule_on_device,
-    schedule_on_host,
-)
-from jsparse.patterns import BlockMask, Distance, Segments, Window
+from jsparse.patterns import Distance
 
 Array = Any
 _SixArrays = tuple[Array, Array, Array, Array, Array, Array]
@@ -67,11 +47,8 @@ LARGEST_HEAD_WITH_BIAS = 128
 
 def why_not(problem: Problem) -> str | None:
     """What the kernels were built and tested for."""
-    if problem.platform != "gpu":
-        return f"it needs an H100 or H200, and JAX computes on {problem.platform}"
-    capability = _compute_capability()
-    if capability != "9.0":
-        return f"it needs compute capability 9.0, and this GPU has {capability}"
+    if reason := _hopper.wrong_device(problem):
+        return reason
     if problem.dtype not in DTYPES:
         return f"dtype {problem.dtype}; expected {' or '.join(DTYPES)}"
     if max(problem.head_dim, problem.value_dim) > LARGEST_HEAD:
@@ -99,19 +76,6 @@ def _why_not_bias(problem: Problem) -> str | None:
     return None
 
 
-@functools.cache
-def _compute_capability() -> str:
-    return str(jax.devices("gpu")[0].compute_capability)
-
-
-@functools.cache
-def _num_multiprocessors() -> int:
-    """Of the GPU; of an H100 where there is none, so that kernels lower anywhere."""
-    if jax.default_backend() != "gpu":
-        return 132
-    return int(jax.devices("gpu")[0].core_count)
-
-
 # ----------------------------------------------------------------------- entry points
 
 
@@ -119,8 +83,8 @@ def forward(
     operands: Operands, scale: float, pattern: HostPattern | None
 ) -> tuple[Array, Array]:
     """See `Backend.forward`."""
-    call = _Call.of(operands, scale, pattern)
-    lists, num_ctas = call.rows, _num_multiprocessors()
+    call = _hopper.Call.of(operands, scale, pattern)
+    lists, num_ctas = call.rows, _hopper.num_multiprocessors()
     lists_of_all = math.prod(call.q.shape[::2])
     launch = fwd_sm90.launch_of(
         lists_of_all * call.mask.num_q_blocks,
@@ -164,9 +128,9 @@ def backward(
     dlse: Array,
 ) -> tuple[Array, Array, Array, Bias | None]:
     """See `Backend.backward`."""
-    call = _Call.of(operands, scale, pattern)
+    call = _hopper.Call.of(operands, scale, pattern)
     q, k, v = call.q, call.k, call.v
-    sizes = (*call.dims, *call.blocks, _num_multiprocessors())
+    sizes = (*call.dims, *call.blocks, _hopper.num_multiprocessors())
     bias_dtype = _bias.beside(call.bias)
     config = bwd_dq_sm90.choose(*sizes, bias_dtype)
     lists = call.rows
@@ -176,7 +140,8 @@ def backward(
     blind, bad = jnp.isneginf(lse), ~jnp.isfinite(lse) | ~jnp.isfinite(delta)
     lse2 = jnp.where(blind, jnp.inf, jnp.where(bad, jnp.nan, lse * LOG2E))
     lse2, delta = call.pad_queries(lse2, jnp.inf), jnp.where(bad, 0, delta)
-    arrays = (q, k, v, call.flat(_pad_dim(dout)), lse2, call.pad_queries(delta, 0))
+    dout = call.flat(_hopper.pad_dim(dout))
+    arrays = (q, k, v, dout, lse2, call.pad_queries(delta, 0))
 
     bad_keys = call.bad_keys(k)
     dq, by_query = bwd_dq_sm90.backward_dq(
@@ -220,7 +185,7 @@ class _Sums(NamedTuple):
 
 
 def _bias_gradient(
-    call: _Call, arrays: _SixArrays, sums: _Sums, primal: Bias | None
+    call: _hopper.Call, arrays: _SixArrays, sums: _Sums, primal: Bias | None
 ) -> Bias | None:
     """The gradient of a bias: from the sums if there are any, else by a kernel.
 
@@ -235,7 +200,7 @@ def _bias_gradient(
         return distance_gradient(bias, *by_row, dlse, primal, call.batch)
     if sums.by_key is not None:
         return like(jnp.moveaxis(sums.by_key, 0, 2), primal, call.batch)
-    sizes = (*call.dims, *call.blocks, _num_multiprocessors())
+    sizes = (*call.dims, *call.blocks, _hopper.num_multiprocessors())
     config = bwd_dbias_sm90.choose(*sizes, _bias.dtype_of(bias))
     any_partial = call.rows.partial.column.shape[-1] > 0
     found = bwd_dbias_sm90.backward_dbias(
@@ -248,302 +213,3 @@ def _bias_gradient(
         config=config,
     )
     return like(found, primal, call.batch)
-
-
-# ------------------------------------------------------------------------ preparation
-
-
-class _Lists(NamedTuple):
-    """Block lists of a launch by row, ``[B or 1, H or 1, n, ...]``, and on the host."""
-
-    partial: Blocks
-    full: Blocks
-    known: tuple[Blocks, Blocks] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """Operands with one batch axis; every array that has it is full or of size 1."""
-
-    q: Array
-    k: Array
-    v: Array
-    mask: BlockMask
-    batch: tuple[int, ...]
-    scale: float
-    sign: float
-    known: BlockMask | None
-    bias: _bias.Bias | None
-
-    @classmethod
-    def of(cls, operands: Operands, scale: float, pattern: HostPattern | None) -> _Call:
-        """The canonical form. The kernels want a positive scale: q takes the sign."""
-        batch = operands.batch_shape
-        rank, total = len(batch), math.prod(batch)
-        sign = 1.0 if scale > 0 else float(np.sign(scale))
-
-        def flat(x):
-            return _flatten(jnp, x, x.shape[:rank], batch)
-
-        def full(x):
-            return jnp.broadcast_to(flat(x), (total, *x.shape[rank:]))
-
-        mask = jax.tree_util.tree_map(flat, operands.mask)
-        known = None
-        if pattern is not None:
-            leads = jax.tree_util.tree_map(lambda x: x.shape[:rank], operands.mask)
-            known = _known_lists(pattern.mask, leads, batch)
-        q = _pad_dim(operands.q)
-        if sign != 1:
-            q = q * jnp.asarray(sign, q.dtype)
-        return cls(
-            full(q),
-            full(_pad_dim(operands.k)),
-            full(_pad_dim(operands.v)),
-            mask,
-            batch,
-            abs(scale) or 1.0,
-            sign,
-            known,
-            kernel_bias(operands.bias, mask, batch),
-        )
-
-    @property
-    def dims(self) -> tuple[int, int]:
-        """Padded head sizes."""
-        return self.q.shape[-1], self.v.shape[-1]
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        return self.mask.block_q, self.mask.block_kv
-
-    def flat(self, x: Array) -> Array:
-        """Joins the full batch axes of x."""
-        return x.reshape(-1, *x.shape[len(self.batch) :])
-
-    def pad_queries(self, x: Array, value: float) -> Array:
-        """``[..., H, T]`` to ``[B, H, nq * block_q]``."""
-        x = x.reshape(-1, *x.shape[-2:])
-        return _pad_last(x, self.mask.num_q_blocks * self.mask.block_q, value)
-
-    def sum_shared(self, grad: Array, primal: Array) -> Array:
-        """A gradient in the shape of its primal: padding off, shared axes summed."""
-        rank = len(self.batch)
-        grad = grad[..., : primal.shape[-1]].reshape(*self.batch, *primal.shape[rank:])
-        axes = tuple(i for i in range(rank) if primal.shape[i] < self.batch[i])
-        if not axes:
-            return grad
-        total = grad.astype(jnp.float32).sum(axes, keepdims=True)
-        return total.astype(grad.dtype)
-
-    # -------------------------------------------------------------- lists, schedules
-
-    @property
-    def rows(self) -> _Lists:
-        """Lists by query block."""
-        return self._lists("kv")
-
-    @property
-    def columns(self) -> _Lists:
-        """Lists by key block."""
-        return self._lists("q")
-
-    def _lists(self, side: str) -> _Lists:
-        def blocks(mask, kind):
-            names = f"{kind}{side}_num_blocks", f"{kind}{side}_indices"
-            return Blocks(*(getattr(mask, name) for name in names))
-
-        known = None
-        if self.known is not None:
-            known = blocks(self.known, ""), blocks(self.known, "full_")
-        return _Lists(blocks(self.mask, ""), blocks(self.mask, "full_"), known)
-
-    def schedule(
-        self,
-        lists: _Lists,
-        workers: int,
-        group: int = 1,
-        tiles: int = 1,
-        share: int = 1,
-    ) -> Schedule:
-        """On the host if the pattern is known, else on the device."""
-        make, blocks = schedule_on_device, (lists.partial, lists.full)
-        if lists.known is not None:
-            make, blocks = schedule_on_host, lists.known
-        return make(
-            *blocks,
-            batch=self.q.shape[0],
-            heads=self.q.shape[2],
-            workers=workers,
-            group=group,
-            tiles=tiles,
-            share=share,
-            one_bias=_shared(self.bias, *self.q.shape[::2]),
-        )
-
-    # --------------------------------------------------------------- element tests
-
-    def bad_keys(self, x: Array) -> Array:
-        """``[B, K, nkv * block_kv]``, 1 where ``x [B, S, K, D]`` is not finite."""
-        bad = jnp.moveaxis(~jnp.isfinite(x).all(-1), 1, 2).astype(jnp.int32)
-        return _pad_last(bad, self.mask.num_kv_blocks * self.mask.block_kv, 0)
-
-    def entries(self, lists: _Lists, bad: Array, block: int) -> tuple[Array, Array]:
-        """The lists for a kernel: blocks with a bad column are flagged in the partial.
-
-        One flag stands for all batch entries and heads that may list the block.
-        """
-        blocks = (bad != 0).reshape(-1, bad.shape[-1] // block, block).any((0, 2))
-        columns = lists.partial.column
-        flags = blocks.astype(jnp.int32)[columns]
-        return columns + FLAGGED * flags, lists.full.column
-
-    def elements(self, bad: Array) -> Elements:
-        """The test of partial blocks; rows are queries."""
-        q, kv = self._tokens
-        return self._elements(q, kv, self.mask.bits, self.mask.rules, bad)
-
-    def transposed_elements(self, bad: Array) -> Elements:
-        """The test of partial blocks; rows are keys."""
-        bits, rules = self.mask.bits, tuple(x.transpose() for x in self.mask.rules)
-        if bits is not None:
-            bits = _transpose_bits(
-                bits, self._order_by_key(bits.shape[1]), self.mask.block_kv
-            )
-        q, kv = self._tokens
-        return self._elements(kv, q, bits, rules, bad)
-
-    def _order_by_key(self, count: int) -> Array:
-        """``[B or 1, n]``: number by query block of each partial block by key block.
-
-        Known before tracing if the pattern is.
-        """
-        if self.known is None:
-            order = jax.vmap(functools.partial(_order_by_key, jnp, count))
-            return order(self.mask.kv_num_blocks, self.mask.kv_indices)
-        lists = self.known.kv_num_blocks, self.known.kv_indices
-        order = functools.partial(_order_by_key, np, count)
-        return np.stack([order(*entry) for entry in zip(*lists, strict=True)])
-
-    @property
-    def _tokens(self) -> tuple[_Tokens, _Tokens]:
-        """The queries and the keys."""
-        m = self.mask
-        return (
-            _Tokens(m.q_lengths, m.num_q_blocks * m.block_q),
-            _Tokens(m.kv_lengths, m.num_kv_blocks * m.block_kv),
-        )
-
-    def _elements(self, rows, columns, bits, rules, bad) -> Elements:
-        rules = tuple(_kernel_rule(rule, rows, columns) for rule in rules)
-        if bits is not None:
-            bits = jax.lax.bitcast_convert_type(bits, jnp.int32)
-        lengths = None
-        if not any(isinstance(rule, Within) for rule in rules):
-            shape = (self.q.shape[0],)
-            both = [jnp.broadcast_to(x.lengths, shape) for x in (rows, columns)]
-            lengths = jnp.stack(both, 1).reshape(-1).astype(jnp.int32)
-        return Elements(lengths, bad, bits, rules)
-
-
-class _Tokens(NamedTuple):
-    """Queries or keys: ``lengths [B or 1]``, and how many whole blocks hold."""
-
-    lengths: Array
-    padded: int
-
-
-def _kernel_rule(
-    rule: Segments | Window | Distance, rows: _Tokens, columns: _Tokens
-) -> Rule:
-    """A rule by row and column, its arrays padded to whole blocks.
-
-    Tokens that do not exist get coordinates that are NaN, and are close to nothing.
-    """
-
-    def whole(x, tokens):
-        return _pad_last(x.astype(jnp.int32), tokens.padded, 0)
-
-    def by_axis(x, tokens):
-        exists = jnp.arange(x.shape[-2]) < tokens.lengths[:, None]
-        x = jnp.where(exists[..., None], x.astype(jnp.float32), jnp.nan)
-        return _pad_last(jnp.moveaxis(x, -1, -2), tokens.padded, jnp.nan)
-
-    if isinstance(rule, Segments):
-        return SameLabel(whole(rule.q_ids, rows), whole(rule.kv_ids, columns))
-    if isinstance(rule, Window):
-        by_row = rule.side == "q"
-        ends = [whole(x, rows if by_row else columns) for x in (rule.start, rule.stop)]
-        return RowInterval(*ends) if by_row else ColumnInterval(*ends)
-    cutoff = rule.cutoff[:, 0].astype(jnp.float32)
-    coords = by_axis(rule.q_coords, rows), by_axis(rule.kv_coords, columns)
-    return Within(*coords, cutoff * cutoff)
-
-
-def _shared(bias: _bias.Bias | None, batch: int, heads: int) -> tuple[bool, bool]:
-    """Whether batch entries, and whether heads, share a bias."""
-    return (False, False) if bias is None else bias.shared(batch, heads)
-
-
-def _pad_last(x: Array, length: int, value: float) -> Array:
-    width = [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])]
-    return jnp.pad(x, width, constant_values=value)
-
-
-def _pad_dim(x: Array) -> Array:
-    """Rounds the head size up to a multiple of 16."""
-    return _pad_last(x, -(-x.shape[-1] // 16) * 16, 0)
-
-
-def _flatten(xp: Any, x: Array, lead: tuple[int, ...], batch: tuple[int, ...]) -> Array:
-    """Joins leading axes ``lead`` into one: of size 1 if all are shared, else full."""
-    if math.prod(lead) == 1:
-        return x.reshape(1, *x.shape[len(lead) :])
-    x = xp.broadcast_to(x, (*batch, *x.shape[len(lead) :]))
-    return x.reshape(math.prod(batch), *x.shape[len(lead) :])
-
-
-def _known_lists(mask: BlockMask, leads: Any, batch: tuple[int, ...]) -> BlockMask:
-    """The lists of a known mask as NumPy arrays, with the batch axis of the launch."""
-    found = {}
-    for side in ("kv", "q", "full_kv", "full_q"):
-        for name_ in (f"{side}_num_blocks", f"{side}_indices"):
-            x, lead = np.asarray(getattr(mask, name_)), getattr(leads, name_)
-            found[name_] = _flatten(np, x.reshape(*lead, *x.shape[1:]), lead, batch)
-    return dataclasses.replace(mask, **found)
-
-
-def _transpose_bits(bits: Array, order: Array, block_kv: int) -> Array:
-    """Bits in the order of the transposed lists, ``[B or 1, n, block_kv, words]``."""
-    shape = (max(bits.shape[0], order.shape[0]),)
-    bits = jnp.broadcast_to(bits, (*shape, *bits.shape[1:]))
-    order = jnp.broadcast_to(order, (*shape, *order.shape[1:]))
-    bits = jnp.take_along_axis(bits, order[..., None, None], 1)
-    batch, n, block_q, words = bits.shape
-    # Squares of 32 queries by 32 keys: [B, n, word of queries, word of keys, query].
-    bits = bits.reshape(batch, n, block_q // 32, 32, words).swapaxes(3, 4)
-    # Halves of a square trade places, then of its quarters, and so on.
-    for size in (16, 8, 4, 2, 1):
-        low = sum(1 << i for i in range(32) if not i & size)
-        halves = bits.reshape(*bits.shape[:4], -1, 2, size)
-        first, second = halves[..., 0, :], halves[..., 1, :]
-        swapped = (first >> size ^ second) & np.uint32(low)
-        halves = first ^ swapped << size, second ^ swapped
-        bits = jnp.stack(halves, -2).reshape(bits.shape)
-    # [B, n, word of queries, key]
-    bits = bits.reshape(batch, n, block_q // 32, -1)
-    return bits.swapaxes(2, 3)[:, :, :block_kv]
-
-
-def _order_by_key(xp: Any, count: int, counts: Array, indices: Array) -> Array:
-    """`_Call._order_by_key` of one batch entry, with NumPy or jnp."""
-    heads, _, capacity = indices.shape
-    slots = np.arange(capacity)
-    valid = slots < counts[..., None]
-    # A stable sort by (head, key block) keeps the query blocks ascending.
-    head = np.arange(heads, dtype=np.int32)[:, None, None]
-    last = np.iinfo(np.int32).max
-    key = xp.where(valid, indices + head * (indices.max(initial=0) + 1), last)
-    number = xp.cumsum(valid.reshape(-1)) - 1
-    order = xp.lexsort((key.reshape(-1),))[:count]
-    return xp.clip(number[order], 0, count - 1).astype(np.int32)

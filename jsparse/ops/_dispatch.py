@@ -10,11 +10,9 @@ from jsparse.backends._contract import Problem
 
 def refusals(problem: Problem) -> dict[str, str | None]:
     """Why each implementation cannot take the problem, or None where it can."""
-    answers: dict[str, str | None] = {}
-    for name in backends.IMPLEMENTATIONS:
-        module = backends.load(name)
-        answers[name] = module if isinstance(module, str) else module.why_not(problem)
-    return answers
+    return {
+        name: backends.load(name).why_not(problem) for name in backends.IMPLEMENTATIONS
+    }
 
 
 def choose(implementation: str, problem: Problem) -> ModuleType:
@@ -38,7 +36,4 @@ def choose(implementation: str, problem: Problem) -> ModuleType:
             f"block_sparse_attention: implementation={name!r} cannot run this: "
             f"{answers[name]}. These can: {', '.join(able)}."
         )
-    module = backends.load(name)
-    if isinstance(module, str):
-        raise NotImplementedError(module)
-    return module
+    return backends.load(name)

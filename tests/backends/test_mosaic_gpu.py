@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from jsparse.backends import mosaic_gpu
+from jsparse.backends import _hopper, mosaic_gpu
 from jsparse.backends._contract import Problem
 
 TAKEN = Problem(
@@ -38,7 +38,7 @@ REFUSED = {
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "_compute_capability", lambda: "9.0")
+    monkeypatch.setattr(_hopper, "compute_capability", lambda: "9.0")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_refuses_wide_heads_beside_a_bias(monkeypatch):
 
 
 def test_refuses_other_gpus(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "_compute_capability", lambda: "8.0")
+    monkeypatch.setattr(_hopper, "compute_capability", lambda: "8.0")
     assert mosaic_gpu.why_not(TAKEN) == (
         "it needs compute capability 9.0, and this GPU has 8.0"
     )

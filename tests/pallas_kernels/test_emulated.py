@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jsparse import block_sparse_attention
-from jsparse.backends import mosaic_gpu
+from jsparse.backends import _hopper, mosaic_gpu
 from jsparse.pallas_kernels.mosaic_gpu import _schedule, fwd_sm90
 from tests.backends import test_contract as contract
 from tests.pallas_kernels.emulation import emulated
@@ -46,7 +46,7 @@ def kernels(monkeypatch, capsys):
     if jax.default_backend() == "gpu":
         pytest.skip("the contract suite runs the kernels themselves")
     monkeypatch.setattr(mosaic_gpu, "why_not", lambda problem: None)
-    monkeypatch.setattr(mosaic_gpu, "_num_multiprocessors", lambda: 3)
+    monkeypatch.setattr(_hopper, "num_multiprocessors", lambda: 3)
     with emulated(), capsys.disabled():
         faulthandler.dump_traceback_later(LONGEST, exit=True)
         yield

@@ -106,6 +106,16 @@ def make_case(
     )
 
 
+def growing_logits(rng: np.random.Generator, dim: int) -> Case:
+    """Six full blocks a row, each with logits three times those of the one before."""
+    mask = BlockMask.from_blocks(
+        np.repeat([0, 1], 6), np.tile(np.arange(6), 2), q_len=256, kv_len=768
+    )
+    case = make_case(rng, mask, heads=(1, 1), dims=(dim, dim))
+    growth = 3.0 ** (np.arange(768) // 128)
+    return dataclasses.replace(case, k=case.k * growth[:, None, None])
+
+
 SIZES = (37, 75, 8, 32)  # ragged in both directions, several blocks each way
 
 

@@ -1,0 +1,297 @@
+// One compute warpgroup: 64 query rows of each item of its team, or their part that the team computes.
+//
+// Products and softmax overlap: while the softmax of step n runs, p v of step n - 1 and the products
+// of other warpgroups are on the tensor core.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "collective/element_mask.cuh"
+#include "collective/epilogue.cuh"
+#include "collective/products.cuh"
+#include "collective/softmax.cuh"
+#include "collective/tiles.cuh"
+#include "kernel/params.h"
+
+namespace jsparse {
+
+template <class Element, TileConfig kConfig>
+struct Compute {
+  using T = Tiles<Element, kConfig>;
+  using Team = TeamStorage<Element, kConfig>;
+  using Product = Products<Element, kConfig>;
+  using Mask = ElementMask<kConfig.tile_kv>;
+  static constexpr int kLogits = Product::kLogits, kSums = Product::kSums;
+
+  static constexpr int kStride = kConfig.stride();
+  static constexpr int kGuessBarrier = 8;  // the first, of one for each compute warpgroup
+
+  const ForwardParams &params;
+  SharedStorage<Element, kConfig> &shared;
+  int team_index;
+  int warpgroup;  // of the team
+  int thread;     // of the warpgroup
+  Team &team = shared.team[team_index];
+  Position<kConfig.num_q_stages()> at = {};  // the item
+  Position<kConfig.num_stages> tile = {};  // the step
+
+  __device__ void run(int worker) {
+    if (kConfig.turns && warpgroup == 1) pass_turn();
+    for (int count = params.args.item_count[worker]; count > 0; --count) {
+      team.q_full[at.stage()].wait(at.parity());
+      Item item{team.item[at.stage()]};
+      float sums[kSums] = {};
+      Softmax softmax;
+      if (item.num_blocks() > 0) attend(item, sums, softmax);
+      if constexpr (kConfig.share) join(sums, softmax);
+      if (!kConfig.share || team_index == 0) {
+        store<Element>(params.args, item, warpgroup, thread, sums, softmax);
+      }
+      release(team.q_free[at.stage()]);
+      at = at.plus(1);
+    }
+  }
+
+ private:
+  // ------------------------------------------------------------------------- one item
+
+  // Partial blocks come first, then full ones.
+  __device__ void attend(const Item &item, float (&sums)[kSums], Softmax &softmax) {
+    const int per_block = steps_per_block();
+    const int partial = item.num_partial() * per_block;
+    const int total = item.num_blocks() * per_block;
+    uint32_t p[kLogits / 2];
+    int n = kConfig.first_step(team_index);
+    if (kConfig.share && n >= total) return;
+
+    team.k_full[tile.stage()].wait(tile.parity());
+    if (n < partial) {
+      first_step<true>(item, n, total, p, softmax);
+    } else {
+      first_step<false>(item, n, total, p, softmax);
+    }
+    n += kStride;
+    for (; n < partial; n += kStride) step<true>(item, n, total, sums, p, softmax);
+    for (; n < total; n += kStride) step<false>(item, n, total, sums, p, softmax);
+
+    Product::begin(sums, p);
+    Product::start_pv(sums, p, team.v[tile.stage()]);
+    Product::template wait<0>(sums);
+    release(team.v_free[tile.stage()]);
+    tile = tile.plus(1);
+  }
+
+  template <bool kPartial>
+  __device__ void first_step(const Item &item, int n, int total, uint32_t (&p)[kLogits / 2],
+                             Softmax &softmax) {
+    float logits[kLogits], alpha[2];
+    int entry = team.entry[tile.stage()];
+    Mask mask;
+    if constexpr (kPartial) mask = test_elements(item, n, entry);
+    take_turn();
+    Product::begin();
+    Product::start_qk(logits, queries(), team.k[tile.stage()]);
+    pass_turn();
+    Product::template wait<0>(logits);
+    if constexpr (kPartial) apply(mask, item, n, entry, logits);
+    release(team.k_free[tile.stage()]);
+    probabilities(logits, softmax, alpha);
+    await_operands<kPartial>(item, n, total, entry, tile);
+    pack_all(p, logits);
+  }
+
+  // A step after another of the team, whose p v runs beside the softmax of this one.
+  template <bool kPartial>
+  __device__ void step(const Item &item, int n, int total, float (&sums)[kSums],
+                       uint32_t (&p)[kLogits / 2], Softmax &softmax) {
+    float logits[kLogits], alpha[2];
+    auto next = tile.plus(1);
+    int entry = team.entry[next.stage()];
+    // Before the products: their logits would take the registers that the test needs.
+    Mask mask;
+    if constexpr (kPartial) mask = test_elements(item, n, entry);
+    take_turn();
+    Product::begin(sums, p);
+    Product::start_qk(logits, queries(), team.k[next.stage()]);
+    Product::start_pv(sums, p, team.v[tile.stage()]);
+    pass_turn();
+    Product::template wait<1>(logits);
+    if constexpr (kPartial || !kConfig.guess) {
+      if constexpr (kPartial) apply(mask, item, n, entry, logits);
+      release(team.k_free[next.stage()]);
+      probabilities(logits, softmax, alpha);
+    } else {
+      guess(logits, softmax, alpha, next);
+    }
+    // Its branches also keep ptxas from moving the wait for p v up into the softmax.
+    await_operands<kPartial>(item, n, total, entry, next);
+    Product::template wait<0>(sums);
+    release(team.v_free[tile.stage()]);
+    rescale(sums, alpha);
+    pack_all(p, logits);
+    tile = next;
+  }
+
+  // Probabilities relative to the maximum of the steps before. Where the warpgroup finds that too
+  // low, logits are computed once more, and the maximum is raised.
+  __device__ void guess(float (&logits)[kLogits], Softmax &softmax, float (&alpha)[2],
+                        Position<kConfig.num_stages> now) {
+    float total[2];
+    bool good = softmax.template guess<kConfig.lazy, kConfig.polynomial_every>(
+        logits, params.scale_log2, total);
+    int barrier = kGuessBarrier + team_index * kConfig.warpgroups() + warpgroup;
+    if (any_named(barrier, 128, !good)) {
+      Product::begin();
+      Product::start_qk(logits, queries(), team.k[now.stage()]);
+      Product::template wait<0>(logits);
+      probabilities(logits, softmax, alpha);
+    } else {
+      alpha[0] = alpha[1] = 1.0f;
+      softmax.sum[0] += total[0];
+      softmax.sum[1] += total[1];
+    }
+    release(team.k_free[now.stage()]);
+  }
+
+  __device__ void probabilities(float (&logits)[kLogits], Softmax &softmax,
+                                float (&alpha)[2]) const {
+    softmax.template step<kConfig.lazy, kConfig.polynomial_every>(logits, params.scale_log2, alpha);
+  }
+
+  // Waits for the keys of the team's step after `now`, which is step n, and for the values of `now`.
+  template <bool kPartial>
+  __device__ void await_operands(const Item &item, int n, int total, int entry,
+                                 Position<kConfig.num_stages> now) {
+    auto next = now.plus(1);
+    if (n + kStride < total) team.k_full[next.stage()].wait(next.parity());
+    team.v_full[now.stage()].wait(now.parity());
+    if constexpr (kPartial) clean_values(item, n, entry, now.stage());
+  }
+
+  // Adds the results of the other teams to those of the first one, in their order.
+  __device__ void join(float (&sums)[kSums], Softmax &softmax) {
+    constexpr int kBarrier = 1 + kConfig.teams, kThreads = 128 * kConfig.teams;
+    if (team_index > 0) {
+      auto &mine = shared.found[team_index - 1];
+      CUTE_UNROLL
+      for (int i = 0; i < kSums; ++i) mine[i][thread] = sums[i];
+      CUTE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        mine[kSums + half][thread] = softmax.max[half];
+        mine[kSums + 2 + half][thread] = softmax.sum[half];
+      }
+    }
+    sync_named(kBarrier, kThreads);
+    for (int other = 1; team_index == 0 && other < kConfig.teams; ++other) {
+      auto &theirs = shared.found[other - 1];
+      float alpha[2], beta[2];
+      CUTE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        softmax.add(half, theirs[kSums + half][thread], theirs[kSums + 2 + half][thread],
+                    alpha[half], beta[half]);
+      }
+      CUTE_UNROLL
+      for (int i = 0; i < kSums; ++i) {
+        sums[i] = fmaf(theirs[i][thread], beta[i >> 1 & 1], sums[i] * alpha[i >> 1 & 1]);
+      }
+    }
+    sync_named(kBarrier, kThreads);  // then they may be written again
+  }
+
+  __device__ Element *queries() const { return team.q[at.stage()][warpgroup]; }
+
+  __device__ int steps_per_block() const { return params.args.block_kv / kConfig.tile_kv; }
+
+  // ---------------------------------------------------------------------- arithmetic
+
+  // The registers of the accumulator, pair by pair, are those of the operand.
+  __device__ static void pack_all(uint32_t (&p)[kLogits / 2], const float (&s)[kLogits]) {
+    CUTE_UNROLL
+    for (int i = 0; i < kLogits / 2; ++i) p[i] = pack<Element>(s[2 * i], s[2 * i + 1]);
+  }
+
+  // Unless alpha is 1 in the whole warp, as it mostly is where the maximum is lazy.
+  __device__ static void rescale(float (&sums)[kSums], const float (&alpha)[2]) {
+    if (kConfig.lazy > 0 && !__any_sync(0xffffffff, alpha[0] != 1.0f || alpha[1] != 1.0f)) return;
+    CUTE_UNROLL
+    for (int i = 0; i < kSums; ++i) sums[i] *= alpha[i >> 1 & 1];
+  }
+
+  // ------------------------------------------------------------------- partial blocks
+
+  // First key of step n, of the block of a list entry.
+  __device__ int first_key(int n, int entry) const {
+    int block = entry & (JSPARSE_FLAGGED - 1);
+    return block * params.args.block_kv + n % steps_per_block() * kConfig.tile_kv;
+  }
+
+  __device__ Mask test_elements(const Item &item, int n, int entry) const {
+    const jsparse_forward_args &args = params.args;
+    int row = item.row() * kConfig.tile_q + warpgroup * 64 + first_row(thread);
+    Place place{item.batch(), row, first_key(n, entry) + first_column(thread)};
+    int64_t block = int64_t(item.first_bits()) + n / steps_per_block();
+    if (args.bits_batched) block += int64_t(item.batch()) * args.num_bits;
+    int64_t bit_row = (block * args.block_q + row % args.block_q) * (args.block_kv / 32) +
+                      n % steps_per_block() * (kConfig.tile_kv / 32);
+    return ElementTest<kConfig.tile_kv>::at(params, place, bit_row);
+  }
+
+  // -inf for elements that do not count, and, for keys whose values are not finite, NaN before.
+  __device__ void apply(const Mask &mask, const Item &item, int n, int entry,
+                        float (&logits)[kLogits]) const {
+    if (entry >= JSPARSE_FLAGGED) {
+      const int32_t *bad = bad_keys(item) + first_key(n, entry) + first_column(thread);
+      CUTE_UNROLL
+      for (int i = 0; i < kLogits; ++i) {
+        if (bad[i / 4 * 8 + i % 2] != 0) logits[i] = __builtin_nanf("");
+      }
+    }
+    mask.apply(logits);
+  }
+
+  // Sets values that are not finite to zero: a NaN times p = 0 would reach rows that do not see it.
+  __device__ void clean_values(const Item &item, int n, int entry, int stage) {
+    if (entry < JSPARSE_FLAGGED) return;
+    int key = warpgroup * 128 + thread;  // each thread of the team has one
+    if (key < kConfig.tile_kv && bad_keys(item)[first_key(n, entry) + key] != 0) {
+      for (int box = 0; box < T::kDim; box += T::kBoxColumns) {
+        // The swizzle moves nothing out of a row.
+        auto *row = reinterpret_cast<uint4 *>(team.v[stage] + box * kConfig.tile_kv +
+                                              key * T::kBoxColumns);
+        for (int i = 0; i < T::kBoxColumns / 8; ++i) row[i] = make_uint4(0, 0, 0, 0);
+      }
+    }
+    fence_async_shared();
+    sync_named(1 + team_index, kConfig.warpgroups() * 128);
+  }
+
+  __device__ const int32_t *bad_keys(const Item &item) const {
+    const jsparse_forward_args &args = params.args;
+    int kv_head = item.head() / (args.num_heads / args.num_kv_heads);
+    int64_t row = int64_t(item.batch()) * args.num_kv_heads + kv_head;
+    return args.bad_keys + row * params.num_kv_blocks * args.block_kv;
+  }
+
+  // ------------------------------------------------------------------- synchronisation
+
+  // Every warp tells of its own reads.
+  __device__ void release(Barrier &barrier) const {
+    __syncwarp();
+    if (thread % 32 == 0) barrier.arrive();
+  }
+
+  // Waits until the other warpgroup has issued its products.
+  __device__ void take_turn() const {
+    if constexpr (kConfig.turns) sync_named(turn_barrier(warpgroup), 256);
+  }
+
+  __device__ void pass_turn() const {
+    if constexpr (kConfig.turns) arrive_named(turn_barrier(1 - warpgroup), 256);
+  }
+
+  __device__ int turn_barrier(int of_warpgroup) const {
+    return 1 + kConfig.teams + 2 * team_index + of_warpgroup;
+  }
+};
+
+}  // namespace jsparse

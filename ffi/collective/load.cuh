@@ -1,0 +1,95 @@
+// The load warp of a team: one thread fetches with TMA what the team's items need, in their order.
+#pragma once
+
+#include "collective/tiles.cuh"
+#include "collective/tma.cuh"
+#include "kernel/params.h"
+
+namespace jsparse {
+
+template <class Element, TileConfig kConfig>
+struct Load {
+  using T = Tiles<Element, kConfig>;
+  using Team = TeamStorage<Element, kConfig>;
+
+  const ForwardParams &params;
+  Team &team;
+  int team_index;
+
+  // All items of one worker.
+  __device__ void run(int worker) {
+    prefetch_map(params.q);
+    prefetch_map(params.k);
+    prefetch_map(params.v);
+    const jsparse_forward_args &args = params.args;
+    const int32_t *fields =
+        args.items + int64_t(worker) * args.items_per_worker * JSPARSE_ITEM_FIELDS;
+    Position<kConfig.num_q_stages()> at;
+    Position<kConfig.num_stages> tile;
+    for (int count = args.item_count[worker]; count > 0; --count) {
+      team.q_free[at.stage()].wait(at.parity() ^ 1);
+      for (int i = 0; i < JSPARSE_ITEM_FIELDS; ++i) team.item[at.stage()][i] = fields[i];
+      Item item{team.item[at.stage()]};
+      load_queries(item, at.stage());
+      load_blocks(item, tile);
+      at = at.plus(1);
+      fields += JSPARSE_ITEM_FIELDS;
+    }
+  }
+
+ private:
+  // Also tells the team of the item, which may have no blocks.
+  __device__ void load_queries(const Item &item, int stage) {
+    auto &full = team.q_full[stage];
+    if (item.num_blocks() == 0) {
+      full.arrive();
+      return;
+    }
+    full.arrive_and_expect(T::kBytesQ);
+    for (int w = 0; w < kConfig.warpgroups(); ++w) {
+      int token = item.row() * kConfig.tile_q + w * 64;
+      copy_tile(params.q, full, team.q[stage][w], 64, item.head(), token, item.batch());
+    }
+  }
+
+  // Partial blocks first, then full ones. Entries are read as they are needed: the warp is as many
+  // steps ahead as there are stages, and has no registers to spare.
+  __device__ void load_blocks(const Item &item, Position<kConfig.num_stages> &tile) {
+    const jsparse_forward_args &args = params.args;
+    const int kv_head = item.head() / (args.num_heads / args.num_kv_heads);
+    const int halves = args.block_kv > kConfig.tile_kv;  // a block is one step, or two
+    const int steps = item.num_blocks() << halves;
+    for (int n = kConfig.first_step(team_index); n < steps; n += kConfig.stride()) {
+      int entry = entry_of(item, n >> halves);
+      int token = (entry & (JSPARSE_FLAGGED - 1)) * args.block_kv + (n & halves) * kConfig.tile_kv;
+      int stage = tile.stage();
+      team.k_free[stage].wait(tile.parity() ^ 1);
+      team.entry[stage] = entry;
+      team.k_full[stage].arrive_and_expect(T::kBytesKv);
+      copy_tile(params.k, team.k_full[stage], team.k[stage], kConfig.tile_kv, kv_head, token,
+                item.batch());
+      team.v_free[stage].wait(tile.parity() ^ 1);
+      team.v_full[stage].arrive_and_expect(T::kBytesKv);
+      copy_tile(params.v, team.v_full[stage], team.v[stage], kConfig.tile_kv, kv_head, token,
+                item.batch());
+      tile = tile.plus(1);
+    }
+  }
+
+  __device__ int entry_of(const Item &item, int block) const {
+    if (block < item.num_partial()) return params.args.kv_indices[item.first_partial() + block];
+    // A full block has no flag, so that the item itself tells the first one.
+    if (block == 0) return item.first_column();
+    return params.args.full_kv_indices[item.first_full() + block - item.num_partial()];
+  }
+
+  // `rows` tokens of one head, box by box.
+  __device__ static void copy_tile(const CUtensorMap &map, Barrier &full, Element *to, int rows,
+                                   int head, int token, int batch) {
+    for (int column = 0; column < T::kDim; column += T::kBoxColumns) {
+      copy_box(map, full, to + column * rows, column, head, token, batch);
+    }
+  }
+};
+
+}  // namespace jsparse

@@ -1,0 +1,123 @@
+// How tiles lie in shared memory, which products read them, and what one team shares.
+#pragma once
+
+#include <cute/tensor.hpp>
+#include <cutlass/numeric_types.h>
+
+#include "collective/barrier.cuh"
+#include "jsparse/forward.h"
+#include "kernel/tile_config.h"
+
+namespace jsparse {
+
+template <jsparse_dtype kDtype>
+using ElementOf =
+    cute::conditional_t<kDtype == JSPARSE_FLOAT16, cutlass::half_t, cutlass::bfloat16_t>;
+
+template <class Element_, TileConfig kConfig>
+struct Tiles {
+  using Element = Element_;
+  static constexpr int kDim = kConfig.head_dim;
+  static constexpr int kTile = kConfig.tile_kv;
+  // Columns of one TMA box: a row of them is as wide as the swizzle. A tile is its boxes one after
+  // another, each [rows, kBoxColumns], which is also how the layouts below order their atoms.
+  static constexpr int kBoxColumns = kDim < 64 ? kDim : 64;
+  static constexpr bool kNarrow = kBoxColumns == 32;
+
+  using KMajor = cute::conditional_t<kNarrow, cute::GMMA::Layout_K_SW64_Atom<Element>,
+                                     cute::GMMA::Layout_K_SW128_Atom<Element>>;
+  using MnMajor = cute::conditional_t<kNarrow, cute::GMMA::Layout_MN_SW64_Atom<Element>,
+                                      cute::GMMA::Layout_MN_SW128_Atom<Element>>;
+
+  using Rows = cute::Int<64>;
+  using Keys = cute::Int<kTile>;
+  using Dim = cute::Int<kDim>;
+
+  using LayoutQ = decltype(cute::tile_to_shape(KMajor{}, cute::Shape<Rows, Dim>{}));
+  using LayoutK = decltype(cute::tile_to_shape(KMajor{}, cute::Shape<Keys, Dim>{}));
+  // The same tile of values, seen as the transposed operand of p v.
+  using LayoutVt = decltype(cute::tile_to_shape(MnMajor{}, cute::Shape<Dim, Keys>{},
+                                                cute::Step<cute::_2, cute::_1>{}));
+
+  // s = q k^T, and out += p v with p in registers; of one warpgroup.
+  using MmaQk = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<Rows, Keys, Dim>>()));
+  using MmaPv = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<Rows, Dim, Keys>,
+                                 cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
+
+  static constexpr uint32_t kBytesQ = kConfig.tile_q * kDim * sizeof(Element);
+  static constexpr uint32_t kBytesKv = kTile * kDim * sizeof(Element);
+};
+
+// Of one team. Barriers named full are completed by the load warp and its copies, those named free
+// by every warp that computes.
+template <class Element, TileConfig kConfig>
+struct alignas(1024) TeamStorage {
+  alignas(1024) Element q[kConfig.num_q_stages()][kConfig.warpgroups()][64 * kConfig.head_dim];
+  alignas(1024) Element k[kConfig.num_stages][kConfig.tile_kv * kConfig.head_dim];
+  alignas(1024) Element v[kConfig.num_stages][kConfig.tile_kv * kConfig.head_dim];
+  // The item of each query tile and the list entry of each key tile, put there by the load warp.
+  alignas(16) int32_t item[kConfig.num_q_stages()][JSPARSE_ITEM_FIELDS];
+  int32_t entry[kConfig.num_stages];
+  Barrier q_full[kConfig.num_q_stages()];
+  Barrier k_full[kConfig.num_stages];
+  Barrier v_full[kConfig.num_stages];
+  Barrier q_free[kConfig.num_q_stages()];
+  Barrier k_free[kConfig.num_stages];
+  Barrier v_free[kConfig.num_stages];
+
+  __device__ void init_barriers() {
+    constexpr int kWarps = 4 * kConfig.warpgroups();
+    for (int i = 0; i < kConfig.num_q_stages(); ++i) {
+      q_full[i].init(1);
+      q_free[i].init(kWarps);
+    }
+    for (int i = 0; i < kConfig.num_stages; ++i) {
+      k_full[i].init(1);
+      v_full[i].init(1);
+      k_free[i].init(kWarps);
+      v_free[i].init(kWarps);
+    }
+  }
+};
+
+template <class Element, TileConfig kConfig>
+struct SharedStorage {
+  TeamStorage<Element, kConfig> team[kConfig.teams];
+  // Where teams compute items together, what each but the first found: every thread's sums, and
+  // for its two rows the maximum and the sum of probabilities.
+  static constexpr int kOthers = kConfig.share ? kConfig.teams - 1 : 1;
+  static constexpr int kFound = kConfig.share ? kConfig.head_dim / 2 + 4 : 1;
+  float found[kOthers][kFound][128];
+};
+
+// A position in a ring of stages: which stage it is, and the parity of the phase that fills it.
+template <int kStages>
+struct Position {
+  static_assert((kStages & (kStages - 1)) == 0, "stages are told by the low bits of a counter");
+  uint32_t count = 0;
+
+  __device__ int stage() const { return count % kStages; }
+  __device__ uint32_t parity() const { return count / kStages % 2; }
+  __device__ Position plus(int steps) const { return {count + steps}; }
+};
+
+// The fields of an item; see jsparse_forward_args. They are read where they are used: registers are
+// too dear to keep them.
+struct Item {
+  const int32_t *fields;
+
+  __device__ int batch() const { return fields[0]; }
+  __device__ int head() const { return fields[1]; }
+  __device__ int row() const { return fields[2]; }
+  __device__ int first_partial() const { return fields[3]; }
+  __device__ int num_partial() const { return fields[4]; }
+  __device__ int first_full() const { return fields[5]; }
+  __device__ int num_blocks() const { return fields[4] + fields[6]; }
+  __device__ int slot() const { return fields[7]; }
+  __device__ int first_bits() const { return fields[8]; }
+  __device__ int first_column() const { return fields[9]; }
+};
+
+}  // namespace jsparse

@@ -1,0 +1,3 @@
+#include "kernel/forward_sm90.cuh"
+
+template cudaError_t jsparse::launch_forward<JSPARSE_BFLOAT16, 32>(const ForwardParams &, cudaStream_t);

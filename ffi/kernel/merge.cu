@@ -1,0 +1,59 @@
+// Combines the parts of split rows: a mean of the parts' outputs weighted by exp(lse).
+//
+// A warp computes one query row, each lane some of its columns.
+#include <cutlass/bfloat16.h>
+#include <cutlass/half.h>
+
+#include "kernel/params.h"
+
+namespace jsparse {
+namespace {
+
+constexpr int kWarps = 4;
+
+template <class Element>
+__global__ void __launch_bounds__(32 * kWarps) merge(const jsparse_forward_args args) {
+  int lane = threadIdx.x % 32, in_tile = blockIdx.y * kWarps + threadIdx.x / 32;
+  const int32_t *place = args.split_rows + 3 * int64_t(blockIdx.x);
+  const int32_t *slots = args.split_slots + int64_t(blockIdx.x) * args.most_parts;
+  int token = place[2] * args.tile_q + in_tile;
+  if (token >= args.q_len) return;
+
+  float top = -INFINITY;
+  for (int part = 0; part < args.most_parts; ++part) {
+    int64_t at = int64_t(slots[part]) * args.tile_q + in_tile;
+    if (slots[part] >= 0) top = fmaxf(top, args.part_lse[at]);
+  }
+  float base = top == -INFINITY ? 0.0f : top, total = 0.0f, sums[4] = {};
+  for (int part = 0; part < args.most_parts; ++part) {
+    if (slots[part] < 0) continue;
+    int64_t at = int64_t(slots[part]) * args.tile_q + in_tile;
+    float weight = expf(args.part_lse[at] - base);
+    total += weight;
+    for (int i = 0; i < 4; ++i) {
+      int column = lane + 32 * i;
+      if (column < args.head_dim) sums[i] += weight * args.part_out[at * args.head_dim + column];
+    }
+  }
+  float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+  int64_t head = int64_t(place[0]) * args.num_heads + place[1];
+  if (lane == 0) args.lse[head * args.q_len + token] = base + logf(total);
+  int64_t row = (int64_t(place[0]) * args.q_len + token) * args.num_heads + place[1];
+  for (int i = 0; i < 4; ++i) {
+    int column = lane + 32 * i;
+    if (column >= args.head_dim) continue;
+    static_cast<Element *>(args.out)[row * args.head_dim + column] = Element(sums[i] * inverse);
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_merge(const jsparse_forward_args &args, cudaStream_t stream) {
+  dim3 grid(args.num_split_rows, args.tile_q / kWarps);
+  auto *kernel = args.dtype == JSPARSE_FLOAT16 ? &merge<cutlass::half_t>
+                                               : &merge<cutlass::bfloat16_t>;
+  kernel<<<grid, 32 * kWarps, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace jsparse

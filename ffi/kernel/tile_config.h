@@ -1,0 +1,60 @@
+// How a forward kernel is built, and which build takes which sizes. Host and device read it.
+#pragma once
+
+namespace jsparse {
+
+// A CTA is one load warpgroup and `teams` teams of tile_q / 64 compute warpgroups, each with tiles and
+// barriers of its own. A team walks a schedule of its own; or the teams walk one together, and each
+// computes every teams-th step of an item.
+struct TileConfig {
+  int head_dim;
+  int tile_q;            // query rows of an item; divides block_q
+  int tile_kv;           // keys of one step; divides block_kv
+  int num_stages;        // key and value tiles in flight
+  int teams;
+  bool share;            // whether the teams compute each item together
+  bool turns;            // whether a team's two warpgroups take turns on the tensor core
+  float lazy;            // powers of two that a row maximum must grow by before sums are rescaled
+  bool guess;            // whether full blocks take the maximum of the steps before
+  int polynomial_every;  // every n-th exponential is computed by FMA, not MUFU; 0: none
+
+  // The next item's queries are fetched ahead where there are many items.
+  constexpr int num_q_stages() const { return share ? 1 : 2; }
+  constexpr int warpgroups() const { return tile_q / 64; }
+  constexpr int compute_warpgroups() const { return teams * warpgroups(); }
+  constexpr int threads() const { return 128 * (compute_warpgroups() + 1); }
+  // Registers a thread; together they are no more than the CTA is launched with.
+  constexpr int load_registers() const { return compute_warpgroups() <= 2 ? 40 : 32; }
+  constexpr int compute_registers() const {
+    return compute_warpgroups() <= 2 ? 232 : compute_warpgroups() == 3 ? 160 : 112;
+  }
+
+  // Walkers of a schedule in one CTA, and which of all a team of it is.
+  constexpr int walkers() const { return share ? 1 : teams; }
+  constexpr int walker(int cta, int team) const { return cta * walkers() + team % walkers(); }
+  // The steps of an item that a team computes: its first, and from one to the next.
+  constexpr int first_step(int team) const { return share ? team : 0; }
+  constexpr int stride() const { return share ? teams : 1; }
+};
+
+constexpr bool has_kernel(int head_dim, int tile_q, int block_kv, bool share) {
+  return (head_dim == 32 || head_dim == 64 || head_dim == 128) &&
+         (tile_q == 64 || (tile_q == 128 && !share)) && (block_kv == 64 || block_kv == 128);
+}
+
+// The config for sizes that have a kernel. With 128 rows an item, those that won with the Mosaic
+// kernels, which are built alike (pallas_kernels/README.md); no others have been timed here.
+//
+// Up to D 64 several teams hide each other's chain from logits to probabilities. At D 128 a sum and
+// a tile of logits fill the registers that two warpgroups have.
+constexpr TileConfig choose(int head_dim, int tile_q, int block_kv, bool share) {
+  if (tile_q == 64) {
+    int stages = head_dim == 32 ? 4 : 2, teams = head_dim < 128 ? 4 : 2;
+    return {head_dim, tile_q, 64, stages, teams, share, false, 8.0f, true, 0};
+  }
+  if (head_dim < 128) return {head_dim, tile_q, 64, 4, 2, false, false, 8.0f, true, 0};
+  if (block_kv == 64) return {head_dim, tile_q, 64, 4, 1, false, true, 8.0f, true, 0};
+  return {head_dim, tile_q, 128, 2, 1, false, true, 8.0f, true, 0};
+}
+
+}  // namespace jsparse

@@ -1,0 +1,260 @@
+"""Block-sparse attention through the CUDA kernels of ``ffi/``, on Hopper GPUs.
+
+They are in a shared library that a plain wheel does not have; it is loaded, and its
+handler registered with JAX, on first use. What the kernels take is prepared as for the
+Mosaic kernels, which also compute the gradients.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsparse.backends import _hopper, mosaic_gpu
+from jsparse.backends._contract import HostPattern, Operands, Problem
+from jsparse.pallas_kernels.mosaic_gpu._elements import (
+    ColumnInterval,
+    Elements,
+    RowInterval,
+    SameLabel,
+    Within,
+)
+from jsparse.pallas_kernels.mosaic_gpu._manual_axes import per_device
+from jsparse.pallas_kernels.mosaic_gpu._schedule import Schedule
+
+Array = Any
+
+name = "cutlass"
+differentiable = False
+
+DTYPES = ("bfloat16", "float16")
+HEAD_SIZES = (32, 64, 128)
+"""Those of the kernels; arrays are padded to them."""
+BLOCKS = {"block_q": (64, 128), "block_kv": (64, 128)}
+RULES = (SameLabel, RowInterval, ColumnInterval, Within)
+"""In the order of ``jsparse_rule_kind``."""
+MOST_RULES = 4
+PROVEN = False
+"""Whether the kernels have passed their tests on a GPU; until then none is used."""
+
+LIBRARY = "libjsparse_cuda.so"
+TARGET = "jsparse_forward"
+
+
+def why_not(problem: Problem) -> str | None:
+    """What the kernels were built and tested for."""
+    if _library_file() is None:
+        return (
+            "this jsparse was built without its CUDA kernels; build them with "
+            "JSPARSE_CUDA=1, as ffi/README.md says"
+        )
+    if reason := _hopper.wrong_device(problem):
+        return reason
+    library = _library()
+    if isinstance(library, str):
+        return library
+    if not PROVEN:
+        return "not all tests of its kernels have run on a GPU yet"
+    return _not_taken(problem)
+
+
+def _not_taken(problem: Problem) -> str | None:
+    if problem.dtype not in DTYPES:
+        return f"dtype {problem.dtype}; expected {' or '.join(DTYPES)}"
+    size = max(problem.head_dim, problem.value_dim)
+    if size > HEAD_SIZES[-1]:
+        return f"head size {size}; expected at most {HEAD_SIZES[-1]}"
+    for side, taken in BLOCKS.items():
+        size = getattr(problem, side)
+        if size not in taken:
+            return f"{side}={size}; expected {' or '.join(map(str, taken))}"
+    if len(problem.rules) > MOST_RULES:
+        return f"{len(problem.rules)} element rules; expected at most {MOST_RULES}"
+    if problem.bias is not None:
+        return f"a {problem.bias} bias; expected none"
+    return None
+
+
+# ----------------------------------------------------------------------- entry points
+
+
+def forward(
+    operands: Operands, scale: float, pattern: HostPattern | None
+) -> tuple[Array, Array]:
+    """See `Backend.forward`."""
+    call = _hopper.Call.of(operands, scale, pattern)
+    q, k, v = _pad_heads(call.q, call.k, call.v)
+    lists, bad = call.rows, call.bad_keys(v)
+    items = _Items.of(call)
+    walkers = _walkers(q.shape[-1], items, call.blocks[1])
+    schedule = call.schedule(
+        lists,
+        _hopper.num_multiprocessors() * walkers,
+        tiles=call.mask.block_q // items.tile_q,
+    )
+    out, lse = _launch(
+        *(q, k, v),
+        *call.entries(lists, bad, call.blocks[1]),
+        call.elements(bad),
+        schedule,
+        blocks=call.blocks,
+        items=items,
+        scale=call.scale,
+    )
+    out = out[..., : operands.v.shape[-1]]
+    return out.reshape(*call.batch, *out.shape[1:]), lse.reshape(
+        *call.batch, *lse.shape[1:]
+    )
+
+
+backward = mosaic_gpu.backward
+"""See `Backend.backward`. From ``out`` and ``lse``, whichever kernel computed them."""
+
+
+# ------------------------------------------------------------------------- the launch
+
+
+class _Items(NamedTuple):
+    """What the items of a launch are: query rows each, and who computes one."""
+
+    tile_q: int
+    share: bool
+
+    @classmethod
+    def of(cls, call: _hopper.Call) -> _Items:
+        """Whole rows of blocks, each by its own team.
+
+        Unless, halved to 64 rows, they are no more than the multiprocessors: then all
+        warpgroups of one compute each together.
+        """
+        tiles = call.mask.num_q_blocks * call.mask.block_q // 64
+        if math.prod(call.q.shape[::2]) * tiles <= _hopper.num_multiprocessors():
+            return cls(64, share=True)
+        return cls(call.mask.block_q, share=False)
+
+
+def _pad_heads(*arrays: Array) -> list[Array]:
+    """Zeros up to the smallest head size of the kernels that holds all of them."""
+    widest = max(x.shape[-1] for x in arrays)
+    size = next(size for size in HEAD_SIZES if size >= widest)
+    return [
+        jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])]) for x in arrays
+    ]
+
+
+def _launch(
+    q: Array,
+    k: Array,
+    v: Array,
+    partial: Array,
+    full: Array,
+    elements: Elements,
+    schedule: Schedule,
+    *,
+    blocks: tuple[int, int],
+    items: _Items,
+    scale: float,
+) -> Sequence[Array]:
+    """``out [B, T, H, D]`` and ``lse [B, H, T]``; for shapes see ``ffi/README.md``."""
+    batch, q_len, heads, dim = q.shape
+    f32, slots = jnp.float32, max(schedule.num_slots, 1)
+    results = (
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct((batch, heads, q_len), f32),
+        jax.ShapeDtypeStruct((slots, items.tile_q, dim), f32),
+        jax.ShapeDtypeStruct((slots, items.tile_q), f32),
+    )
+    none = np.zeros(0, np.int32)
+    lengths, bad, bits, rules = elements if schedule.any_partial else (None, *[()] * 3)
+    operands = (
+        *(q, k, v, partial.reshape(-1), full.reshape(-1)),
+        *(schedule.count, schedule.items, schedule.split_rows, schedule.split_slots),
+        bad if len(bad) else none,
+        none if lengths is None else lengths.reshape(batch, 2),
+        none if bits is None or not len(bits) else bits,
+        *(x for rule in rules for x in rule),
+    )
+    run = jax.ffi.ffi_call(TARGET, results)
+
+    def kernel(*operands: Array) -> Sequence[Array]:
+        return run(
+            *operands,
+            block_q=np.int32(blocks[0]),
+            block_kv=np.int32(blocks[1]),
+            tile_q=np.int32(items.tile_q),
+            share=items.share,
+            scale=np.float32(scale),
+            rules=np.array([RULES.index(type(rule)) for rule in rules], np.int32),
+        )
+
+    return per_device(kernel)(*map(_on_device, operands))[:2]
+
+
+def _on_device(x: Array) -> Array:
+    """An array of JAX; one without elements stands for none.
+
+    That one is made where it is used: XLA's partitioner crashes on a constant without
+    elements that `jax.shard_map` closes over.
+    """
+    return jnp.asarray(x) if x.size else jnp.zeros(x.shape, jnp.int32)
+
+
+# ------------------------------------------------------------------------ the library
+
+
+def _library_file() -> Path | None:
+    """Where the shared library is, if this installation has one."""
+    spec = importlib.util.find_spec("jsparse")
+    folders = spec.submodule_search_locations if spec is not None else None
+    places = (Path(folder) / "_lib" / LIBRARY for folder in folders or ())
+    return next((place for place in places if place.exists()), None)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The loaded library, its handler registered with JAX, or why it will not load.
+
+    A library that was built for a newer jaxlib must not be registered: JAX may then
+    not start at all.
+    """
+    path = _library_file()
+    assert path is not None
+    built = json.loads(path.with_name("build.json").read_text("utf-8"))["jaxlib"]
+    found = metadata.version("jaxlib")
+    if _numbers(found) < _numbers(built):
+        return (
+            f"{path} was built for jaxlib {built} and will not load into jaxlib "
+            f"{found}; install jaxlib {built} or newer, or build it again"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as err:
+        return f"{path} will not load: {err}; build it again"
+    handler = jax.ffi.pycapsule(library.jsparse_forward_ffi)
+    jax.ffi.register_ffi_target(TARGET, handler, platform="CUDA")
+    return library
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(x) for x in re.findall(r"\d+", version)[:3]]
+
+
+def _walkers(head_dim: int, items: _Items, block_kv: int) -> int:
+    """Walkers of a schedule on one multiprocessor."""
+    library = _library()
+    if isinstance(library, str):
+        raise NotImplementedError(library)
+    sizes = (head_dim, items.tile_q, block_kv, items.share)
+    return library.jsparse_forward_walkers(*sizes)

@@ -1,0 +1,43 @@
+"""Lets the tests use the CUDA kernels, which a user gets only once the tests passed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+from jsparse.backends import cutlass
+
+
+@pytest.fixture(autouse=True)
+def cutlass_under_test(request, monkeypatch):
+    """For a test whose parameter ``implementation`` is ``"cutlass"``; skips if unbuilt.
+
+    A test that names the backend itself takes ``cutlass_on_gpu``.
+    """
+    call = getattr(request.node, "callspec", None)
+    if call is not None and call.params.get("implementation") == "cutlass":
+        _allow(monkeypatch)
+
+
+@pytest.fixture
+def cutlass_on_gpu(monkeypatch):
+    """Lets ``implementation="cutlass"`` run; skips if it is not built."""
+    _allow(monkeypatch)
+
+
+@pytest.fixture(params=["halves", "share"])
+def half_rows(request, monkeypatch) -> Iterator[None]:
+    """Makes items of the CUDA kernels be 64 rows, whatever the sizes of the call."""
+    found = cutlass._Items(64, share=request.param == "share")
+    monkeypatch.setattr(cutlass._Items, "of", lambda call: found)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def _allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    if cutlass._library_file() is None:
+        pytest.skip("needs the built CUDA kernels: make cuda")
+    monkeypatch.setattr(cutlass, "PROVEN", True)

@@ -1,0 +1,171 @@
+"""What the CUTLASS backend refuses, with which words, and what it lowers to."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jsparse
+from jsparse import block_sparse_attention
+from jsparse.backends import _hopper, cutlass
+from jsparse.backends._contract import Operands
+from tests.backends.test_mosaic_gpu import TAKEN
+from tests.support.cases import CASES, make_case, random_mask
+
+REFUSED = {
+    "it needs an H100 or H200, and JAX computes on cpu": {"platform": "cpu"},
+    "dtype float32; expected bfloat16 or float16": {"dtype": "float32"},
+    "head size 144; expected at most 128": {"value_dim": 144},
+    "block_q=32; expected 64 or 128": {"block_q": 32},
+    "block_kv=32; expected 64 or 128": {"block_kv": 32},
+    "5 element rules; expected at most 4": {"rules": ("Window",) * 5},
+    "a table bias; expected none": {"bias": "table"},
+}
+
+
+class Library:
+    """Stands for a loaded library where nothing is launched."""
+
+    @staticmethod
+    def jsparse_forward_walkers(*sizes: int) -> int:
+        return 2
+
+
+def _install_at(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Makes the package be in ``folder``, as far as its library is looked for."""
+    monkeypatch.setattr(jsparse.__spec__, "submodule_search_locations", [str(folder)])
+
+
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    """As on an H100 with a library that has passed its tests."""
+    monkeypatch.setattr(_hopper, "compute_capability", lambda: "9.0")
+    monkeypatch.setattr(cutlass, "_library_file", lambda: tmp_path / cutlass.LIBRARY)
+    monkeypatch.setattr(cutlass, "_library", Library)
+    monkeypatch.setattr(cutlass, "PROVEN", True)
+
+
+@pytest.fixture
+def built(monkeypatch, tmp_path):
+    """A library file that is none, made by ``built(jaxlib)``."""
+    monkeypatch.setattr(_hopper, "compute_capability", lambda: "9.0")
+    _install_at(monkeypatch, tmp_path)
+    cutlass._library.cache_clear()
+
+    def make(jaxlib: str):
+        folder = tmp_path / "_lib"
+        folder.mkdir()
+        (folder / cutlass.LIBRARY).write_bytes(b"no library")
+        (folder / "build.json").write_text(json.dumps({"jaxlib": jaxlib}), "utf-8")
+        return folder / cutlass.LIBRARY
+
+    yield make
+    cutlass._library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"head_dim": 24, "value_dim": 128}, {"block_q": 64, "block_kv": 128}],
+    ids=str,
+)
+def test_takes_what_its_kernels_take(hopper, change):
+    assert cutlass.why_not(dataclasses.replace(TAKEN, **change)) is None
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refuses(hopper, reason):
+    assert cutlass.why_not(dataclasses.replace(TAKEN, **REFUSED[reason])) == reason
+
+
+def test_refuses_what_no_gpu_has_run(hopper, monkeypatch):
+    monkeypatch.setattr(cutlass, "PROVEN", False)
+    reason = "not all tests of its kernels have run on a GPU yet"
+    assert cutlass.why_not(TAKEN) == reason
+
+
+def test_kernels_that_no_gpu_has_run_are_not_enabled():
+    assert not cutlass.PROVEN
+
+
+def test_not_built(monkeypatch, tmp_path):
+    _install_at(monkeypatch, tmp_path)
+    assert cutlass.why_not(TAKEN) == (
+        "this jsparse was built without its CUDA kernels; build them with "
+        "JSPARSE_CUDA=1, as ffi/README.md says"
+    )
+
+
+def test_wrong_gpu(built, monkeypatch):
+    built("0.0.1")
+    monkeypatch.setattr(_hopper, "compute_capability", lambda: "10.0")
+    assert cutlass.why_not(TAKEN) == (
+        "it needs compute capability 9.0, and this GPU has 10.0"
+    )
+
+
+def test_will_not_load(built):
+    path = built("0.0.1")
+    reason = cutlass.why_not(TAKEN)
+    assert reason is not None
+    assert reason.startswith(f"{path} will not load: ")
+    assert reason.endswith("; build it again")
+
+
+def test_built_for_a_newer_jaxlib(built):
+    path = built("99.10.2")
+    assert (cutlass.why_not(TAKEN) or "").startswith(
+        f"{path} was built for jaxlib 99.10.2 and will not load into jaxlib "
+    )
+
+
+def test_versions_are_numbers():
+    assert cutlass._numbers("0.11.2") < cutlass._numbers("0.12.0.1")
+    assert cutlass._numbers("0.9.0") < cutlass._numbers("0.11.2.dev20261101")
+
+
+@pytest.mark.parametrize("name", ["plain", "batch_and_head_patterns", "distance"])
+def test_lowers_with_its_gradients(hopper, monkeypatch, name):
+    monkeypatch.setattr(cutlass, "why_not", cutlass._not_taken)
+    case = CASES[name](np.random.default_rng(0), (300, 500, 128, 64)).cast("bfloat16")
+
+    @jax.jit
+    def gradients(q, k, v, mask):
+        def loss(q, k, v):
+            out = block_sparse_attention(q, k, v, mask, implementation="cutlass")
+            return out.astype("float32").sum()
+
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    traced = gradients.trace(case.q, case.k, case.v, case.mask)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@jsparse_forward(") == 1
+    assert "block_kv = 64 : i32, block_q = 128 : i32" in text
+    assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize("batch, items", [(1, (64, True)), (9, (128, False))])
+def test_few_rows_are_computed_together(batch, items):
+    rng = np.random.default_rng(0)
+    mask = random_mask(rng, (1000, 1000, 128, 128), 30)
+    case = make_case(rng, mask, batch=(batch,), heads=(1, 1))
+    operands = Operands(case.q, case.k, case.v, mask, None)
+    call = _hopper.Call.of(operands, 1.0, None)
+    assert cutlass._Items.of(call) == items
+
+
+def test_not_loading_is_not_silent(monkeypatch):
+    monkeypatch.setattr(cutlass, "_library", lambda: "it will not load")
+    with pytest.raises(NotImplementedError, match="it will not load"):
+        cutlass._walkers(64, cutlass._Items(128, share=False), 128)
+
+
+def test_library_is_a_ctypes_library_where_it_is_built():
+    if cutlass._library_file() is None:
+        pytest.skip("needs the built library: make cuda")
+    assert isinstance(cutlass._library(), ctypes.CDLL)

@@ -1,0 +1,125 @@
+"""What only a GPU can show of the CUDA kernels, beside the contract suite.
+
+Every head size, block and dtype against float64; every case in every block; the same
+bits a thousand times, also from two threads at once; lists that split rows.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsparse import block_sparse_attention
+from jsparse.backends import cutlass
+from tests.backends import test_contract as contract
+from tests.support.cases import (
+    CASES,
+    Case,
+    growing_logits,
+    make_case,
+    random_mask,
+    uneven_rows,
+)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cutlass_on_gpu")]
+LIMITS = {"bfloat16": contract.HALF_LIMIT, "float16": 1e-3}
+
+attend = functools.partial(
+    block_sparse_attention, return_lse=True, implementation="cutlass"
+)
+run = jax.jit(attend)
+
+
+def check(case: Case, dtype: str) -> None:
+    case = case.cast(dtype)
+    args = (case.q, case.k, case.v, case.mask)
+    poison(jax.eval_shape(run, *args))
+    found = run(*args)
+    truth = contract.expected(case)
+    assert contract.error(found[0], truth[0]) <= LIMITS[dtype]
+    assert contract.error(found[1], truth[1]) <= 2e-6
+    poison(found)
+    for x, y in zip(run(*args), found, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def poison(results: tuple[jax.Array | jax.ShapeDtypeStruct, ...]) -> None:
+    """Leaves NaN in memory that results of these shapes get."""
+    copies = [jnp.full(x.shape, jnp.nan, x.dtype) for x in results for _ in range(4)]
+    jax.block_until_ready(copies)
+
+
+@pytest.mark.parametrize("dtype", cutlass.DTYPES)
+@pytest.mark.parametrize("block_kv", cutlass.BLOCKS["block_kv"])
+@pytest.mark.parametrize("block_q", cutlass.BLOCKS["block_q"])
+@pytest.mark.parametrize("dims", [(16, 24), (32, 32), (48, 64), (96, 80), (128, 128)])
+def test_every_kernel(dims, block_q, block_kv, dtype):
+    rng = np.random.default_rng(dims[0])
+    sizes = (block_q * 7 - 9, block_kv * 20 + 7, block_q, block_kv)
+    mask = random_mask(rng, sizes, 80)
+    check(make_case(rng, mask, heads=(4, 2), dims=dims), dtype)
+
+
+@pytest.mark.parametrize("blocks", [(64, 64), (64, 128), (128, 64), (128, 128)])
+@pytest.mark.parametrize("name", CASES)
+def test_every_case(name, blocks):
+    check(CASES[name](np.random.default_rng(0), (700, 900, *blocks)), "bfloat16")
+
+
+@pytest.mark.parametrize("dim", cutlass.HEAD_SIZES)
+def test_logits_that_grow(dim):
+    check(growing_logits(np.random.default_rng(11), dim), "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", cutlass.DTYPES)
+@pytest.mark.parametrize("block_kv", cutlass.BLOCKS["block_kv"])
+@pytest.mark.parametrize("block_q", cutlass.BLOCKS["block_q"])
+@pytest.mark.parametrize("dim", cutlass.HEAD_SIZES)
+def test_every_kernel_of_half_rows(half_rows, dim, block_q, block_kv, dtype):
+    test_every_kernel((dim, dim), block_q, block_kv, dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_of_half_rows(half_rows, name):
+    test_every_case(name, (128, 128))
+
+
+@pytest.mark.parametrize("dim", cutlass.HEAD_SIZES)
+def test_the_same_bits_of_half_rows(half_rows, dim):
+    test_the_same_bits_a_thousand_times(dim)
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_split_rows(static):
+    rng = np.random.default_rng(7)
+    mask = uneven_rows(rng, (9, 30), (200, 3900, 128, 128))
+    case = make_case(rng, mask, dims=(64, 64)).cast("bfloat16")
+    known = jax.jit(functools.partial(attend, mask=mask))
+    call = known if static else functools.partial(run, mask=mask)
+    args = (case.q, case.k, case.v)
+    poison(jax.eval_shape(call, *args))
+    found = call(*args)
+    truth = contract.expected(case)
+    assert contract.error(found[0], truth[0]) <= contract.HALF_LIMIT
+    assert contract.error(found[1], truth[1]) <= 2e-6
+
+
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_the_same_bits_a_thousand_times(dim):
+    rng = np.random.default_rng(2)
+    mask = random_mask(rng, (2000, 3000, 128, 128), 150)
+    case = make_case(rng, mask, heads=(4, 2), dims=(dim, dim)).cast("bfloat16")
+    args = [jax.device_put(x) for x in (case.q, case.k, case.v)]
+    first = run(*args, mask)
+
+    def differ(_):
+        found = run(*args, mask)
+        return sum(int((x != y).sum()) for x, y in zip(found, first, strict=True))
+
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        assert sum(threads.map(differ, range(1000))) == 0

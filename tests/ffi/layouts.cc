@@ -1,0 +1,77 @@
+// Compares the layouts that the kernel's products use, which CuTe can evaluate on a CPU, with how
+// TMA lays tiles out in shared memory and with which elements the kernel thinks a thread holds.
+#include "collective/element_mask.cuh"
+#include "collective/tiles.cuh"
+#include "collective/tma.cuh"
+
+namespace jsparse {
+namespace {
+
+using namespace cute;
+
+// Where a TMA copy puts an element of a tile, in elements: boxes one after another.
+template <class T>
+int tma_offset(int rows, int row, int column) {
+  constexpr int kBox = T::kBoxColumns;
+  return column / kBox * rows * kBox + swizzled(row, column % kBox, kBox) / 2;
+}
+
+template <class T>
+int tile_mismatches() {
+  // Layouts of shared memory swizzle bytes; these, elements.
+  auto q = as_position_independent_swizzle_layout(typename T::LayoutQ{});
+  auto k = as_position_independent_swizzle_layout(typename T::LayoutK{});
+  auto vt = as_position_independent_swizzle_layout(typename T::LayoutVt{});
+  int wrong = 0;
+  for (int column = 0; column < T::kDim; ++column) {
+    for (int row = 0; row < 64; ++row) wrong += q(row, column) != tma_offset<T>(64, row, column);
+    for (int key = 0; key < T::kTile; ++key) {
+      wrong += k(key, column) != tma_offset<T>(T::kTile, key, column);
+      wrong += vt(column, key) != tma_offset<T>(T::kTile, key, column);
+    }
+  }
+  return wrong;
+}
+
+// Whether register i of a thread is row r + 8 * (i >> 1 & 1), column c + 8 * (i / 4) + i % 2.
+template <class Coordinates>
+int register_mismatches(const Coordinates &held, int thread) {
+  int wrong = 0;
+  for (int i = 0; i < size(held); ++i) {
+    wrong += get<0>(held(i)) != first_row(thread) + 8 * (i >> 1 & 1);
+    wrong += get<1>(held(i)) != first_column(thread) + i / 4 * 8 + i % 2;
+  }
+  return wrong;
+}
+
+template <class T>
+int register_mismatches() {
+  typename T::MmaQk qk;
+  typename T::MmaPv pv;
+  auto logits = make_identity_tensor(Shape<typename T::Rows, typename T::Keys>{});
+  auto sums = make_identity_tensor(Shape<typename T::Rows, typename T::Dim>{});
+  int wrong = 0;
+  for (int thread = 0; thread < 128; ++thread) {
+    wrong += register_mismatches(qk.get_slice(thread).partition_C(logits), thread);
+    wrong += register_mismatches(pv.get_slice(thread).partition_C(sums), thread);
+    wrong += register_mismatches(pv.get_slice(thread).partition_A(logits), thread);
+  }
+  return wrong;
+}
+
+template <TileConfig kConfig>
+int mismatches() {
+  using T = Tiles<cutlass::half_t, kConfig>;
+  return tile_mismatches<T>() + register_mismatches<T>();
+}
+
+}  // namespace
+}  // namespace jsparse
+
+// Elements that are not where the kernel takes them to be.
+extern "C" JSPARSE_API int layout_mismatches(int head_dim, int tile_kv) {
+  using namespace jsparse;
+  if (head_dim == 32) return mismatches<choose(32, 128, 128, false)>();
+  if (head_dim == 64) return mismatches<choose(64, 128, 128, false)>();
+  return tile_kv == 64 ? mismatches<choose(128, 128, 64, false)>() : mismatches<choose(128, 128, 128, false)>();
+}

@@ -1,0 +1,145 @@
+// The library of ffi/ on a CPU: the real handler, load warps, compute warpgroups, element tests,
+// softmax and stores, in a simulated CTA (simulated/): barriers, copies and products are played.
+#include <mutex>
+
+#include "collective/compute.cuh"
+#include "collective/load.cuh"
+#include "handlers.cc"
+
+namespace jsparse {
+namespace {
+
+unsigned seed = 0;
+
+// As forward_sm90, without what only a GPU has.
+template <class Element, TileConfig kConfig>
+void run(const ForwardParams &params) {
+  using Storage = SharedStorage<Element, kConfig>;
+  constexpr int kTeamThreads = 128 * kConfig.warpgroups();
+  auto shared = std::make_unique<Storage>();
+  for (int block = 0; block < params.args.num_workers / kConfig.walkers(); ++block) {
+    simulated::Cta cta(seed + block);
+    std::memset(static_cast<void *>(shared.get()), 0xff, sizeof(Storage));
+    in_flight.clear();
+    for (int t = 0; t < kConfig.teams; ++t) {
+      auto &team = shared->team[t];
+      int worker = kConfig.walker(block, t);
+      team.init_barriers();
+      cta.add(kConfig.teams * kTeamThreads + 32 * t,
+              [&params, &team, t, worker] { Load<Element, kConfig>{params, team, t}.run(worker); });
+      for (int thread = 0; thread < kTeamThreads; ++thread) {
+        cta.add(t * kTeamThreads + thread, [&params, &shared, t, thread, worker] {
+          Compute<Element, kConfig>{params, *shared, t, thread / 128, thread % 128}.run(worker);
+        });
+      }
+    }
+    cta.run();
+  }
+}
+
+template <class Element>
+void run_of_dtype(const ForwardParams &params) {
+  const jsparse_forward_args &args = params.args;
+  auto of_block = [&]<int kDim>() {
+    if (args.share) return run<Element, choose(kDim, 64, 128, true)>(params);
+    if (args.tile_q == 64) return run<Element, choose(kDim, 64, 128, false)>(params);
+    if (args.block_kv == 64) return run<Element, choose(kDim, 128, 64, false)>(params);
+    return run<Element, choose(kDim, 128, 128, false)>(params);
+  };
+  if (args.head_dim == 32) return of_block.template operator()<32>();
+  if (args.head_dim == 64) return of_block.template operator()<64>();
+  return of_block.template operator()<128>();
+}
+
+// As kernel/merge.cu.
+template <class Element>
+void merge(const jsparse_forward_args &args) {
+  for (int64_t n = 0; n < int64_t(args.num_split_rows) * args.tile_q; ++n) {
+    int64_t split = n / args.tile_q, in_tile = n % args.tile_q;
+    const int32_t *place = args.split_rows + 3 * split;
+    int token = place[2] * args.tile_q + int(in_tile);
+    if (token >= args.q_len) continue;
+    std::vector<int64_t> parts;
+    float top = -INFINITY, total = 0;
+    for (int part = 0; part < args.most_parts; ++part) {
+      int slot = args.split_slots[split * args.most_parts + part];
+      if (slot >= 0) parts.push_back(int64_t(slot) * args.tile_q + in_tile);
+    }
+    for (int64_t at : parts) top = fmaxf(top, args.part_lse[at]);
+    if (top == -INFINITY) top = 0;
+    for (int64_t at : parts) total += expf(args.part_lse[at] - top);
+    int64_t head = int64_t(place[0]) * args.num_heads + place[1];
+    args.lse[head * args.q_len + token] = top + logf(total);
+    int64_t row = (int64_t(place[0]) * args.q_len + token) * args.num_heads + place[1];
+    for (int i = 0; i < args.head_dim; ++i) {
+      float sum = 0;
+      for (int64_t at : parts) {
+        sum += expf(args.part_lse[at] - top) * args.part_out[at * args.head_dim + i];
+      }
+      auto *out = static_cast<Element *>(args.out) + row * args.head_dim;
+      out[i] = Element(total == 0 ? 0.0f : sum / total);
+    }
+  }
+}
+
+CUtensorMap map_of(const jsparse_forward_args &args, const void *array, int tokens, int heads,
+                   int rows) {
+  Map map{static_cast<const char *>(array), args.batch, tokens, heads, args.head_dim, rows,
+          args.head_dim < 64 ? 32 : 64};
+  CUtensorMap opaque = {};
+  std::memcpy(&opaque, &map, sizeof map);
+  return opaque;
+}
+
+}  // namespace
+}  // namespace jsparse
+
+extern "C" JSPARSE_API int32_t jsparse_forward_walkers(int32_t head_dim, int32_t tile_q,
+                                                       int32_t block_kv, int32_t share) {
+  return jsparse::choose(head_dim, tile_q, block_kv, share).walkers();
+}
+
+// Threads of the CTAs that follow run in another order.
+extern "C" JSPARSE_API void set_seed(unsigned seed) { jsparse::seed = seed; }
+
+extern "C" JSPARSE_API int jsparse_forward(const jsparse_forward_args *args, void *, char *message,
+                                           size_t message_size) {
+  using namespace jsparse;
+  ForwardParams params = {};
+  params.args = *args;
+  params.scale_log2 = args->scale * 1.4426950408889634f;
+  params.num_q_blocks = (args->q_len + args->block_q - 1) / args->block_q;
+  params.num_kv_blocks = (args->kv_len + args->block_kv - 1) / args->block_kv;
+  int tile = choose(args->head_dim, args->tile_q, args->block_kv, args->share).tile_kv;
+  params.q = map_of(*args, args->q, args->q_len, args->num_heads, 64);
+  params.k = map_of(*args, args->k, args->kv_len, args->num_kv_heads, tile);
+  params.v = map_of(*args, args->v, args->kv_len, args->num_kv_heads, tile);
+  static std::mutex one_at_a_time;
+  std::lock_guard lock(one_at_a_time);
+  try {
+    if (args->dtype == JSPARSE_FLOAT16) {
+      run_of_dtype<cutlass::half_t>(params);
+      merge<cutlass::half_t>(*args);
+    } else {
+      run_of_dtype<cutlass::bfloat16_t>(params);
+      merge<cutlass::bfloat16_t>(*args);
+    }
+    return 0;
+  } catch (const simulated::Failure &failure) {
+    message[std::string(failure.what()).copy(message, message_size - 1)] = '\0';
+    return 1;
+  }
+}
+
+extern "C" JSPARSE_API XLA_FFI_Error *jsparse_forward_on_host(XLA_FFI_CallFrame *call_frame);
+
+// The handler without a stream, which a CPU does not have.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jsparse_forward_on_host,
+    [](auto... arguments) { return jsparse::forward(nullptr, arguments...); },
+    jsparse::with_arguments(xla::ffi::Ffi::Bind()));
+
+// 2^x by polynomial.
+extern "C" JSPARSE_API void exp2_polynomial(const float *x, float *y, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) y[i] = jsparse::exp2_polynomial(x[i]);
+}

@@ -1,0 +1,169 @@
+// A CTA on a CPU: its threads are fibers, of which one runs at a time, until it waits. They come in
+// random order, and now and then a warp is held up for long, so that what others may do meanwhile is
+// done. The same seed gives the same order. If all threads wait, the CTA hangs.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace simulated {
+
+struct Failure : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Where `size` threads meet, again and again.
+struct Meeting {
+  int size = 0, arrived = 0;
+  unsigned generation = 0;
+  bool any = false, found = false;  // what one of them said, this time and the last
+
+  void arrive() {
+    if (++arrived < size) return;
+    arrived = 0;
+    found = std::exchange(any, false);
+    ++generation;
+  }
+};
+
+class Cta;
+inline Cta *cta;
+
+class Cta {
+ public:
+  explicit Cta(unsigned seed) : random_(seed) { cta = this; }
+
+  // `index` is threadIdx.x: warps and quads meet by it.
+  void add(int index, std::function<void()> body) {
+    threads_.push_back(std::make_unique<Thread>());
+    Thread &thread = *threads_.back();
+    thread.index = index;
+    thread.body = std::move(body);
+    thread.stack.resize(1 << 17);
+    getcontext(&thread.context);
+    thread.context.uc_stack = {thread.stack.data(), 0, thread.stack.size()};
+    thread.context.uc_link = &scheduler_;
+    makecontext(&thread.context, &Cta::enter, 0);
+    ++quads_[index / 4].size;
+    ++warps_[index / 32].size;
+  }
+
+  void run() {
+    size_t left = threads_.size();
+    for (unsigned round = 0; left > 0; ++round) {
+      std::shuffle(threads_.begin(), threads_.end(), random_);
+      if (random_() % 4 == 0) held_until_[random_() % (threads_.size() / 32)] = round + 50;
+      bool any = false;
+      for (auto &thread : threads_) {
+        if (thread->done || (thread->ready && !thread->ready())) continue;
+        any = true;
+        if (round < held_until_[thread->index / 32]) continue;
+        thread->ready = nullptr;
+        running_ = thread.get();
+        swapcontext(&scheduler_, &thread->context);
+        if (!trouble.empty()) throw Failure(trouble);
+        left -= thread->done;
+      }
+      any |= copy_one();
+      if (!any) throw Failure("all threads wait");
+    }
+    if (!copies_.empty()) throw Failure("a copy was not waited for");
+  }
+
+  void wait_until(std::function<bool()> ready) {
+    running_->ready = std::move(ready);
+    swapcontext(&running_->context, &scheduler_);
+  }
+
+  void meet(Meeting &meeting) {
+    unsigned generation = meeting.generation;
+    meeting.arrive();
+    wait_until([&meeting, generation] { return meeting.generation != generation; });
+  }
+  void meet_quad() { meet(quads_[running_->index / 4]); }
+  void meet_warp() { meet(warps_[running_->index / 32]); }
+
+  Meeting &named(int number, int threads) {
+    named_[number].size = threads;
+    return named_[number];
+  }
+
+  // Copies happen in their order, but late.
+  void copy_later(std::function<void()> copy) { copies_.push_back(std::move(copy)); }
+
+  int index() const { return running_->index; }
+
+  // What the threads of a quad or warp show one another.
+  uint32_t words[1024];
+  const void *shown[1024];
+  std::string trouble;
+
+ private:
+  struct Thread {
+    int index;
+    bool done = false;
+    std::function<void()> body;
+    std::function<bool()> ready;
+    std::vector<char> stack;
+    ucontext_t context;
+  };
+
+  static void enter() {
+    cta->running_->body();
+    cta->running_->done = true;
+  }
+
+  bool copy_one() {
+    if (copies_.empty()) return false;
+    if (random_() % 4 != 0) return true;
+    copies_.front()();
+    copies_.pop_front();
+    return true;
+  }
+
+  std::mt19937 random_;
+  std::map<int, unsigned> held_until_;  // round, by warp
+  std::vector<std::unique_ptr<Thread>> threads_;
+  std::map<int, Meeting> quads_, warps_, named_;
+  std::deque<std::function<void()>> copies_;
+  Thread *running_ = nullptr;
+  ucontext_t scheduler_;
+};
+
+}  // namespace simulated
+
+template <class Value>
+Value __shfl_xor_sync(unsigned, Value x, int distance) {
+  static_assert(sizeof x == 4);
+  auto *cta = simulated::cta;
+  std::memcpy(&cta->words[cta->index()], &x, 4);
+  cta->meet_quad();
+  std::memcpy(&x, &cta->words[cta->index() ^ distance], 4);
+  cta->meet_quad();
+  return x;
+}
+
+inline bool __any_sync(unsigned, bool x) {
+  auto *cta = simulated::cta;
+  cta->words[cta->index()] = x;
+  cta->meet_warp();
+  int first = cta->index() / 32 * 32;
+  bool any = false;
+  for (int i = 0; i < 32; ++i) any |= cta->words[first + i] != 0;
+  cta->meet_warp();
+  return any;
+}
+
+inline void __syncwarp() { simulated::cta->meet_warp(); }

@@ -1,0 +1,91 @@
+"""What can be tested of the build and of the built library without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import re
+import shutil
+import subprocess
+import tomllib
+
+import pytest
+
+from jsparse.backends import cutlass
+from jsparse.pallas_kernels._common import NUM_FIELDS
+from jsparse.pallas_kernels.mosaic_gpu._persistent import FLAGGED
+from tests.ffi.conftest import FFI
+
+PYPROJECT = FFI.parent / "pyproject.toml"
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "g++"])
+def test_the_header_stands_alone(tmp_path, compiler):
+    if not FFI.is_dir() or shutil.which(compiler) is None:
+        pytest.skip(f"needs the sources in ffi/ and {compiler}")
+    source = tmp_path / ("use.c" if compiler == "gcc" else "use.cc")
+    source.write_text(
+        '#include "jsparse/forward.h"\n'
+        "int use(const jsparse_forward_args *args) {\n"
+        "  char message[80];\n"
+        "  return jsparse_forward(args, 0, message, sizeof message);\n"
+        "}\n"
+    )
+    flags = ["-Wall", "-Wextra", "-Werror", "-pedantic", "-fsyntax-only"]
+    subprocess.run([compiler, *flags, f"-I{FFI / 'include'}", str(source)], check=True)
+
+
+def test_the_kernels_are_built_for_the_oldest_jaxlib():
+    if not PYPROJECT.is_file() or not FFI.is_dir():
+        pytest.skip("needs the checkout")
+    settings = tomllib.loads(PYPROJECT.read_text("utf-8"))
+    (oldest,) = (x for x in settings["project"]["dependencies"] if x.startswith("jax>"))
+    (override,) = (
+        x for x in settings["tool"]["scikit-build"]["overrides"] if "env" in x["if"]
+    )
+    assert oldest.replace("jax>=", "jaxlib==") in override["build"]["requires"]
+
+
+def test_items_are_those_of_the_schedules():
+    if not FFI.is_dir():
+        pytest.skip("needs the sources in ffi/")
+    header = (FFI / "include/jsparse/forward.h").read_text("utf-8")
+    assert f"#define JSPARSE_ITEM_FIELDS {NUM_FIELDS}\n" in header
+    assert f"#define JSPARSE_MAX_RULES {cutlass.MOST_RULES}\n" in header
+    assert "#define JSPARSE_FLAGGED (1 << 30)\n" in header and FLAGGED == 1 << 30
+
+
+def test_every_kernel_has_a_file():
+    if not FFI.is_dir():
+        pytest.skip("needs the sources in ffi/")
+    expected = {(d, t) for d in map(str, cutlass.HEAD_SIZES) for t in ("f16", "bf16")}
+    files = (FFI / "instantiate").glob("*.cu")
+    assert {tuple(re.findall(r"_d(\d+)_(\w+)", x.stem)[0]) for x in files} == expected
+
+
+@pytest.fixture
+def library() -> ctypes.CDLL:
+    if cutlass._library_file() is None:
+        pytest.skip("needs the built library: make cuda")
+    found = cutlass._library()
+    assert isinstance(found, ctypes.CDLL), found
+    return found
+
+
+def test_the_library_loads_without_a_gpu(library):
+    for sizes in itertools.product((32, 64, 128), (64, 128), (64, 128)):
+        assert library.jsparse_forward_walkers(*sizes, False) in (1, 2, 4)
+    for dim in (32, 64, 128):
+        assert library.jsparse_forward_walkers(dim, 64, 128, True) == 1
+    for sizes in [(48, 64, 64, False), (64, 32, 64, False), (64, 128, 64, True)]:
+        assert library.jsparse_forward_walkers(*sizes) == 0
+
+
+def test_the_c_interface_says_what_is_wrong(library):
+    zeros = (ctypes.c_byte * 1024)()
+    message = ctypes.create_string_buffer(80)
+    assert library.jsparse_forward(zeros, None, message, len(message)) != 0
+    assert message.value == b"batch=0; expected at least 1"
+    short = ctypes.create_string_buffer(8)
+    assert library.jsparse_forward(zeros, None, short, len(short)) != 0
+    assert short.value == b"batch=0"
