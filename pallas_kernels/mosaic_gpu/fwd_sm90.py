@@ -67,6 +67,8 @@ class Config:
         ping_pong: whether two compute warpgroups take turns on the tensor core.
         lazy: powers of two by which a row maximum must grow before the sums are
             rescaled; 0 rescales at every step.
+        guess: whether a step of a full block first takes the row maxima as they are,
+            and finds its own only where sums show that these were too low.
         q_in_registers: whether queries are kept in registers, not read from shared
             memory by every product.
         teams: teams of a CTA, each with a load warp of its own.
@@ -80,6 +82,7 @@ class Config:
     num_q_stages: int = 1
     ping_pong: bool = True
     lazy: float = 8.0
+    guess: bool = True
     q_in_registers: bool = False
     teams: int = 1
     share: bool = False
@@ -339,6 +342,8 @@ class _Forward(BiasedWalker):
         pv = Product(dim, v_tiling, accumulate=True)
         start_qk, start_pv, start_both = start(qk), start(pv), start(qk, pv)
         softmax_step = softmax.softmax_step(tile, self.scale_left(lists), c.lazy)
+        guess = softmax.guessed_step(tile, self.scale_left(lists), c.lazy)
+        guesses = c.guess and lists.bias is None
         end_step = softmax.end_step(tile, dim, self.dtype, c.lazy > 0)
         total = self.total_steps(fields)
         mask = self.masked(fields, lists, fill=-math.inf)
@@ -367,6 +372,20 @@ class _Forward(BiasedWalker):
         plgpu.barrier_wait(s["v_full"][slot])
         self.clean_first(fields, lists, seen, [s["v"].at[slot]])
 
+        def guessed(logits, m, l, slot):
+            """Where the guess was too low, the logits are computed again."""
+            barrier = _persistent.FIRST_VOTE_BARRIER + lax.axis_index("wg")
+            p, total, low = guess(logits, m, barrier)
+
+            def again(_):
+                logits = wait((64, tile), 0)(start_qk(q, s["k"].at[slot]))
+                return softmax_step(logits, m, plgpu.layout_cast(jnp.zeros((64,), jnp.float32), r.ROW))
+
+            one = plgpu.layout_cast(jnp.ones((64,), jnp.float32), r.ROW)
+            good = lambda _: (p, m, total, one)
+            p, m, total, alpha = lax.cond(low > 0, again, good, 0)
+            return p, m, l * alpha + total, alpha
+
         def step(n, carry, seen):
             acc, p, m, l, before = carry
             slot = self.slot(step0, n)
@@ -375,11 +394,15 @@ class _Forward(BiasedWalker):
             self.pass_turn(s, w)
             bias = self.read_bias(fields, lists, n, s, slot)
             logits = wait((64, tile), 1)(logits)
-            plgpu.barrier_arrive(s["k_free"][slot])
-            logits = self.with_bias(fields, lists, logits, bias)
-            if seen is not None:
-                logits = mask(seen, logits)
-            p, m, l, alpha = softmax_step(logits, m, l)
+            if seen is None and guesses:
+                p, m, l, alpha = guessed(logits, m, l, slot)
+                plgpu.barrier_arrive(s["k_free"][slot])
+            else:
+                plgpu.barrier_arrive(s["k_free"][slot])
+                logits = self.with_bias(fields, lists, logits, bias)
+                if seen is not None:
+                    logits = mask(seen, logits)
+                p, m, l, alpha = softmax_step(logits, m, l)
             self.await_operands(n + 1, total, step0, s, ["k"])
             plgpu.barrier_wait(s["v_full"][slot])
             if seen is not None:

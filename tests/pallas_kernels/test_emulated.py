@@ -6,6 +6,7 @@ for the contract suite on a GPU.
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import functools
 
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from jsparse import block_sparse_attention
+from jsparse import BlockMask, block_sparse_attention
 from jsparse.backends import _hopper, mosaic_gpu
 from jsparse.pallas_kernels.mosaic_gpu import _schedule, fwd_sm90
 from tests.backends import test_contract as contract
@@ -263,3 +264,24 @@ def test_negative_scale():
 def test_nan_stays_where_attention_carries_it(where, monkeypatch):
     monkeypatch.setitem(contract.BLOCKS, "mosaic_gpu", SIZES["64 x 64"])
     contract.test_nan_stays_where_attention_carries_it("mosaic_gpu", where)
+
+
+def test_maxima_that_grow():
+    """Each block's logits are far above the last's, and far below in other rows."""
+    rng, sizes = np.random.default_rng(9), SIZES["64 x 64"]
+    rows, columns = np.divmod(np.arange(3 * 4), 4)
+    mask = BlockMask.from_blocks(
+        rows, columns, q_len=sizes[0], kv_len=sizes[1], block_q=64, block_kv=64
+    )
+    case = make_case(rng, mask, heads=(2, 1))
+    growth = np.repeat(np.arange(1, 5), 64)[: sizes[1], None, None]
+    sign = np.where(np.arange(sizes[0]) % 3, 1, -1)[:, None, None]
+    towards = np.ones(case.q.shape[-1]) / case.q.shape[-1] ** 0.5
+    q, k = case.q + 8 * sign * towards, case.k + 8 * growth * towards
+    case = dataclasses.replace(case, q=q, k=k).cast("bfloat16")
+    attend = functools.partial(
+        block_sparse_attention, return_lse=True, implementation="mosaic_gpu"
+    )
+    found = jax.jit(attend)(case.q, case.k, case.v, case.mask)
+    for x, y in zip(found, contract.expected(case)[:2], strict=True):
+        assert contract.error(x, y) < contract.HALF_LIMIT
