@@ -277,7 +277,7 @@ def test_maxima_that_grow():
     growth = np.repeat(np.arange(1, 5), 64)[: sizes[1], None, None]
     sign = np.where(np.arange(sizes[0]) % 3, 1, -1)[:, None, None]
     towards = np.ones(case.q.shape[-1]) / case.q.shape[-1] ** 0.5
-    q, k = case.q + 8 * sign * towards, case.k + 8 * growth * towards
+    q, k = case.q + 16 * sign * towards, case.k + 16 * growth * towards
     case = dataclasses.replace(case, q=q, k=k).cast("bfloat16")
     attend = functools.partial(
         block_sparse_attention, return_lse=True, implementation="mosaic_gpu"
