@@ -17,7 +17,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 # Threads of JAX's pool: interpreted kernels wait for one another, each in a thread.
-os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("NPROC", "64")
 
 # Two devices on a CPU, so that sharding is tested anywhere.
 jax.config.update("jax_num_cpu_devices", 2)
