@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import signal
 import threading
 from types import SimpleNamespace
@@ -40,6 +39,7 @@ def test_errors_are_raised_in_the_caller():
 
 def test_interrupt_does_not_wait_for_the_call():
     started, release = threading.Event(), threading.Event()
+    main = threading.get_ident()
 
     def work():
         started.set()
@@ -47,7 +47,7 @@ def test_interrupt_does_not_wait_for_the_call():
 
     def interrupt():
         started.wait(60)
-        _thread.interrupt_main()
+        signal.pthread_kill(main, signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
     # Where tests run in the background, interrupts may be ignored.

@@ -264,10 +264,7 @@ def test_negative_scale():
         return (out * case.dout).sum()
 
     gradient = to_the_end(jax.jit(jax.grad(loss), static_argnums=1))
-    ours, plain = (
-        gradient(case.q, name)
-        for name in ("mosaic_gpu", "reference")
-    )
+    ours, plain = (gradient(case.q, name) for name in ("mosaic_gpu", "reference"))
     assert contract.error(ours, plain) < 1e-2
 
 
