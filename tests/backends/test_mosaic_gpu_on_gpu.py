@@ -123,13 +123,7 @@ def test_split_rows_of_wide_heads_in_narrow_blocks(static):
     rng = np.random.default_rng(7)
     mask = uneven_rows(rng, (9, 30), (200, 950, 128, 32))
     case = make_case(rng, mask, dims=(192, 256)).cast("bfloat16")
-    run = functools.partial(contract.results, "mosaic_gpu", bias=None)
-    if static:
-        run = functools.partial(run, mask=mask)
-    args = () if static else (mask,)
-    found = jax.jit(run)(
-        *(case.q, case.k, case.v, *args), dout=case.dout, dlse=case.dlse
-    )
+    found = (contract.run_known if static else contract.run_case)("mosaic_gpu", case)
     for x, y in zip(found[:5], contract.expected(case)[:5], strict=True):
         assert contract.error(x, y) < contract.HALF_LIMIT
 
@@ -242,13 +236,7 @@ def test_split_rows_beside_a_bias(static, kind):
     case = make_case(rng, mask, dims=(32, 32))
     case.bias = biases(rng, mask, 2, 1)[kind]
     case = case.cast("bfloat16")
-    run = functools.partial(contract.results, "mosaic_gpu", bias=case.bias)
-    if static:
-        run = functools.partial(run, mask=mask)
-    args = () if static else (mask,)
-    found = jax.jit(run)(
-        *(case.q, case.k, case.v, *args), dout=case.dout, dlse=case.dlse
-    )
+    found = (contract.run_known if static else contract.run_case)("mosaic_gpu", case)
     for x, y in zip(found[:5], contract.expected(case)[:5], strict=True):
         assert contract.error(x, y) < contract.HALF_LIMIT
     contract.check_sixteen_bit_bias(case, found[5])
