@@ -116,9 +116,13 @@ def schedule_on_host(
         outer, inner = _turns(b, h, batch, heads, one_bias)
         order = np.lexsort((inner, i, -rows.total, outer))
         jobs = rows.total, order, workers // share
-        whole, cut = (_assign(*jobs, split=split) for split in (False, True))
-        saved = _longest(whole, workers) - _longest(cut, workers)
-        pieces = cut if saved > MERGE_COST else whole
+        pieces = _assign(*jobs, split=False)
+        cost = _costs(pieces, workers // share)
+        # Cuts could save no more than what the longest is above the mean.
+        if cost.max() - cost.mean() > MERGE_COST:
+            cut = _assign(*jobs, split=True)
+            saved = cost.max() - _costs(cut, workers // share).max()
+            pieces = cut if saved > MERGE_COST else pieces
     else:
         pieces = _assign_groups(rows, b, h, i, workers, group)
     slots, split, split_slots = _slots(pieces[:, 1], len(rows.total))
@@ -154,8 +158,8 @@ def schedule_on_device(
     """`schedule_on_host` for traced lists.
 
     Rows go to the workers in turns, head by head and longest first within a head, to
-    and fro. If there are fewer rows than workers, each row is cut into the same number
-    of even parts.
+    and fro. If there are too few for the workers, each is cut into the same number of
+    even parts.
     """
     rows = _Rows.of(jnp, partial, full, batch, heads, tiles)
     num_rows, num_ctas, parts = len(rows.total), workers // share, 1
@@ -329,10 +333,10 @@ def _shared(pieces: np.ndarray, share: int) -> np.ndarray:
     return parts[np.argsort(parts[:, 0], kind="stable")]
 
 
-def _longest(pieces: np.ndarray, workers: int) -> float:
-    """Cost of the worker that has most to do."""
+def _costs(pieces: np.ndarray, workers: int) -> np.ndarray:
+    """What each worker has to do."""
     worker, _, begin, end = pieces.T
-    return np.bincount(worker, end - begin + ROW_COST, workers).max()
+    return np.bincount(worker, end - begin + ROW_COST, workers)
 
 
 def _slots(rows: np.ndarray, num_rows: int):
