@@ -1,0 +1,52 @@
+"""Runs the GPU kernels on small problems, for compute-sanitizer.
+
+``python -m tests.support.launch_kernels [IMPLEMENTATION ...]``; `.ci/gpu` calls it.
+What the sanitizer says is the result, so only nonsense is looked for here: NaN.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from jsparse.backends import cutlass, mosaic_gpu
+from tests.backends import test_contract as contract
+from tests.support.cases import CASES, Case, biases, make_case, random_mask, uneven_rows
+
+SIZES = (300, 400, 128, 128)
+
+
+def problems(with_bias: bool) -> Iterator[tuple[str, Case]]:
+    """Small problems that take every path through the kernels once."""
+    rng = np.random.default_rng(0)
+    for dim in (32, 64, 128):
+        mask = random_mask(rng, SIZES, 8)
+        yield f"bits, D {dim}", make_case(rng, mask, dims=(dim, dim))
+    for name in ("window", "distance", "groups", "grouped_query"):
+        yield name, CASES[name](rng, SIZES)
+    mask = uneven_rows(rng, (1, 12), (200, 1500, 128, 128))
+    yield "split rows", make_case(rng, mask, heads=(1, 1))
+    for kind in ("dense_shared_batch", "block", "per_key", "linear") * with_bias:
+        mask = random_mask(rng, SIZES, 8)
+        bias = biases(rng, mask, 2, 2)[kind]
+        yield f"bias {kind}", make_case(rng, mask, batch=(2,), bias=bias)
+
+
+def main(implementations: list[str]) -> None:
+    """Forward and backward, each problem once."""
+    # Whatever lowers runs here, also what the backends refuse until it has been tested.
+    mosaic_gpu.PROVEN_BIAS, cutlass.PROVEN = mosaic_gpu.BIAS, True
+    for implementation in implementations or ["mosaic_gpu"]:
+        for name, case in problems(implementation == "mosaic_gpu"):
+            found = contract.run_case(implementation, case.cast("bfloat16"))
+            bad = [bool(np.isnan(x).any()) for x in jax.tree.leaves(found)]
+            print(implementation, name, "NaN" if any(bad) else "ran", flush=True)
+            if any(bad):
+                sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
