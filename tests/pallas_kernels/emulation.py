@@ -15,6 +15,9 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
+from jax._src import callback as jax_callback
+from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
 from jsparse.pallas_kernels._common import LOG2E
 from jsparse.pallas_kernels.mosaic_gpu import (
@@ -30,6 +33,20 @@ from jsparse.pallas_kernels.mosaic_gpu import (
 )
 
 F32 = jnp.float32
+
+
+def io_callback(*args, callback, **_):
+    """The interpreter's call out of a computation, with NumPy arrays.
+
+    JAX's own puts them on a device first, where threads that wait for one another can
+    come to wait for ever, and what a callback computes is compiled and launched.
+    """
+    return jax.tree.map(np.asarray, callback(*map(np.array, args)))
+
+
+def to_int(x):
+    """The interpreter's, which takes arrays of JAX alone."""
+    return x if isinstance(x, jax.core.Tracer) else int(x)
 
 
 def _value(x):
@@ -359,5 +376,9 @@ def emulated() -> Iterator[None]:
         stack.enter_context(
             mock.patch.object(_registers, "named_barrier", named_barrier)
         )
+        stack.enter_context(
+            mock.patch.object(jax_callback, "io_callback_impl", io_callback)
+        )
+        stack.enter_context(mock.patch.object(shared_memory, "_to_int", to_int))
         stack.enter_context(plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()))
         yield
