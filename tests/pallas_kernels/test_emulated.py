@@ -51,10 +51,13 @@ def kernels(monkeypatch, capsys):
     monkeypatch.setattr(_hopper, "num_multiprocessors", lambda: 3)
     for name in ("run_case", "run_known"):
         monkeypatch.setattr(contract, name, to_the_end(getattr(contract, name)))
+    # Most of the time is compilation.
+    jax.config.update("jax_disable_most_optimizations", True)
     with emulated(), capsys.disabled():
         faulthandler.dump_traceback_later(LONGEST, exit=True)
         yield
         faulthandler.cancel_dump_traceback_later()
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def to_the_end(f):
