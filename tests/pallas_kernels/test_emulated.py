@@ -58,6 +58,7 @@ def kernels(monkeypatch, capsys):
         yield
         faulthandler.cancel_dump_traceback_later()
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # of 100 MB a test
 
 
 def to_the_end(f):
