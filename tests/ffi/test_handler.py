@@ -52,7 +52,7 @@ class Call:
             jax.ShapeDtypeStruct(getattr(self, name), BF16 if name == "out" else "f4")
             for name in ("out", "lse", "part_out", "part_lse")
         ]
-        return jax.ffi.ffi_call(cutlass.TARGET, results)(
+        return jax.ffi.ffi_call("jsparse_forward", results)(
             *arrays,
             block_q=np.int32(self.block_q),
             block_kv=np.int32(self.block_kv),
