@@ -132,12 +132,10 @@ struct BackwardThread {
     if (thread % 32 == 0) barrier.arrive();
   }
 
-  // Waits for both tiles of a step, if there is one. A branch, which ptxas moves no wait for products
-  // across.
-  __device__ void await_step(bool exists, Position<kConfig.num_stages> step) const {
-    if (!exists) return;
-    team.full[0][step.stage()].wait(step.parity());
-    team.full[1][step.stage()].wait(step.parity());
+  // Waits for one of the tiles of a step, if there is one. A branch, which ptxas moves no wait for
+  // products across; it would otherwise move it up into the arithmetic before.
+  __device__ void await_tile(int which, bool exists, Position<kConfig.num_stages> step) const {
+    if (exists) team.full[which][step.stage()].wait(step.parity());
   }
 
   __device__ void sync_team() const { sync_named(1 + team_index, kConfig.warpgroups() * 128); }

@@ -57,7 +57,8 @@ struct ComputeDkv {
     const int per_block = me.steps_per_block();
     const int partial = item.num_partial() * per_block;
     const int total = item.num_blocks() * per_block;
-    me.await_step(true, tile);
+    me.await_tile(0, true, tile);
+    me.await_tile(1, true, tile);
     int n = 0;
     for (; n < partial; ++n) step<true>(item, n, total, dk, dv);
     for (; n < total; ++n) step<false>(item, n, total, dk, dv);
@@ -96,7 +97,8 @@ struct ComputeDkv {
       begin(part, dk, ds_operand[part]);
       Part::start_pv(dk, ds_operand[part], q + part * kPartSize);
     }
-    me.await_step(n + 1 < total, tile.plus(1));
+    me.await_tile(0, n + 1 < total, tile.plus(1));
+    me.await_tile(1, n + 1 < total, tile.plus(1));
     Product::template wait<1>(dv);
     me.release(team.free[1][now]);
     Product::template wait<0>(dk);

@@ -45,7 +45,8 @@ struct ComputeDq {
     const int total = item.num_blocks() * per_block;
     const Statistics rows = statistics(item);
     uint32_t ds[kLogits / 2];
-    me.await_step(true, tile);
+    me.await_tile(0, true, tile);
+    me.await_tile(1, true, tile);
     if (partial > 0) {
       step<true, true>(item, 0, total, rows, sums, ds);
     } else {
@@ -91,13 +92,14 @@ struct ComputeDq {
       p[i] = exp2_mufu(fmaf(p[i], me.params.scale_log2, -rows.lse2[i >> 1 & 1]));
     }
     if constexpr (kPartial) mask.apply(p, 0.0f);  // lse2 may be NaN
+    me.await_tile(0, n + 1 < total, tile.plus(1));
     Product::template wait<kBeside>(dp);
     me.release(team.free[1][now]);
     CUTE_UNROLL
     for (int i = 0; i < kLogits; ++i) {
       p[i] = logits_gradient<kPartial>(p[i], dp[i], rows.delta[i >> 1 & 1]);
     }
-    me.await_step(n + 1 < total, tile.plus(1));
+    me.await_tile(1, n + 1 < total, tile.plus(1));
     if constexpr (!kFirst) {
       Product::template wait<0>(sums);
       me.release(team.free[0][before]);
