@@ -25,6 +25,7 @@ from jsparse import (
     block_sparse_attention,
     patterns,
 )
+from jsparse.backends import cutlass
 from tests.support import oracle
 from tests.support.cases import (
     CASES,
@@ -667,7 +668,9 @@ def test_export(implementation):
     flat, tree = jax.tree_util.tree_flatten(args)
     exported = jax.export.export(
         jax.jit(lambda *x: gradient(*jax.tree_util.tree_unflatten(tree, x))),
-        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("jsparse_forward")],
+        disabled_checks=[
+            jax.export.DisabledSafetyCheck.custom_call(x) for x in cutlass.TARGETS
+        ],
     )(*flat)
     again = jax.export.deserialize(exported.serialize())
     np.testing.assert_array_equal(again.call(*flat), gradient(*args))
