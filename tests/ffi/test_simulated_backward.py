@@ -18,8 +18,9 @@ LIMITS = {"bfloat16": contract.HALF_LIMIT, "float16": 1e-3}
 
 
 def check(case: Case, dtype: str = "bfloat16") -> None:
-    limit = LIMITS[dtype]
-    contract.check("cutlass", case.cast(dtype), floor=2e-6, half_limit=limit)
+    case = case.cast(dtype)
+    found = contract.run_case("cutlass", case)
+    contract.check_sixteen_bit(found, case, LIMITS[dtype])
 
 
 @pytest.mark.parametrize("blocks", [(128, 64), (64, 128)], ids=str)
