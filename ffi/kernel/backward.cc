@@ -1,6 +1,8 @@
 // The C interface of the gradients: checks, TMA descriptors, the choice of the kernel, its launch.
 #include "jsparse/backward.h"
 
+#include <vector>
+
 #include "kernel/backward_config.h"
 #include "kernel/host.h"
 #include "kernel/params.h"
@@ -20,10 +22,10 @@ cudaError_t launch_of_dtype(const BackwardParams &params, bool keys, cudaStream_
   }
 }
 
-// Whether rows are keys, and where the results go.
+// Whether rows are keys, and where the results go: dq, or dk and dv.
 struct Outputs {
   bool keys;
-  Gradient first, second;
+  std::vector<Gradient> gradients;
 };
 
 void backward(const jsparse_backward_args &a, const Outputs &to, cudaStream_t stream) {
@@ -39,14 +41,18 @@ void backward(const jsparse_backward_args &a, const Outputs &to, cudaStream_t st
   expect_array(a.dout, "dout");
   expect_array(a.lse2, "lse2");
   expect_array(a.delta, "delta");
+  for (const Gradient &gradient : to.gradients) {
+    expect_array(gradient.whole, "a gradient");
+    if (a.schedule.num_split_rows > 0) expect_array(gradient.part, "a workspace");
+  }
 
   const void *of_queries[] = {a.q, a.dout}, *of_keys[] = {a.k, a.v};
   BackwardParams params;
   params.args = a;
   params.scale_log2 = a.scale * 1.4426950408889634f;
   params.sizes = sizes;
-  params.first = to.first;
-  params.second = to.second;
+  params.first = to.gradients.front();
+  params.second = to.gradients.back();
   for (int i = 0; i < 2; ++i) {
     CUtensorMap queries = tensor_map(a, of_queries[i], a.q_len, a.num_heads,
                                      to.keys ? config.tile : 64);
@@ -59,8 +65,7 @@ void backward(const jsparse_backward_args &a, const Outputs &to, cudaStream_t st
                                    : launch_of_dtype<JSPARSE_BFLOAT16>(params, to.keys, stream),
         "launch of a backward kernel");
   if (a.schedule.num_split_rows == 0) return;
-  for (const Gradient &gradient : {to.first, to.second}) {
-    if (gradient.whole == nullptr) continue;
+  for (const Gradient &gradient : to.gradients) {
     check(launch_sum(params, gradient, to.keys ? a.kv_len : a.q_len, stream),
           "launch of the kernel that adds up parts");
   }
@@ -78,8 +83,7 @@ extern "C" int32_t jsparse_backward_walkers(int32_t keys, int32_t head_dim, int3
 extern "C" int jsparse_backward_dq(const jsparse_backward_args *args, void *dq, float *part,
                                    void *stream, char *message, size_t message_size) {
   auto launch = [&] {
-    jsparse::expect_array(dq, "dq");
-    jsparse::backward(*args, {false, {dq, part, args->scale}, {}},
+    jsparse::backward(*args, {false, {{dq, part, args->scale}}},
                       static_cast<cudaStream_t>(stream));
   };
   return jsparse::report(launch, message, message_size);
@@ -89,9 +93,7 @@ extern "C" int jsparse_backward_dkv(const jsparse_backward_args *args, void *dk,
                                     float *part_dk, float *part_dv, void *stream, char *message,
                                     size_t message_size) {
   auto launch = [&] {
-    jsparse::expect_array(dk, "dk");
-    jsparse::expect_array(dv, "dv");
-    jsparse::backward(*args, {true, {dk, part_dk, args->scale}, {dv, part_dv, 1.0f}},
+    jsparse::backward(*args, {true, {{dk, part_dk, args->scale}, {dv, part_dv, 1.0f}}},
                       static_cast<cudaStream_t>(stream));
   };
   return jsparse::report(launch, message, message_size);

@@ -41,7 +41,7 @@ struct BackwardParams {
   jsparse_backward_args args;
   float scale_log2;
   BlockSizes sizes;
-  Gradient first, second;  // dq; or dk and dv
+  Gradient first, second;  // dk and dv; or both dq
 };
 
 // Launches the kernel of one head size and dtype; instantiate/ has one file for each.

@@ -178,14 +178,14 @@ int simulate(Launch launch, char *message, size_t message_size) {
 
 // As kernel/backward.cc.
 template <class Element>
-void backward(const jsparse_backward_args &args, bool keys, Gradient first, Gradient second) {
+void backward(const jsparse_backward_args &args, bool keys, const std::vector<Gradient> &gradients) {
   BackwardParams params = {};
   params.args = args;
   params.scale_log2 = args.scale * 1.4426950408889634f;
   params.sizes = keys ? block_sizes(args.block_kv, args.kv_len, args.block_q, args.q_len)
                       : block_sizes(args.block_q, args.q_len, args.block_kv, args.kv_len);
-  params.first = first;
-  params.second = second;
+  params.first = gradients.front();
+  params.second = gradients.back();
   int tile = choose_backward(keys, args.head_dim, params.sizes.block_rows,
                              params.sizes.block_columns).tile;
   const void *of_queries[] = {args.q, args.dout}, *of_keys[] = {args.k, args.v};
@@ -196,17 +196,16 @@ void backward(const jsparse_backward_args &args, bool keys, Gradient first, Grad
         map_of(args, of_keys[i], args.kv_len, args.num_kv_heads, keys ? 64 : tile);
   }
   run_of_dtype<Element>(params, keys);
-  for (const Gradient &gradient : {first, second}) {
-    if (gradient.whole == nullptr) continue;
+  for (const Gradient &gradient : gradients) {
     sum_parts<Element>(params, gradient, keys ? args.kv_len : args.q_len);
   }
 }
 
-int backward(const jsparse_backward_args &args, bool keys, Gradient first, Gradient second,
+int backward(const jsparse_backward_args &args, bool keys, const std::vector<Gradient> &gradients,
              char *message, size_t message_size) {
   auto launch = [&] {
-    if (args.dtype == JSPARSE_FLOAT16) return backward<cutlass::half_t>(args, keys, first, second);
-    return backward<cutlass::bfloat16_t>(args, keys, first, second);
+    if (args.dtype == JSPARSE_FLOAT16) return backward<cutlass::half_t>(args, keys, gradients);
+    return backward<cutlass::bfloat16_t>(args, keys, gradients);
   };
   return simulate(launch, message, message_size);
 }
@@ -254,13 +253,13 @@ extern "C" JSPARSE_API int32_t jsparse_backward_walkers(int32_t keys, int32_t he
 extern "C" JSPARSE_API int jsparse_backward_dq(const jsparse_backward_args *args, void *dq,
                                                float *part, void *, char *message,
                                                size_t message_size) {
-  return jsparse::backward(*args, false, {dq, part, args->scale}, {}, message, message_size);
+  return jsparse::backward(*args, false, {{dq, part, args->scale}}, message, message_size);
 }
 
 extern "C" JSPARSE_API int jsparse_backward_dkv(const jsparse_backward_args *args, void *dk,
                                                 void *dv, float *part_dk, float *part_dv, void *,
                                                 char *message, size_t message_size) {
-  return jsparse::backward(*args, true, {dk, part_dk, args->scale}, {dv, part_dv, 1.0f}, message,
+  return jsparse::backward(*args, true, {{dk, part_dk, args->scale}, {dv, part_dv, 1.0f}}, message,
                            message_size);
 }
 

@@ -98,7 +98,7 @@ def test_the_c_interface_says_what_is_wrong(library):
         *(zeros, None, zeros, None, None, None, message, len(message))
     )
     assert found != 0
-    assert message.value == b"dk is NULL; expected an array"
+    assert message.value == b"batch=0; expected at least 1"
     short = ctypes.create_string_buffer(8)
     assert library.jsparse_forward(zeros, None, short, len(short)) != 0
     assert short.value == b"batch=0"

@@ -26,7 +26,7 @@ def check(case: Case, dtype: str = "bfloat16") -> None:
 @pytest.mark.parametrize("blocks", [(128, 64), (64, 128)], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_every_case(on_cpu, name, blocks):
-    check(CASES[name](np.random.default_rng(0), (200, 340, *blocks)))
+    check(CASES[name](np.random.default_rng(0), (260, 340, *blocks)))
 
 
 @pytest.mark.parametrize("dtype", cutlass.DTYPES)
@@ -40,13 +40,13 @@ def test_every_kernel(on_cpu, dims, block_q, block_kv, dtype):
     check(make_case(rng, mask, heads=(2, 1), dims=dims), dtype)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("dim, heads", [(32, (2, 2)), (64, (4, 2)), (128, (2, 1))])
 def test_the_order_of_threads_changes_nothing(on_cpu, monkeypatch, dim, heads, seed):
     # Several items and many steps a team: every stage of every ring is used again.
     monkeypatch.setattr(_hopper, "num_multiprocessors", lambda: 1)
     rng = np.random.default_rng(5)
-    mask = random_mask(rng, (380, 640, 128, 128), 8)
+    mask = random_mask(rng, (250, 380, 128, 128), 5)
     case = make_case(rng, mask, heads=heads, dims=(dim, dim)).cast("bfloat16")
     expected = contract.run_case("cutlass", case)
     on_cpu.set_seed(1000 * (seed + 1))
