@@ -17,9 +17,9 @@ namespace jsparse {
 
 template <class Element, TileConfig kConfig>
 struct Compute {
-  using T = Tiles<Element, kConfig>;
+  using T = Tiles<Element, kConfig.head_dim, kConfig.tile_kv>;
   using Team = TeamStorage<Element, kConfig>;
-  using Product = Products<Element, kConfig>;
+  using Product = Products<Element, kConfig.head_dim, kConfig.tile_kv>;
   using Mask = ElementMask<kConfig.tile_kv>;
   static constexpr int kLogits = Product::kLogits, kSums = Product::kSums;
 
@@ -37,7 +37,7 @@ struct Compute {
 
   __device__ void run(int worker) {
     if (kConfig.turns && warpgroup == 1) pass_turn();
-    for (int count = params.args.item_count[worker]; count > 0; --count) {
+    for (int count = params.args.schedule.item_count[worker]; count > 0; --count) {
       team.q_full[at.stage()].wait(at.parity());
       Item item{team.item[at.stage()]};
       float sums[kSums] = {};
@@ -226,14 +226,10 @@ struct Compute {
   }
 
   __device__ Mask test_elements(const Item &item, int n, int entry) const {
-    const jsparse_forward_args &args = params.args;
     int row = item.row() * kConfig.tile_q + warpgroup * 64 + first_row(thread);
     Place place{item.batch(), row, first_key(n, entry) + first_column(thread)};
-    int64_t block = int64_t(item.first_bits()) + n / steps_per_block();
-    if (args.bits_batched) block += int64_t(item.batch()) * args.num_bits;
-    int64_t bit_row = (block * args.block_q + row % args.block_q) * (args.block_kv / 32) +
-                      n % steps_per_block() * (kConfig.tile_kv / 32);
-    return ElementTest<kConfig.tile_kv>::at(params, place, bit_row);
+    return ElementTest<kConfig.tile_kv>::at(params.args.elements, params.sizes, place,
+                                            item.first_bits() + n / steps_per_block());
   }
 
   // -inf for elements that do not count, and, for keys whose values are not finite, NaN before.
@@ -246,7 +242,7 @@ struct Compute {
         if (bad[i / 4 * 8 + i % 2] != 0) logits[i] = __builtin_nanf("");
       }
     }
-    mask.apply(logits);
+    mask.apply(logits, -kInfinity);
   }
 
   // Sets values that are not finite to zero: a NaN times p = 0 would reach rows that do not see it.
@@ -254,12 +250,7 @@ struct Compute {
     if (entry < JSPARSE_FLAGGED) return;
     int key = warpgroup * 128 + thread;  // each thread of the team has one
     if (key < kConfig.tile_kv && bad_keys(item)[first_key(n, entry) + key] != 0) {
-      for (int box = 0; box < T::kDim; box += T::kBoxColumns) {
-        // The swizzle moves nothing out of a row.
-        auto *row = reinterpret_cast<uint4 *>(team.v[stage] + box * kConfig.tile_kv +
-                                              key * T::kBoxColumns);
-        for (int i = 0; i < T::kBoxColumns / 8; ++i) row[i] = make_uint4(0, 0, 0, 0);
-      }
+      clear_token<T>(team.v[stage], kConfig.tile_kv, key);
     }
     fence_async_shared();
     sync_named(1 + team_index, kConfig.warpgroups() * 128);
@@ -269,7 +260,7 @@ struct Compute {
     const jsparse_forward_args &args = params.args;
     int kv_head = item.head() / (args.num_heads / args.num_kv_heads);
     int64_t row = int64_t(item.batch()) * args.num_kv_heads + kv_head;
-    return args.bad_keys + row * params.num_kv_blocks * args.block_kv;
+    return args.elements.bad + row * params.sizes.columns;
   }
 
   // ------------------------------------------------------------------- synchronisation

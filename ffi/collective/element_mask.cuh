@@ -35,13 +35,15 @@ struct ElementMask {
     for (int w = 0; w < kWords; ++w) words[0][w] = words[1][w] = 0xffffffff;
   }
 
-  // -inf where an element does not count.
-  __device__ void apply(float (&s)[kColumns / 2]) const {
+  // Whether the element of register i counts.
+  __device__ bool counts(int i) const {
+    return words[i >> 1 & 1][word_of(i)] >> bit_of(i) & 1;
+  }
+
+  // `fill` where an element does not count.
+  __device__ void apply(float (&s)[kColumns / 2], float fill) const {
     CUTE_UNROLL
-    for (int i = 0; i < kColumns / 2; ++i) {
-      bool counts = words[i >> 1 & 1][word_of(i)] >> bit_of(i) & 1;
-      s[i] = counts ? s[i] : -__builtin_huge_valf();
-    }
+    for (int i = 0; i < kColumns / 2; ++i) s[i] = counts(i) ? s[i] : fill;
   }
 
   // Lets only those elements count for which `allows(half, pair, column of the pair)` holds.
@@ -59,7 +61,7 @@ struct ElementMask {
   }
 };
 
-// The first query and key of a thread in the tile that its warpgroup computes.
+// The first row and column of a thread in the tile that its warpgroup computes.
 struct Place {
   int batch;
   int row;
@@ -72,21 +74,21 @@ class ElementTest {
  public:
   using Mask = ElementMask<kColumns>;
 
-  // `bit_row` is the thread's first row of bits, as a position in args.bits.
-  __device__ static Mask at(const ForwardParams &params, const Place &place, int64_t bit_row) {
-    const jsparse_forward_args &args = params.args;
+  // `nth` is the number of the partial block.
+  __device__ static Mask at(const jsparse_elements &elements, const BlockSizes &sizes,
+                            const Place &place, int nth) {
     Mask mask;
-    if (args.bits != nullptr) read_bits(mask, args, place, bit_row);
-    if (args.lengths != nullptr) {
-      const int32_t *lengths = args.lengths + 2 * int64_t(place.batch);
-      int q_len = lengths[0], kv_len = lengths[1];
+    if (elements.bits != nullptr) read_bits(mask, elements, sizes, place, nth);
+    if (elements.lengths != nullptr) {
+      const int32_t *lengths = elements.lengths + 2 * int64_t(place.batch);
+      int rows = lengths[0], columns = lengths[1];
       mask.restrict_to([&](int pair) {
         return [=](int half, int second) {
-          return place.row + 8 * half < q_len && place.column + 8 * pair + second < kv_len;
+          return place.row + 8 * half < rows && place.column + 8 * pair + second < columns;
         };
       });
     }
-    for (int i = 0; i < args.num_rules; ++i) apply_rule(mask, params, args.rules[i], place);
+    for (int i = 0; i < elements.num_rules; ++i) apply_rule(mask, sizes, elements.rules[i], place);
     return mask;
   }
 
@@ -97,22 +99,24 @@ class ElementTest {
     return *reinterpret_cast<const V *>(first + 8 * pair);
   }
 
-  __device__ static void read_bits(Mask &mask, const jsparse_forward_args &args,
-                                   const Place &place, int64_t bit_row) {
-    int words = args.block_kv / 32, shift = place.column % 8;
+  __device__ static void read_bits(Mask &mask, const jsparse_elements &elements,
+                                   const BlockSizes &sizes, const Place &place, int nth) {
+    int words = sizes.block_columns / 32, shift = place.column % 8;
+    int64_t block = nth + (elements.bits_batched ? int64_t(place.batch) * elements.num_bits : 0);
+    int64_t row = block * sizes.block_rows + (place.row & (sizes.block_rows - 1));
+    auto *first = elements.bits + row * words + (place.column & (sizes.block_columns - 1)) / 32;
     CUTE_UNROLL
     for (int half = 0; half < 2; ++half) {
       CUTE_UNROLL
       for (int w = 0; w < Mask::kWords; ++w) {
-        mask.words[half][w] = uint32_t(args.bits[bit_row + 8 * half * words + w]) >> shift;
+        mask.words[half][w] = uint32_t(first[8 * half * words + w]) >> shift;
       }
     }
   }
 
-  __device__ static void apply_rule(Mask &mask, const ForwardParams &params,
-                                    const jsparse_rule &rule, const Place &place) {
-    int rows = params.num_q_blocks * params.args.block_q;
-    int columns = params.num_kv_blocks * params.args.block_kv;
+  __device__ static void apply_rule(Mask &mask, const BlockSizes &sizes, const jsparse_rule &rule,
+                                    const Place &place) {
+    const int rows = sizes.rows, columns = sizes.columns;
     switch (rule.kind) {
       case JSPARSE_SAME_LABEL: {
         auto of_row = entry<int>(rule.first, rule.first_batched, place, rows) + place.row;

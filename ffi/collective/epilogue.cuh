@@ -26,20 +26,32 @@ __device__ inline void transpose_quad(uint32_t (&w)[4], int lane) {
 // exchange them, so that each writes 16 bytes of the 64 that stand together.
 template <class Element, int kSums>
 __device__ void store_row(Element *row, int half, int lane, const float (&sums)[kSums],
-                          float inverse, bool exists) {
+                          float factor, bool exists) {
   CUTE_UNROLL
   for (int group = 0; group < kSums / 16; ++group) {
     uint32_t words[4];
     CUTE_UNROLL
     for (int j = 0; j < 4; ++j) {
       int i = group * 16 + j * 4 + half * 2;
-      words[j] = pack<Element>(sums[i] * inverse, sums[i + 1] * inverse);
+      words[j] = pack<Element>(sums[i] * factor, sums[i + 1] * factor);
     }
     transpose_quad(words, lane);
     if (exists) {
       auto *place = reinterpret_cast<uint4 *>(row + group * 32) + lane % 4;
       *place = make_uint4(words[0], words[1], words[2], words[3]);
     }
+  }
+}
+
+// The same of a part, in 32 bits.
+template <int kSums>
+__device__ void store_part_row(float *row, int half, int lane, const float (&sums)[kSums],
+                               float factor) {
+  auto *pairs = reinterpret_cast<float2 *>(row) + lane % 4;
+  CUTE_UNROLL
+  for (int j = 0; j < kSums / 4; ++j) {
+    int i = 4 * j + 2 * half;
+    pairs[4 * j] = make_float2(sums[i] * factor, sums[i + 1] * factor);
   }
 }
 
@@ -55,12 +67,7 @@ __device__ void store(const jsparse_forward_args &args, const Item &item, int wa
     if (item.slot() >= 0) {
       int64_t at = int64_t(item.slot()) * args.tile_q + in_tile;
       if (thread % 4 == 0) args.part_lse[at] = lse[half];
-      auto *row = reinterpret_cast<float2 *>(args.part_out + at * args.head_dim) + thread % 4;
-      CUTE_UNROLL
-      for (int j = 0; j < kSums / 4; ++j) {
-        int i = 4 * j + 2 * half;
-        row[4 * j] = make_float2(sums[i] * inverse[half], sums[i + 1] * inverse[half]);
-      }
+      store_part_row(args.part_out + at * args.head_dim, half, thread, sums, inverse[half]);
     } else {
       int token = item.row() * args.tile_q + in_tile;
       bool exists = token < args.q_len;

@@ -7,9 +7,26 @@
 
 namespace jsparse {
 
+// `rows` tokens of one head, box by box, to where the layouts of T look for them.
+template <class T, class Element>
+__device__ void copy_tile(const CUtensorMap &map, Barrier &full, Element *to, int rows, int head,
+                          int token, int batch) {
+  for (int column = 0; column < T::kDim; column += T::kBoxColumns) {
+    copy_box(map, full, to + column * rows, column, head, token, batch);
+  }
+}
+
+// List entry of the n-th block of an item: partial blocks first, then full ones.
+__device__ inline int entry_of(const jsparse_schedule &schedule, const Item &item, int n) {
+  if (n < item.num_partial()) return schedule.partial[item.first_partial() + n];
+  // A full block has no flag, so that the item itself tells the first one.
+  if (n == 0) return item.first_column();
+  return schedule.full[item.first_full() + n - item.num_partial()];
+}
+
 template <class Element, TileConfig kConfig>
 struct Load {
-  using T = Tiles<Element, kConfig>;
+  using T = Tiles<Element, kConfig.head_dim, kConfig.tile_kv>;
   using Team = TeamStorage<Element, kConfig>;
 
   const ForwardParams &params;
@@ -21,12 +38,12 @@ struct Load {
     prefetch_map(params.q);
     prefetch_map(params.k);
     prefetch_map(params.v);
-    const jsparse_forward_args &args = params.args;
+    const jsparse_schedule &schedule = params.args.schedule;
     const int32_t *fields =
-        args.items + int64_t(worker) * args.items_per_worker * JSPARSE_ITEM_FIELDS;
+        schedule.items + int64_t(worker) * schedule.items_per_worker * JSPARSE_ITEM_FIELDS;
     Position<kConfig.num_q_stages()> at;
     Position<kConfig.num_stages> tile;
-    for (int count = args.item_count[worker]; count > 0; --count) {
+    for (int count = schedule.item_count[worker]; count > 0; --count) {
       team.q_free[at.stage()].wait(at.parity() ^ 1);
       for (int i = 0; i < JSPARSE_ITEM_FIELDS; ++i) team.item[at.stage()][i] = fields[i];
       Item item{team.item[at.stage()]};
@@ -45,49 +62,34 @@ struct Load {
       full.arrive();
       return;
     }
-    full.arrive_and_expect(T::kBytesQ);
+    full.arrive_and_expect(kConfig.warpgroups() * T::kRowBytes);
     for (int w = 0; w < kConfig.warpgroups(); ++w) {
       int token = item.row() * kConfig.tile_q + w * 64;
-      copy_tile(params.q, full, team.q[stage][w], 64, item.head(), token, item.batch());
+      copy_tile<T>(params.q, full, team.q[stage][w], 64, item.head(), token, item.batch());
     }
   }
 
-  // Partial blocks first, then full ones. Entries are read as they are needed: the warp is as many
-  // steps ahead as there are stages, and has no registers to spare.
+  // Entries are read as they are needed: the warp is as many steps ahead as there are stages, and has
+  // no registers to spare.
   __device__ void load_blocks(const Item &item, Position<kConfig.num_stages> &tile) {
     const jsparse_forward_args &args = params.args;
     const int kv_head = item.head() / (args.num_heads / args.num_kv_heads);
     const int halves = args.block_kv > kConfig.tile_kv;  // a block is one step, or two
     const int steps = item.num_blocks() << halves;
     for (int n = kConfig.first_step(team_index); n < steps; n += kConfig.stride()) {
-      int entry = entry_of(item, n >> halves);
+      int entry = entry_of(args.schedule, item, n >> halves);
       int token = (entry & (JSPARSE_FLAGGED - 1)) * args.block_kv + (n & halves) * kConfig.tile_kv;
       int stage = tile.stage();
       team.k_free[stage].wait(tile.parity() ^ 1);
       team.entry[stage] = entry;
-      team.k_full[stage].arrive_and_expect(T::kBytesKv);
-      copy_tile(params.k, team.k_full[stage], team.k[stage], kConfig.tile_kv, kv_head, token,
+      team.k_full[stage].arrive_and_expect(T::kColumnBytes);
+      copy_tile<T>(params.k, team.k_full[stage], team.k[stage], kConfig.tile_kv, kv_head, token,
                 item.batch());
       team.v_free[stage].wait(tile.parity() ^ 1);
-      team.v_full[stage].arrive_and_expect(T::kBytesKv);
-      copy_tile(params.v, team.v_full[stage], team.v[stage], kConfig.tile_kv, kv_head, token,
+      team.v_full[stage].arrive_and_expect(T::kColumnBytes);
+      copy_tile<T>(params.v, team.v_full[stage], team.v[stage], kConfig.tile_kv, kv_head, token,
                 item.batch());
       tile = tile.plus(1);
-    }
-  }
-
-  __device__ int entry_of(const Item &item, int block) const {
-    if (block < item.num_partial()) return params.args.kv_indices[item.first_partial() + block];
-    // A full block has no flag, so that the item itself tells the first one.
-    if (block == 0) return item.first_column();
-    return params.args.full_kv_indices[item.first_full() + block - item.num_partial()];
-  }
-
-  // `rows` tokens of one head, box by box.
-  __device__ static void copy_tile(const CUtensorMap &map, Barrier &full, Element *to, int rows,
-                                   int head, int token, int batch) {
-    for (int column = 0; column < T::kDim; column += T::kBoxColumns) {
-      copy_box(map, full, to + column * rows, column, head, token, batch);
     }
   }
 };

@@ -8,18 +8,21 @@
 
 namespace jsparse {
 
-template <class Element, TileConfig kConfig>
+template <class Element, int kDim, int kColumns>
 struct Products {
-  using T = Tiles<Element, kConfig>;
-  static constexpr int kLogits = kConfig.tile_kv / 2;  // registers of a tile of logits
-  static constexpr int kSums = kConfig.head_dim / 2;   // registers of the output's sums
+  using T = Tiles<Element, kDim, kColumns>;
+  static constexpr int kLogits = kColumns / 2;  // registers of a tile of logits
+  static constexpr int kSums = kDim / 2;        // registers of the sums
 
   // Orders what was written to the registers of the products that follow.
   __device__ static void begin() { cute::warpgroup_arrive(); }
-  __device__ static void begin(float (&sums)[kSums], uint32_t (&p)[kLogits / 2]) {
-    hold(sums);
+  __device__ static void begin(uint32_t (&p)[kLogits / 2]) {
     hold(p);
     cute::warpgroup_arrive();
+  }
+  __device__ static void begin(float (&sums)[kSums], uint32_t (&p)[kLogits / 2]) {
+    hold(sums);
+    begin(p);
   }
 
   // logits = q k^T; they may be read after a wait.
@@ -27,11 +30,11 @@ struct Products {
     using namespace cute;
     typename T::MmaQk mma;
     auto part = mma.get_slice(0);
-    auto q = make_tensor(make_smem_ptr(q_tile), typename T::LayoutQ{});
-    auto k = make_tensor(make_smem_ptr(k_tile), typename T::LayoutK{});
+    auto q = make_tensor(make_smem_ptr(q_tile), typename T::LayoutRows{});
+    auto k = make_tensor(make_smem_ptr(k_tile), typename T::LayoutColumns{});
     auto a = part.make_fragment_A(part.partition_A(q));
     auto b = part.make_fragment_B(part.partition_B(k));
-    auto shape = Shape<typename T::Rows, typename T::Keys>{};
+    auto shape = Shape<typename T::Rows, typename T::Columns>{};
     auto c = make_tensor(&logits[0], partition_fragment_C(mma, shape).layout());
     mma.accumulate_ = GMMA::ScaleOut::Zero;
     CUTE_UNROLL
@@ -48,8 +51,8 @@ struct Products {
     using namespace cute;
     typename T::MmaPv mma;
     auto part = mma.get_slice(0);
-    auto v = make_tensor(make_smem_ptr(v_tile), typename T::LayoutVt{});
-    auto p_shape = partition_shape_A(mma, Shape<typename T::Rows, typename T::Keys>{});
+    auto v = make_tensor(make_smem_ptr(v_tile), typename T::LayoutTransposed{});
+    auto p_shape = partition_shape_A(mma, Shape<typename T::Rows, typename T::Columns>{});
     auto a = make_tensor(reinterpret_cast<Element *>(&p[0]), p_shape);
     auto b = part.make_fragment_B(part.partition_B(v));
     auto shape = Shape<typename T::Rows, typename T::Dim>{};

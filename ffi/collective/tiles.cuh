@@ -5,7 +5,7 @@
 #include <cutlass/numeric_types.h>
 
 #include "collective/barrier.cuh"
-#include "jsparse/forward.h"
+#include "jsparse/types.h"
 #include "kernel/tile_config.h"
 
 namespace jsparse {
@@ -14,11 +14,10 @@ template <jsparse_dtype kDtype>
 using ElementOf =
     cute::conditional_t<kDtype == JSPARSE_FLOAT16, cutlass::half_t, cutlass::bfloat16_t>;
 
-template <class Element_, TileConfig kConfig>
+// Tiles of 64 rows and of kColumns columns, each a token of kDim elements.
+template <class Element, int kHeadDim, int kColumns>
 struct Tiles {
-  using Element = Element_;
-  static constexpr int kDim = kConfig.head_dim;
-  static constexpr int kTile = kConfig.tile_kv;
+  static constexpr int kDim = kHeadDim;
   // Columns of one TMA box: a row of them is as wide as the swizzle. A tile is its boxes one after
   // another, each [rows, kBoxColumns], which is also how the layouts below order their atoms.
   static constexpr int kBoxColumns = kDim < 64 ? kDim : 64;
@@ -30,25 +29,34 @@ struct Tiles {
                                       cute::GMMA::Layout_MN_SW128_Atom<Element>>;
 
   using Rows = cute::Int<64>;
-  using Keys = cute::Int<kTile>;
+  using Columns = cute::Int<kColumns>;
   using Dim = cute::Int<kDim>;
 
-  using LayoutQ = decltype(cute::tile_to_shape(KMajor{}, cute::Shape<Rows, Dim>{}));
-  using LayoutK = decltype(cute::tile_to_shape(KMajor{}, cute::Shape<Keys, Dim>{}));
-  // The same tile of values, seen as the transposed operand of p v.
-  using LayoutVt = decltype(cute::tile_to_shape(MnMajor{}, cute::Shape<Dim, Keys>{},
-                                                cute::Step<cute::_2, cute::_1>{}));
+  using LayoutRows = decltype(cute::tile_to_shape(KMajor{}, cute::Shape<Rows, Dim>{}));
+  using LayoutColumns = decltype(cute::tile_to_shape(KMajor{}, cute::Shape<Columns, Dim>{}));
+  // The same tile of columns, seen as the transposed operand of p v.
+  using LayoutTransposed = decltype(cute::tile_to_shape(MnMajor{}, cute::Shape<Dim, Columns>{},
+                                                        cute::Step<cute::_2, cute::_1>{}));
 
   // s = q k^T, and out += p v with p in registers; of one warpgroup.
   using MmaQk = decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<Rows, Keys, Dim>>()));
+      cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<Rows, Columns, Dim>>()));
   using MmaPv = decltype(cute::make_tiled_mma(
-      cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<Rows, Dim, Keys>,
+      cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<Rows, Dim, Columns>,
                                  cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
 
-  static constexpr uint32_t kBytesQ = kConfig.tile_q * kDim * sizeof(Element);
-  static constexpr uint32_t kBytesKv = kTile * kDim * sizeof(Element);
+  static constexpr uint32_t kRowBytes = 64 * kDim * sizeof(Element);  // of one warpgroup
+  static constexpr uint32_t kColumnBytes = kColumns * kDim * sizeof(Element);
 };
+
+// Zeros for a token of a tile of `rows` tokens. The swizzle moves nothing out of a row of a box.
+template <class T, class Element>
+__device__ void clear_token(Element *tile, int rows, int token) {
+  for (int column = 0; column < T::kDim; column += T::kBoxColumns) {
+    auto *row = reinterpret_cast<uint4 *>(tile + column * rows + token * T::kBoxColumns);
+    for (int i = 0; i < T::kBoxColumns / 8; ++i) row[i] = make_uint4(0, 0, 0, 0);
+  }
+}
 
 // Of one team. Barriers named full are completed by the load warp and its copies, those named free
 // by every warp that computes.
@@ -95,7 +103,6 @@ struct SharedStorage {
 // A position in a ring of stages: which stage it is, and the parity of the phase that fills it.
 template <int kStages>
 struct Position {
-  static_assert((kStages & (kStages - 1)) == 0, "stages are told by the low bits of a counter");
   uint32_t count = 0;
 
   __device__ int stage() const { return count % kStages; }
@@ -103,8 +110,8 @@ struct Position {
   __device__ Position plus(int steps) const { return {count + steps}; }
 };
 
-// The fields of an item; see jsparse_forward_args. They are read where they are used: registers are
-// too dear to keep them.
+// The fields of an item; see jsparse_schedule. They are read where they are used: registers are too
+// dear to keep them.
 struct Item {
   const int32_t *fields;
 

@@ -14,6 +14,11 @@ __device__ inline void prefetch_map(const CUtensorMap &map) {
   cute::prefetch_tma_descriptor(&map);
 }
 
+// `bytes` at multiples of 16 bytes, which `full` is told of when they are there.
+__device__ inline void copy_words(Barrier &full, void *to, const void *from, uint32_t bytes) {
+  cute::SM90_BULK_COPY_G2S::copy(from, full.pointer(), to, int32_t(bytes));
+}
+
 // One box of an array [B, tokens, heads, dim]; tokens beyond it arrive as zeros. `full` is told of
 // the bytes when they are there.
 __device__ inline void copy_box(const CUtensorMap &map, Barrier &full, void *to, int column,

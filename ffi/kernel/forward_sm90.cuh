@@ -47,7 +47,7 @@ cudaError_t launch(const ForwardParams &params, cudaStream_t stream) {
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
-  kernel<<<params.args.num_workers / kConfig.walkers(), kConfig.threads(), kBytes, stream>>>(params);
+  kernel<<<params.args.schedule.num_workers / kConfig.walkers(), kConfig.threads(), kBytes, stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -1,6 +1,7 @@
-// Combines the parts of split rows: a mean of the parts' outputs weighted by exp(lse).
+// Combines the parts of split rows, in their order: of an output, their mean weighted by exp(lse); of
+// a gradient, their sum.
 //
-// A warp computes one query row, each lane some of its columns.
+// A warp computes one row, each lane some of its columns.
 #include <cutlass/bfloat16.h>
 #include <cutlass/half.h>
 
@@ -14,18 +15,19 @@ constexpr int kWarps = 4;
 template <class Element>
 __global__ void __launch_bounds__(32 * kWarps) merge(const jsparse_forward_args args) {
   int lane = threadIdx.x % 32, in_tile = blockIdx.y * kWarps + threadIdx.x / 32;
-  const int32_t *place = args.split_rows + 3 * int64_t(blockIdx.x);
-  const int32_t *slots = args.split_slots + int64_t(blockIdx.x) * args.most_parts;
+  const jsparse_schedule &schedule = args.schedule;
+  const int32_t *place = schedule.split_rows + 3 * int64_t(blockIdx.x);
+  const int32_t *slots = schedule.split_slots + int64_t(blockIdx.x) * schedule.most_parts;
   int token = place[2] * args.tile_q + in_tile;
   if (token >= args.q_len) return;
 
   float top = -INFINITY;
-  for (int part = 0; part < args.most_parts; ++part) {
+  for (int part = 0; part < schedule.most_parts; ++part) {
     int64_t at = int64_t(slots[part]) * args.tile_q + in_tile;
     if (slots[part] >= 0) top = fmaxf(top, args.part_lse[at]);
   }
   float base = top == -INFINITY ? 0.0f : top, total = 0.0f, sums[4] = {};
-  for (int part = 0; part < args.most_parts; ++part) {
+  for (int part = 0; part < schedule.most_parts; ++part) {
     if (slots[part] < 0) continue;
     int64_t at = int64_t(slots[part]) * args.tile_q + in_tile;
     float weight = expf(args.part_lse[at] - base);
@@ -46,10 +48,41 @@ __global__ void __launch_bounds__(32 * kWarps) merge(const jsparse_forward_args 
   }
 }
 
+template <class Element>
+__global__ void __launch_bounds__(32 * kWarps)
+    sum(const jsparse_schedule schedule, const Gradient gradient, int tokens, int heads,
+        int block_rows, int head_dim) {
+  int lane = threadIdx.x % 32, in_block = blockIdx.y * kWarps + threadIdx.x / 32;
+  const int32_t *place = schedule.split_rows + 3 * int64_t(blockIdx.x);
+  const int32_t *slots = schedule.split_slots + int64_t(blockIdx.x) * schedule.most_parts;
+  int token = place[2] * block_rows + in_block;
+  if (token >= tokens) return;
+  int64_t row = (int64_t(place[0]) * tokens + token) * heads + place[1];
+  for (int column = lane; column < head_dim; column += 32) {
+    float total = 0.0f;
+    for (int part = 0; part < schedule.most_parts; ++part) {
+      int64_t at = int64_t(slots[part]) * block_rows + in_block;
+      if (slots[part] >= 0) total += gradient.part[at * head_dim + column];
+    }
+    static_cast<Element *>(gradient.whole)[row * head_dim + column] = Element(total);
+  }
+}
+
 }  // namespace
 
+cudaError_t launch_sum(const BackwardParams &params, const Gradient &gradient, int tokens,
+                       cudaStream_t stream) {
+  const jsparse_backward_args &args = params.args;
+  int block_rows = params.sizes.block_rows;
+  dim3 grid(args.schedule.num_split_rows, block_rows / kWarps);
+  auto *kernel = args.dtype == JSPARSE_FLOAT16 ? &sum<cutlass::half_t> : &sum<cutlass::bfloat16_t>;
+  kernel<<<grid, 32 * kWarps, 0, stream>>>(args.schedule, gradient, tokens, args.num_heads,
+                                           block_rows, args.head_dim);
+  return cudaGetLastError();
+}
+
 cudaError_t launch_merge(const jsparse_forward_args &args, cudaStream_t stream) {
-  dim3 grid(args.num_split_rows, args.tile_q / kWarps);
+  dim3 grid(args.schedule.num_split_rows, args.tile_q / kWarps);
   auto *kernel = args.dtype == JSPARSE_FLOAT16 ? &merge<cutlass::half_t>
                                                : &merge<cutlass::bfloat16_t>;
   kernel<<<grid, 32 * kWarps, 0, stream>>>(args);

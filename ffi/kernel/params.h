@@ -4,22 +4,56 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include "jsparse/backward.h"
 #include "jsparse/forward.h"
 
 namespace jsparse {
+
+// Rows and columns of a block, which are powers of two, and of all blocks.
+struct BlockSizes {
+  int block_rows, block_columns;
+  int rows, columns;
+};
+
+constexpr BlockSizes block_sizes(int block_rows, int row_len, int block_columns, int column_len) {
+  auto whole = [](int length, int block) { return (length + block - 1) / block * block; };
+  return {block_rows, block_columns, whole(row_len, block_rows), whole(column_len, block_columns)};
+}
 
 struct ForwardParams {
   CUtensorMap q, k, v;
   jsparse_forward_args args;
   float scale_log2;  // args.scale / ln 2: the softmax is in base 2
-  int num_q_blocks, num_kv_blocks;
+  BlockSizes sizes;
+};
+
+// An output of a backward kernel: rows of blocks, or parts of split ones in the workspace.
+struct Gradient {
+  void *whole;  // [B, tokens, heads, D]
+  float *part;  // [slots, block_rows, D]
+  float scale;  // of the sums
+};
+
+// Rows are queries and columns keys for dq, the reverse for dk and dv. Of the two tiles of a token,
+// the first is q or k, the second dout or v.
+struct BackwardParams {
+  CUtensorMap rows[2], columns[2];
+  jsparse_backward_args args;
+  float scale_log2;
+  BlockSizes sizes;
+  Gradient first, second;  // dk and dv; or both dq
 };
 
 // Launches the kernel of one head size and dtype; instantiate/ has one file for each.
 template <jsparse_dtype kDtype, int kHeadDim>
 cudaError_t launch_forward(const ForwardParams &params, cudaStream_t stream);
+template <jsparse_dtype kDtype, int kHeadDim>
+cudaError_t launch_backward(const BackwardParams &params, bool keys, cudaStream_t stream);
 
 // Launches the merge of split rows, after the forward kernel.
 cudaError_t launch_merge(const jsparse_forward_args &args, cudaStream_t stream);
+// Launches the sum of the parts of a gradient's split rows, of which it has `tokens`, after the kernel.
+cudaError_t launch_sum(const BackwardParams &params, const Gradient &gradient, int tokens,
+                       cudaStream_t stream);
 
 }  // namespace jsparse

@@ -17,6 +17,7 @@ import numpy as np
 
 from jsparse.backends._contract import HostPattern, Operands, Problem
 from jsparse.backends._mosaic_bias import kernel_bias
+from jsparse.pallas_kernels._common import LOG2E
 from jsparse.pallas_kernels.mosaic_gpu import _bias
 from jsparse.pallas_kernels.mosaic_gpu._elements import (
     ColumnInterval,
@@ -68,6 +69,22 @@ class _Lists(NamedTuple):
     partial: Blocks
     full: Blocks
     known: tuple[Blocks, Blocks] | None
+
+
+class Statistics(NamedTuple):
+    """Of the queries, ``[B, H, nq * block_q]``.
+
+    Attributes:
+        lse2: float32, base 2; +inf where a query saw nothing or does not exist.
+        delta: float32, ``sum(dout * out) - dlse``; 0 where lse2 is not finite.
+        bad: int32, 1 where lse or delta is not finite.
+        blind: ``[*B, H, T]`` bool, where a query saw nothing.
+    """
+
+    lse2: Array
+    delta: Array
+    bad: Array
+    blind: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +161,21 @@ class Call:
             return grad
         total = grad.astype(jnp.float32).sum(axes, keepdims=True)
         return total.astype(grad.dtype)
+
+    def statistics(
+        self, out: Array, lse: Array, dout: Array, dlse: Array
+    ) -> Statistics:
+        """What the backward kernels read of the forward pass."""
+        delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+        delta = jnp.moveaxis(delta, -1, -2) - dlse
+        blind, bad = jnp.isneginf(lse), ~jnp.isfinite(lse) | ~jnp.isfinite(delta)
+        lse2 = jnp.where(blind, jnp.inf, jnp.where(bad, jnp.nan, lse * LOG2E))
+        return Statistics(
+            self.pad_queries(lse2, jnp.inf),
+            self.pad_queries(jnp.where(bad, 0, delta), 0),
+            self.pad_queries(bad, False).astype(jnp.int32),
+            blind,
+        )
 
     # -------------------------------------------------------------- lists, schedules
 

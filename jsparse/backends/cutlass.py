@@ -1,8 +1,8 @@
 """Block-sparse attention through the CUDA kernels of ``ffi/``, on Hopper GPUs.
 
 They are in a shared library that a plain wheel does not have; it is loaded, and its
-handler registered with JAX, on first use. What the kernels take is prepared as for the
-Mosaic kernels, which also compute the gradients.
+handlers registered with JAX, on first use. What the kernels take is prepared as for the
+Mosaic kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.backends import _hopper, mosaic_gpu
+from jsparse.backends import _hopper
 from jsparse.backends._contract import HostPattern, Operands, Problem
 from jsparse.pallas_kernels.mosaic_gpu._elements import (
     ColumnInterval,
@@ -50,7 +50,7 @@ PROVEN = False
 """Whether the kernels have passed their tests on a GPU; until then none is used."""
 
 LIBRARY = "libjsparse_cuda.so"
-TARGET = "jsparse_forward"
+TARGETS = ("jsparse_forward", "jsparse_backward_dq", "jsparse_backward_dkv")
 
 
 def why_not(problem: Problem) -> str | None:
@@ -104,14 +104,20 @@ def forward(
         _hopper.num_multiprocessors() * walkers,
         tiles=call.mask.block_q // items.tile_q,
     )
-    out, lse = _launch(
-        *(q, k, v),
-        *call.entries(lists, bad, call.blocks[1]),
-        call.elements(bad),
-        schedule,
-        blocks=call.blocks,
-        items=items,
-        scale=call.scale,
+    batch, q_len, heads, dim = q.shape
+    parts = _parts(schedule, items.tile_q, dim)
+    out, lse, *_ = _launch(
+        "jsparse_forward",
+        (q, k, v),
+        (*call.entries(lists, bad, call.blocks[1]), call.elements(bad), schedule),
+        [
+            q,
+            jax.ShapeDtypeStruct((batch, heads, q_len), jnp.float32),
+            *(parts, jax.ShapeDtypeStruct(parts.shape[:2], jnp.float32)),
+        ],
+        **_attributes(call),
+        tile_q=np.int32(items.tile_q),
+        share=items.share,
     )
     out = out[..., : operands.v.shape[-1]]
     return out.reshape(*call.batch, *out.shape[1:]), lse.reshape(
@@ -119,11 +125,53 @@ def forward(
     )
 
 
-backward = mosaic_gpu.backward
-"""See `Backend.backward`. From ``out`` and ``lse``, whichever kernel computed them."""
+def backward(
+    operands: Operands,
+    scale: float,
+    pattern: HostPattern | None,
+    out: Array,
+    lse: Array,
+    dout: Array,
+    dlse: Array,
+) -> tuple[Array, Array, Array, None]:
+    """See `Backend.backward`. From ``out`` and ``lse``, whoever computed them."""
+    call = _hopper.Call.of(operands, scale, pattern)
+    of_queries = call.statistics(out, lse, dout, dlse)
+    q, k, v, dout = _pad_heads(call.q, call.k, call.v, call.flat(dout))
+    arrays = (q, k, v, dout, of_queries.lse2, of_queries.delta)
+    (block_q, block_kv), dim = call.blocks, q.shape[-1]
+
+    bad = call.bad_keys(k)
+    workers = _backward_workers(dim, block_q, block_kv, keys=False)
+    lists = call.rows
+    schedule = call.schedule(lists, workers)
+    dq, _ = _launch(
+        "jsparse_backward_dq",
+        arrays,
+        (*call.entries(lists, bad, block_kv), call.elements(bad), schedule),
+        [q, _parts(schedule, block_q, dim)],
+        **_attributes(call),
+    )
+
+    bad, lists = of_queries.bad, call.columns
+    workers = _backward_workers(dim, block_kv, block_q, keys=True)
+    schedule = call.schedule(lists, workers, q.shape[2] // k.shape[2])
+    dk, dv, *_ = _launch(
+        "jsparse_backward_dkv",
+        arrays,
+        (*call.entries(lists, bad, block_q), call.transposed_elements(bad), schedule),
+        [k, v, *2 * [_parts(schedule, block_kv, dim)]],
+        **_attributes(call),
+    )
+    if call.sign != 1:
+        dq = dq * jnp.asarray(call.sign, dq.dtype)
+    dq, dk, dv = (
+        call.sum_shared(g, x) for g, x in zip((dq, dk, dv), operands[:3], strict=True)
+    )
+    return dq, dk, dv, None
 
 
-# ------------------------------------------------------------------------- the launch
+# ----------------------------------------------------------------------- the launches
 
 
 class _Items(NamedTuple):
@@ -154,52 +202,50 @@ def _pad_heads(*arrays: Array) -> list[Array]:
     ]
 
 
+def _attributes(call: _hopper.Call) -> dict[str, Any]:
+    """Those that all handlers have."""
+    block_q, block_kv = map(np.int32, call.blocks)
+    scale = np.float32(call.scale)
+    return {"block_q": block_q, "block_kv": block_kv, "scale": scale}
+
+
+def _parts(schedule: Schedule, rows: int, dim: int) -> jax.ShapeDtypeStruct:
+    """The workspace of split rows."""
+    shape = (max(schedule.num_slots, 1), rows, dim)
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
 def _launch(
-    q: Array,
-    k: Array,
-    v: Array,
-    partial: Array,
-    full: Array,
-    elements: Elements,
-    schedule: Schedule,
-    *,
-    blocks: tuple[int, int],
-    items: _Items,
-    scale: float,
+    target: str,
+    arrays: tuple[Array, ...],
+    pattern: tuple[Array, Array, Elements, Schedule],
+    results: Sequence[Any],
+    **attributes: Any,
 ) -> Sequence[Array]:
-    """``out [B, T, H, D]`` and ``lse [B, H, T]``; for shapes see ``ffi/README.md``."""
-    batch, q_len, heads, dim = q.shape
-    f32, slots = jnp.float32, max(schedule.num_slots, 1)
-    results = (
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
-        jax.ShapeDtypeStruct((batch, heads, q_len), f32),
-        jax.ShapeDtypeStruct((slots, items.tile_q, dim), f32),
-        jax.ShapeDtypeStruct((slots, items.tile_q), f32),
-    )
+    """Results of the shapes and dtypes of ``results``, from a handler in ``ffi/``.
+
+    ``pattern`` is lists of partial and of full blocks, the test of elements and the
+    schedule; the headers in ``ffi/include`` have the shapes.
+    """
+    partial, full, elements, schedule = pattern
     none = np.zeros(0, np.int32)
     lengths, bad, bits, rules = elements if schedule.any_partial else (None, *[()] * 3)
     operands = (
-        *(q, k, v, partial.reshape(-1), full.reshape(-1)),
+        *(*arrays, partial.reshape(-1), full.reshape(-1)),
         *(schedule.count, schedule.items, schedule.split_rows, schedule.split_slots),
         bad if len(bad) else none,
-        none if lengths is None else lengths.reshape(batch, 2),
+        none if lengths is None else lengths.reshape(-1, 2),
         none if bits is None or not len(bits) else bits,
         *(x for rule in rules for x in rule),
     )
-    run = jax.ffi.ffi_call(TARGET, results)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results]
+    kinds = np.array([RULES.index(type(rule)) for rule in rules], np.int32)
 
     def kernel(*operands: Array) -> Sequence[Array]:
-        return run(
-            *operands,
-            block_q=np.int32(blocks[0]),
-            block_kv=np.int32(blocks[1]),
-            tile_q=np.int32(items.tile_q),
-            share=items.share,
-            scale=np.float32(scale),
-            rules=np.array([RULES.index(type(rule)) for rule in rules], np.int32),
-        )
+        run = jax.ffi.ffi_call(target, shapes)
+        return run(*operands, **attributes, rules=kinds)
 
-    return per_device(kernel)(*map(_on_device, operands))[:2]
+    return per_device(kernel)(*map(_on_device, operands))
 
 
 def _on_device(x: Array) -> Array:
@@ -224,7 +270,7 @@ def _library_file() -> Path | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL | str:
-    """The loaded library, its handler registered with JAX, or why it will not load.
+    """The loaded library, its handlers registered with JAX, or why it will not load.
 
     A library that was built for a newer jaxlib must not be registered: JAX may then
     not start at all.
@@ -242,8 +288,9 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(path))
     except OSError as err:
         return f"{path} will not load: {err}; build it again"
-    handler = jax.ffi.pycapsule(library.jsparse_forward_ffi)
-    jax.ffi.register_ffi_target(TARGET, handler, platform="CUDA")
+    for target in TARGETS:
+        handler = jax.ffi.pycapsule(getattr(library, f"{target}_ffi"))
+        jax.ffi.register_ffi_target(target, handler, platform="CUDA")
     return library
 
 
@@ -252,9 +299,19 @@ def _numbers(version: str) -> list[int]:
 
 
 def _walkers(head_dim: int, items: _Items, block_kv: int) -> int:
-    """Walkers of a schedule on one multiprocessor."""
+    """Walkers of a forward schedule on one multiprocessor."""
+    sizes = (head_dim, items.tile_q, block_kv, items.share)
+    return _loaded().jsparse_forward_walkers(*sizes)
+
+
+def _backward_workers(head_dim: int, rows: int, columns: int, *, keys: bool) -> int:
+    """Walkers of a schedule of dq, or of dk and dv, on all multiprocessors."""
+    walkers = _loaded().jsparse_backward_walkers(keys, head_dim, rows, columns)
+    return _hopper.num_multiprocessors() * walkers
+
+
+def _loaded() -> ctypes.CDLL:
     library = _library()
     if isinstance(library, str):
         raise NotImplementedError(library)
-    sizes = (head_dim, items.tile_q, block_kv, items.share)
-    return library.jsparse_forward_walkers(*sizes)
+    return library

@@ -20,7 +20,6 @@ from jsparse.backends._mosaic_bias import (
     like,
 )
 from jsparse.bias import Bias, DistanceBias
-from jsparse.pallas_kernels._common import LOG2E
 from jsparse.pallas_kernels.mosaic_gpu import (
     _bias,
     bwd_dbias_sm90,
@@ -135,13 +134,9 @@ def backward(
     config = bwd_dq_sm90.choose(*sizes, bias_dtype)
     lists = call.rows
     schedule = call.schedule(lists, config.num_workers)
-    delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    delta = jnp.moveaxis(delta, -1, -2) - dlse
-    blind, bad = jnp.isneginf(lse), ~jnp.isfinite(lse) | ~jnp.isfinite(delta)
-    lse2 = jnp.where(blind, jnp.inf, jnp.where(bad, jnp.nan, lse * LOG2E))
-    lse2, delta = call.pad_queries(lse2, jnp.inf), jnp.where(bad, 0, delta)
+    of_queries = call.statistics(out, lse, dout, dlse)
     dout = call.flat(_hopper.pad_dim(dout))
-    arrays = (q, k, v, dout, lse2, call.pad_queries(delta, 0))
+    arrays = (q, k, v, dout, of_queries.lse2, of_queries.delta)
 
     bad_keys = call.bad_keys(k)
     dq, by_query = bwd_dq_sm90.backward_dq(
@@ -156,11 +151,10 @@ def backward(
     )
     config = bwd_dkv_sm90.choose(*sizes, bias_dtype)
     lists, group = call.columns, call.q.shape[2] // call.k.shape[2]
-    bad = call.pad_queries(bad, False).astype(jnp.int32)
     dk, dv, by_key = bwd_dkv_sm90.backward_dkv(
         *arrays,
-        *call.entries(lists, bad, call.blocks[0]),
-        call.transposed_elements(bad),
+        *call.entries(lists, of_queries.bad, call.blocks[0]),
+        call.transposed_elements(of_queries.bad),
         call.schedule(lists, config.num_workers, group),
         blocks=call.blocks,
         scale=call.scale,
@@ -172,7 +166,7 @@ def backward(
     grads = (
         call.sum_shared(g, x) for g, x in zip((dq, dk, dv), operands[:3], strict=True)
     )
-    sums = _Sums(by_query, by_key, jnp.where(blind, 0, dlse))
+    sums = _Sums(by_query, by_key, jnp.where(of_queries.blind, 0, dlse))
     return (*grads, _bias_gradient(call, arrays, sums, operands.bias))
 
 

@@ -1,20 +1,21 @@
 """What only a GPU can show of the CUDA kernels, beside the contract suite.
 
-Every head size, block and dtype against float64; every case in every block; the same
-bits a thousand times, also from two threads at once; lists that split rows.
+Outputs and gradients: every head size, block and dtype against float64; every case in
+every block; the same bits a thousand times, also from two threads at once; lists that
+split rows of queries and of keys.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsparse import block_sparse_attention
 from jsparse.backends import cutlass
 from tests.backends import test_contract as contract
 from tests.support.cases import (
@@ -29,28 +30,23 @@ from tests.support.cases import (
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cutlass_on_gpu")]
 LIMITS = {"bfloat16": contract.HALF_LIMIT, "float16": 1e-3}
 
-attend = functools.partial(
-    block_sparse_attention, return_lse=True, implementation="cutlass"
-)
-run = jax.jit(attend)
 
-
-def check(case: Case, dtype: str) -> None:
+def check(case: Case, dtype: str, results: int = 5) -> None:
+    """Compares the first results with float64, and all bits with a second run."""
     case = case.cast(dtype)
-    args = (case.q, case.k, case.v, case.mask)
-    poison(jax.eval_shape(run, *args))
-    found = run(*args)
-    truth = contract.expected(case)
-    assert contract.error(found[0], truth[0]) <= LIMITS[dtype]
-    assert contract.error(found[1], truth[1]) <= 2e-6
+    run = functools.partial(contract.run_case, "cutlass", case)
+    poison(jax.eval_shape(run))
+    found = run()
+    contract.check_sixteen_bit(found[:results], case, LIMITS[dtype])
     poison(found)
-    for x, y in zip(run(*args), found, strict=True):
+    for x, y in zip(run(), found, strict=True):
         np.testing.assert_array_equal(x, y)
 
 
-def poison(results: tuple[jax.Array | jax.ShapeDtypeStruct, ...]) -> None:
+def poison(results: Any) -> None:
     """Leaves NaN in memory that results of these shapes get."""
-    copies = [jnp.full(x.shape, jnp.nan, x.dtype) for x in results for _ in range(4)]
+    leaves = jax.tree_util.tree_leaves(results)
+    copies = [jnp.full(x.shape, jnp.nan, x.dtype) for x in leaves for _ in range(4)]
     jax.block_until_ready(copies)
 
 
@@ -73,7 +69,8 @@ def test_every_case(name, blocks):
 
 @pytest.mark.parametrize("dim", cutlass.HEAD_SIZES)
 def test_logits_that_grow(dim):
-    check(growing_logits(np.random.default_rng(11), dim), "bfloat16")
+    case = growing_logits(np.random.default_rng(11), dim)
+    check(case, "bfloat16", results=2)
 
 
 @pytest.mark.parametrize("dtype", cutlass.DTYPES)
@@ -94,19 +91,21 @@ def test_the_same_bits_of_half_rows(half_rows, dim):
     test_the_same_bits_a_thousand_times(dim)
 
 
+@pytest.mark.parametrize("side", ["rows", "columns"])
 @pytest.mark.parametrize("static", [True, False])
-def test_split_rows(static):
+def test_split_rows(static, side):
     rng = np.random.default_rng(7)
     mask = uneven_rows(rng, (9, 30), (200, 3900, 128, 128))
+    if side == "columns":
+        mask = mask.transpose()
     case = make_case(rng, mask, dims=(64, 64)).cast("bfloat16")
-    known = jax.jit(functools.partial(attend, mask=mask))
-    call = known if static else functools.partial(run, mask=mask)
-    args = (case.q, case.k, case.v)
-    poison(jax.eval_shape(call, *args))
-    found = call(*args)
-    truth = contract.expected(case)
-    assert contract.error(found[0], truth[0]) <= contract.HALF_LIMIT
-    assert contract.error(found[1], truth[1]) <= 2e-6
+    run = contract.run_known if static else contract.run_case
+    call = functools.partial(run, "cutlass", case)
+    poison(jax.eval_shape(call))
+    found, truth = call(), contract.expected(case)
+    for name, x, y in zip(contract.NAMES, found, truth, strict=False):
+        limit = 2e-6 if name == "lse" else contract.HALF_LIMIT
+        assert contract.error(x, y) <= limit, name
 
 
 @pytest.mark.parametrize("dim", [32, 64, 128])
@@ -114,11 +113,13 @@ def test_the_same_bits_a_thousand_times(dim):
     rng = np.random.default_rng(2)
     mask = random_mask(rng, (2000, 3000, 128, 128), 150)
     case = make_case(rng, mask, heads=(4, 2), dims=(dim, dim)).cast("bfloat16")
-    args = [jax.device_put(x) for x in (case.q, case.k, case.v)]
-    first = run(*args, mask)
+    arrays = (case.q, case.k, case.v, case.mask, None, case.dout, case.dlse)
+    args = jax.device_put(arrays)
+    run = functools.partial(contract.run, "cutlass")
+    first = run(*args)[:5]
 
     def differ(_):
-        found = run(*args, mask)
+        found = run(*args)[:5]
         return sum(int((x != y).sum()) for x, y in zip(found, first, strict=True))
 
     with concurrent.futures.ThreadPoolExecutor(2) as threads:

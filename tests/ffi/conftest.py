@@ -43,7 +43,7 @@ def headers() -> list[Path]:
 
 @pytest.fixture(scope="session")
 def simulated(tmp_path_factory) -> ctypes.CDLL:
-    """The simulated library, its handler registered for the CPU."""
+    """The simulated library, its handlers registered for the CPU."""
     places = ["-I" + str(x) for x in (HERE, HERE / "simulated", FFI, FFI / "include")]
     systems = [x for path in headers() for x in ("-isystem", str(path))]
     path = tmp_path_factory.mktemp("simulated") / "library.so"
@@ -55,8 +55,9 @@ def simulated(tmp_path_factory) -> ctypes.CDLL:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     library = ctypes.CDLL(os.fspath(path))
-    handler = jax.ffi.pycapsule(library.jsparse_forward_on_host)
-    jax.ffi.register_ffi_target(cutlass.TARGET, handler, platform="cpu")
+    for target in cutlass.TARGETS:
+        handler = jax.ffi.pycapsule(getattr(library, f"{target}_on_host"))
+        jax.ffi.register_ffi_target(target, handler, platform="cpu")
     return library
 
 

@@ -16,18 +16,18 @@ int tma_offset(int rows, int row, int column) {
   return column / kBox * rows * kBox + swizzled(row, column % kBox, kBox) / 2;
 }
 
-template <class T>
+template <class T, int kColumns>
 int tile_mismatches() {
   // Layouts of shared memory swizzle bytes; these, elements.
-  auto q = as_position_independent_swizzle_layout(typename T::LayoutQ{});
-  auto k = as_position_independent_swizzle_layout(typename T::LayoutK{});
-  auto vt = as_position_independent_swizzle_layout(typename T::LayoutVt{});
+  auto q = as_position_independent_swizzle_layout(typename T::LayoutRows{});
+  auto k = as_position_independent_swizzle_layout(typename T::LayoutColumns{});
+  auto vt = as_position_independent_swizzle_layout(typename T::LayoutTransposed{});
   int wrong = 0;
   for (int column = 0; column < T::kDim; ++column) {
     for (int row = 0; row < 64; ++row) wrong += q(row, column) != tma_offset<T>(64, row, column);
-    for (int key = 0; key < T::kTile; ++key) {
-      wrong += k(key, column) != tma_offset<T>(T::kTile, key, column);
-      wrong += vt(column, key) != tma_offset<T>(T::kTile, key, column);
+    for (int key = 0; key < kColumns; ++key) {
+      wrong += k(key, column) != tma_offset<T>(kColumns, key, column);
+      wrong += vt(column, key) != tma_offset<T>(kColumns, key, column);
     }
   }
   return wrong;
@@ -48,7 +48,7 @@ template <class T>
 int register_mismatches() {
   typename T::MmaQk qk;
   typename T::MmaPv pv;
-  auto logits = make_identity_tensor(Shape<typename T::Rows, typename T::Keys>{});
+  auto logits = make_identity_tensor(Shape<typename T::Rows, typename T::Columns>{});
   auto sums = make_identity_tensor(Shape<typename T::Rows, typename T::Dim>{});
   int wrong = 0;
   for (int thread = 0; thread < 128; ++thread) {
@@ -59,19 +59,40 @@ int register_mismatches() {
   return wrong;
 }
 
-template <TileConfig kConfig>
+// Whether 64 tokens of a tile that is one box are a tile of their own.
+template <int kDim, int kColumns>
+int part_mismatches() {
+  using T = Tiles<cutlass::half_t, kDim, kColumns>;
+  using Part = Tiles<cutlass::half_t, kDim, 64>;
+  auto whole = as_position_independent_swizzle_layout(typename T::LayoutTransposed{});
+  auto part = as_position_independent_swizzle_layout(typename Part::LayoutTransposed{});
+  int wrong = 0;
+  for (int token = 0; token < kColumns; ++token) {
+    for (int i = 0; i < kDim; ++i) {
+      wrong += whole(i, token) != token / 64 * 64 * kDim + part(i, token % 64);
+    }
+  }
+  return wrong;
+}
+
+template <int kDim, int kColumns>
 int mismatches() {
-  using T = Tiles<cutlass::half_t, kConfig>;
-  return tile_mismatches<T>() + register_mismatches<T>();
+  using T = Tiles<cutlass::half_t, kDim, kColumns>;
+  int wrong = tile_mismatches<T, kColumns>() + register_mismatches<T>();
+  if constexpr (kDim <= 64) wrong += part_mismatches<kDim, kColumns>();
+  return wrong;
 }
 
 }  // namespace
 }  // namespace jsparse
 
 // Elements that are not where the kernel takes them to be.
-extern "C" JSPARSE_API int layout_mismatches(int head_dim, int tile_kv) {
+extern "C" JSPARSE_API int layout_mismatches(int head_dim, int columns) {
   using namespace jsparse;
-  if (head_dim == 32) return mismatches<choose(32, 128, 128, false)>();
-  if (head_dim == 64) return mismatches<choose(64, 128, 128, false)>();
-  return tile_kv == 64 ? mismatches<choose(128, 128, 64, false)>() : mismatches<choose(128, 128, 128, false)>();
+  auto of_dim = [&]<int kDim>() {
+    return columns == 64 ? mismatches<kDim, 64>() : mismatches<kDim, 128>();
+  };
+  if (head_dim == 32) return of_dim.template operator()<32>();
+  if (head_dim == 64) return of_dim.template operator()<64>();
+  return of_dim.template operator()<128>();
 }

@@ -1,8 +1,11 @@
-// The library of ffi/ on a CPU: the real handler, load warps, compute warpgroups, element tests,
+// The library of ffi/ on a CPU: the real handlers, load warps, compute warpgroups, element tests,
 // softmax and stores, in a simulated CTA (simulated/): barriers, copies and products are played.
 #include <mutex>
 
+#include "collective/backward_load.cuh"
 #include "collective/compute.cuh"
+#include "collective/dkv.cuh"
+#include "collective/dq.cuh"
 #include "collective/load.cuh"
 #include "handlers.cc"
 
@@ -17,7 +20,7 @@ void run(const ForwardParams &params) {
   using Storage = SharedStorage<Element, kConfig>;
   constexpr int kTeamThreads = 128 * kConfig.warpgroups();
   auto shared = std::make_unique<Storage>();
-  for (int block = 0; block < params.args.num_workers / kConfig.walkers(); ++block) {
+  for (int block = 0; block < params.args.schedule.num_workers / kConfig.walkers(); ++block) {
     simulated::Cta cta(seed + block);
     std::memset(static_cast<void *>(shared.get()), 0xff, sizeof(Storage));
     in_flight.clear();
@@ -30,6 +33,34 @@ void run(const ForwardParams &params) {
       for (int thread = 0; thread < kTeamThreads; ++thread) {
         cta.add(t * kTeamThreads + thread, [&params, &shared, t, thread, worker] {
           Compute<Element, kConfig>{params, *shared, t, thread / 128, thread % 128}.run(worker);
+        });
+      }
+    }
+    cta.run();
+  }
+}
+
+// As backward_sm90.
+template <class Element, BackwardConfig kConfig>
+void run(const BackwardParams &params) {
+  using Storage = BackwardStorage<Element, kConfig>;
+  using Compute =
+      std::conditional_t<kConfig.keys, ComputeDkv<Element, kConfig>, ComputeDq<Element, kConfig>>;
+  constexpr int kTeamThreads = 128 * kConfig.warpgroups();
+  auto shared = std::make_unique<Storage[]>(kConfig.teams);
+  for (int block = 0; block < params.args.schedule.num_workers / kConfig.teams; ++block) {
+    simulated::Cta cta(seed + block);
+    std::memset(static_cast<void *>(shared.get()), 0xff, kConfig.teams * sizeof(Storage));
+    in_flight.clear();
+    for (int t = 0; t < kConfig.teams; ++t) {
+      auto &team = shared[t];
+      int worker = kConfig.walker(block, t);
+      team.init_barriers();
+      cta.add(kConfig.teams * kTeamThreads + 32 * t,
+              [&params, &team, worker] { BackwardLoad<Element, kConfig>{params, team}.run(worker); });
+      for (int thread = 0; thread < kTeamThreads; ++thread) {
+        cta.add(t * kTeamThreads + thread, [&params, &team, t, thread, worker] {
+          Compute{{params, team, t, thread / 128, thread % 128}}.run(worker);
         });
       }
     }
@@ -51,18 +82,57 @@ void run_of_dtype(const ForwardParams &params) {
   return of_block.template operator()<128>();
 }
 
+template <class Element>
+void run_of_dtype(const BackwardParams &params, bool keys) {
+  auto of_blocks = [&]<bool kKeys, int kDim>() {
+    bool low = params.sizes.block_rows == 64, narrow = params.sizes.block_columns == 64;
+    if (low) return run<Element, choose_backward(kKeys, kDim, 64, 128)>(params);
+    if (narrow) return run<Element, choose_backward(kKeys, kDim, 128, 64)>(params);
+    return run<Element, choose_backward(kKeys, kDim, 128, 128)>(params);
+  };
+  auto of_dim = [&]<int kDim>() {
+    return keys ? of_blocks.template operator()<true, kDim>()
+                : of_blocks.template operator()<false, kDim>();
+  };
+  if (params.args.head_dim == 32) return of_dim.template operator()<32>();
+  if (params.args.head_dim == 64) return of_dim.template operator()<64>();
+  return of_dim.template operator()<128>();
+}
+
 // As kernel/merge.cu.
 template <class Element>
+void sum_parts(const BackwardParams &params, const Gradient &gradient, int tokens) {
+  const jsparse_schedule &schedule = params.args.schedule;
+  const int block_rows = params.sizes.block_rows, dim = params.args.head_dim;
+  for (int64_t n = 0; n < int64_t(schedule.num_split_rows) * block_rows; ++n) {
+    int64_t split = n / block_rows, in_block = n % block_rows;
+    const int32_t *place = schedule.split_rows + 3 * split;
+    int64_t token = place[2] * block_rows + in_block;
+    if (token >= tokens) continue;
+    int64_t row = (int64_t(place[0]) * tokens + token) * params.args.num_heads + place[1];
+    for (int i = 0; i < dim; ++i) {
+      float total = 0;
+      for (int part = 0; part < schedule.most_parts; ++part) {
+        int64_t slot = schedule.split_slots[split * schedule.most_parts + part];
+        if (slot >= 0) total += gradient.part[(slot * block_rows + in_block) * dim + i];
+      }
+      static_cast<Element *>(gradient.whole)[row * dim + i] = Element(total);
+    }
+  }
+}
+
+template <class Element>
 void merge(const jsparse_forward_args &args) {
-  for (int64_t n = 0; n < int64_t(args.num_split_rows) * args.tile_q; ++n) {
+  const jsparse_schedule &schedule = args.schedule;
+  for (int64_t n = 0; n < int64_t(schedule.num_split_rows) * args.tile_q; ++n) {
     int64_t split = n / args.tile_q, in_tile = n % args.tile_q;
-    const int32_t *place = args.split_rows + 3 * split;
+    const int32_t *place = schedule.split_rows + 3 * split;
     int token = place[2] * args.tile_q + int(in_tile);
     if (token >= args.q_len) continue;
     std::vector<int64_t> parts;
     float top = -INFINITY, total = 0;
-    for (int part = 0; part < args.most_parts; ++part) {
-      int slot = args.split_slots[split * args.most_parts + part];
+    for (int part = 0; part < schedule.most_parts; ++part) {
+      int slot = schedule.split_slots[split * schedule.most_parts + part];
       if (slot >= 0) parts.push_back(int64_t(slot) * args.tile_q + in_tile);
     }
     for (int64_t at : parts) top = fmaxf(top, args.part_lse[at]);
@@ -82,13 +152,62 @@ void merge(const jsparse_forward_args &args) {
   }
 }
 
-CUtensorMap map_of(const jsparse_forward_args &args, const void *array, int tokens, int heads,
+template <class Args>
+CUtensorMap map_of(const Args &args, const void *array, int tokens, int heads,
                    int rows) {
   Map map{static_cast<const char *>(array), args.batch, tokens, heads, args.head_dim, rows,
           args.head_dim < 64 ? 32 : 64};
   CUtensorMap opaque = {};
   std::memcpy(&opaque, &map, sizeof map);
   return opaque;
+}
+
+// What `launch` returns, one launch at a time: 0, or 1 after what went wrong in a CTA.
+template <class Launch>
+int simulate(Launch launch, char *message, size_t message_size) {
+  static std::mutex one_at_a_time;
+  std::lock_guard lock(one_at_a_time);
+  try {
+    launch();
+    return 0;
+  } catch (const simulated::Failure &failure) {
+    message[std::string(failure.what()).copy(message, message_size - 1)] = '\0';
+    return 1;
+  }
+}
+
+// As kernel/backward.cc.
+template <class Element>
+void backward(const jsparse_backward_args &args, bool keys, const std::vector<Gradient> &gradients) {
+  BackwardParams params = {};
+  params.args = args;
+  params.scale_log2 = args.scale * 1.4426950408889634f;
+  params.sizes = keys ? block_sizes(args.block_kv, args.kv_len, args.block_q, args.q_len)
+                      : block_sizes(args.block_q, args.q_len, args.block_kv, args.kv_len);
+  params.first = gradients.front();
+  params.second = gradients.back();
+  int tile = choose_backward(keys, args.head_dim, params.sizes.block_rows,
+                             params.sizes.block_columns).tile;
+  const void *of_queries[] = {args.q, args.dout}, *of_keys[] = {args.k, args.v};
+  for (int i = 0; i < 2; ++i) {
+    (keys ? params.columns : params.rows)[i] =
+        map_of(args, of_queries[i], args.q_len, args.num_heads, keys ? tile : 64);
+    (keys ? params.rows : params.columns)[i] =
+        map_of(args, of_keys[i], args.kv_len, args.num_kv_heads, keys ? 64 : tile);
+  }
+  run_of_dtype<Element>(params, keys);
+  for (const Gradient &gradient : gradients) {
+    sum_parts<Element>(params, gradient, keys ? args.kv_len : args.q_len);
+  }
+}
+
+int backward(const jsparse_backward_args &args, bool keys, const std::vector<Gradient> &gradients,
+             char *message, size_t message_size) {
+  auto launch = [&] {
+    if (args.dtype == JSPARSE_FLOAT16) return backward<cutlass::half_t>(args, keys, gradients);
+    return backward<cutlass::bfloat16_t>(args, keys, gradients);
+  };
+  return simulate(launch, message, message_size);
 }
 
 }  // namespace
@@ -108,15 +227,12 @@ extern "C" JSPARSE_API int jsparse_forward(const jsparse_forward_args *args, voi
   ForwardParams params = {};
   params.args = *args;
   params.scale_log2 = args->scale * 1.4426950408889634f;
-  params.num_q_blocks = (args->q_len + args->block_q - 1) / args->block_q;
-  params.num_kv_blocks = (args->kv_len + args->block_kv - 1) / args->block_kv;
+  params.sizes = block_sizes(args->block_q, args->q_len, args->block_kv, args->kv_len);
   int tile = choose(args->head_dim, args->tile_q, args->block_kv, args->share).tile_kv;
   params.q = map_of(*args, args->q, args->q_len, args->num_heads, 64);
   params.k = map_of(*args, args->k, args->kv_len, args->num_kv_heads, tile);
   params.v = map_of(*args, args->v, args->kv_len, args->num_kv_heads, tile);
-  static std::mutex one_at_a_time;
-  std::lock_guard lock(one_at_a_time);
-  try {
+  auto launch = [&] {
     if (args->dtype == JSPARSE_FLOAT16) {
       run_of_dtype<cutlass::half_t>(params);
       merge<cutlass::half_t>(*args);
@@ -124,20 +240,46 @@ extern "C" JSPARSE_API int jsparse_forward(const jsparse_forward_args *args, voi
       run_of_dtype<cutlass::bfloat16_t>(params);
       merge<cutlass::bfloat16_t>(*args);
     }
-    return 0;
-  } catch (const simulated::Failure &failure) {
-    message[std::string(failure.what()).copy(message, message_size - 1)] = '\0';
-    return 1;
-  }
+  };
+  return simulate(launch, message, message_size);
 }
 
-extern "C" JSPARSE_API XLA_FFI_Error *jsparse_forward_on_host(XLA_FFI_CallFrame *call_frame);
+extern "C" JSPARSE_API int32_t jsparse_backward_walkers(int32_t keys, int32_t head_dim,
+                                                        int32_t block_rows,
+                                                        int32_t block_columns) {
+  return jsparse::choose_backward(keys, head_dim, block_rows, block_columns).teams;
+}
 
-// The handler without a stream, which a CPU does not have.
+extern "C" JSPARSE_API int jsparse_backward_dq(const jsparse_backward_args *args, void *dq,
+                                               float *part, void *, char *message,
+                                               size_t message_size) {
+  return jsparse::backward(*args, false, {{dq, part, args->scale}}, message, message_size);
+}
+
+extern "C" JSPARSE_API int jsparse_backward_dkv(const jsparse_backward_args *args, void *dk,
+                                                void *dv, float *part_dk, float *part_dv, void *,
+                                                char *message, size_t message_size) {
+  return jsparse::backward(*args, true, {{dk, part_dk, args->scale}, {dv, part_dv, 1.0f}}, message,
+                           message_size);
+}
+
+extern "C" JSPARSE_API XLA_FFI_Error *jsparse_forward_on_host(XLA_FFI_CallFrame *);
+extern "C" JSPARSE_API XLA_FFI_Error *jsparse_backward_dq_on_host(XLA_FFI_CallFrame *);
+extern "C" JSPARSE_API XLA_FFI_Error *jsparse_backward_dkv_on_host(XLA_FFI_CallFrame *);
+
+// The handlers without a stream, which a CPU does not have.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     jsparse_forward_on_host,
     [](auto... arguments) { return jsparse::forward(nullptr, arguments...); },
-    jsparse::with_arguments(xla::ffi::Ffi::Bind()));
+    jsparse::of_forward(xla::ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jsparse_backward_dq_on_host,
+    [](auto... arguments) { return jsparse::backward_dq(nullptr, arguments...); },
+    jsparse::of_backward<2>(xla::ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jsparse_backward_dkv_on_host,
+    [](auto... arguments) { return jsparse::backward_dkv(nullptr, arguments...); },
+    jsparse::of_backward<4>(xla::ffi::Ffi::Bind()));
 
 // 2^x by polynomial.
 extern "C" JSPARSE_API void exp2_polynomial(const float *x, float *y, int64_t count) {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import re
 import shutil
 import subprocess
 import tomllib
@@ -20,16 +19,19 @@ PYPROJECT = FFI.parent / "pyproject.toml"
 
 
 @pytest.mark.parametrize("compiler", ["gcc", "g++"])
-def test_the_header_stands_alone(tmp_path, compiler):
+@pytest.mark.parametrize("header", ["forward", "backward"])
+def test_a_header_stands_alone(tmp_path, header, compiler):
     if not FFI.is_dir() or shutil.which(compiler) is None:
         pytest.skip(f"needs the sources in ffi/ and {compiler}")
     source = tmp_path / ("use.c" if compiler == "gcc" else "use.cc")
+    call = {
+        "forward": "jsparse_forward(args, 0, message, 80)",
+        "backward": "jsparse_backward_dq(args, 0, 0, 0, message, 80)",
+    }[header]
     source.write_text(
-        '#include "jsparse/forward.h"\n'
-        "int use(const jsparse_forward_args *args) {\n"
-        "  char message[80];\n"
-        "  return jsparse_forward(args, 0, message, sizeof message);\n"
-        "}\n"
+        f'#include "jsparse/{header}.h"\n'
+        f"int use(const jsparse_{header}_args *args) {{\n"
+        f"  char message[80];\n  return {call};\n}}\n"
     )
     flags = ["-Wall", "-Wextra", "-Werror", "-pedantic", "-fsyntax-only"]
     subprocess.run([compiler, *flags, f"-I{FFI / 'include'}", str(source)], check=True)
@@ -49,7 +51,7 @@ def test_the_kernels_are_built_for_the_oldest_jaxlib():
 def test_items_are_those_of_the_schedules():
     if not FFI.is_dir():
         pytest.skip("needs the sources in ffi/")
-    header = (FFI / "include/jsparse/forward.h").read_text("utf-8")
+    header = (FFI / "include/jsparse/types.h").read_text("utf-8")
     assert f"#define JSPARSE_ITEM_FIELDS {NUM_FIELDS}\n" in header
     assert f"#define JSPARSE_MAX_RULES {cutlass.MOST_RULES}\n" in header
     assert "#define JSPARSE_FLAGGED (1 << 30)\n" in header and FLAGGED == 1 << 30
@@ -58,9 +60,9 @@ def test_items_are_those_of_the_schedules():
 def test_every_kernel_has_a_file():
     if not FFI.is_dir():
         pytest.skip("needs the sources in ffi/")
-    expected = {(d, t) for d in map(str, cutlass.HEAD_SIZES) for t in ("f16", "bf16")}
-    files = (FFI / "instantiate").glob("*.cu")
-    assert {tuple(re.findall(r"_d(\d+)_(\w+)", x.stem)[0]) for x in files} == expected
+    kinds = ("forward", "backward"), cutlass.HEAD_SIZES, ("f16", "bf16")
+    expected = {f"{p}_d{d}_{t}" for p, d, t in itertools.product(*kinds)}
+    assert {x.stem for x in (FFI / "instantiate").glob("*.cu")} == expected
 
 
 @pytest.fixture
@@ -79,12 +81,23 @@ def test_the_library_loads_without_a_gpu(library):
         assert library.jsparse_forward_walkers(dim, 64, 128, True) == 1
     for sizes in [(48, 64, 64, False), (64, 32, 64, False), (64, 128, 64, True)]:
         assert library.jsparse_forward_walkers(*sizes) == 0
+    for sizes in itertools.product((0, 1), (32, 64, 128), (64, 128), (64, 128)):
+        assert library.jsparse_backward_walkers(*sizes) in (1, 2)
+    assert library.jsparse_backward_walkers(0, 48, 64, 64) == 0
 
 
 def test_the_c_interface_says_what_is_wrong(library):
     zeros = (ctypes.c_byte * 1024)()
     message = ctypes.create_string_buffer(80)
     assert library.jsparse_forward(zeros, None, message, len(message)) != 0
+    assert message.value == b"batch=0; expected at least 1"
+    found = library.jsparse_backward_dq(zeros, zeros, None, None, message, len(message))
+    assert found != 0
+    assert message.value == b"batch=0; expected at least 1"
+    found = library.jsparse_backward_dkv(
+        *(zeros, None, zeros, None, None, None, message, len(message))
+    )
+    assert found != 0
     assert message.value == b"batch=0; expected at least 1"
     short = ctypes.create_string_buffer(8)
     assert library.jsparse_forward(zeros, None, short, len(short)) != 0

@@ -1,4 +1,4 @@
-"""What the XLA handler and the C interface refuse, and with which words."""
+"""What the XLA handlers and the C interface refuse, and with which words."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-
-from jsparse.backends import cutlass
 
 BF16 = jax.numpy.bfloat16
 
@@ -21,13 +19,13 @@ class Call:
     q: Any = (1, 100, 2, 64)
     k: Any = (1, 200, 1, 64)
     v: Any = (1, 200, 1, 64)
-    kv_indices: Any = (0,)
-    full_kv_indices: Any = (0,)
+    partial: Any = (0,)
+    full: Any = (0,)
     item_count: Any = (2,)
     items: Any = (2, 1, 12)
     split_rows: Any = (0, 3)
     split_slots: Any = (0, 0)
-    bad_keys: Any = (0,)
+    bad: Any = (0,)
     lengths: Any = (0,)
     bits: Any = (0,)
     rules: Any = ()
@@ -52,7 +50,7 @@ class Call:
             jax.ShapeDtypeStruct(getattr(self, name), BF16 if name == "out" else "f4")
             for name in ("out", "lse", "part_out", "part_lse")
         ]
-        return jax.ffi.ffi_call(cutlass.TARGET, results)(
+        return jax.ffi.ffi_call("jsparse_forward", results)(
             *arrays,
             block_q=np.int32(self.block_q),
             block_kv=np.int32(self.block_kv),
@@ -78,13 +76,13 @@ REFUSED = {
     "items has shape [2, 1, 9]; expected [2, any, 12]": {"items": (2, 1, 9)},
     "items is float32; expected int32": {"items": np.zeros((2, 1, 12), np.float32)},
     "split_slots has shape [1, 2]; expected [0, any]": {"split_slots": (1, 2)},
-    "bad_keys has shape [1, 1, 200]; expected [1, 1, 256]": {"bad_keys": (1, 1, 200)},
+    "bad has shape [1, 1, 200]; expected [1, 1, 256]": {"bad": (1, 1, 200)},
     "lengths has shape [2]; expected [1, 2]": {"lengths": (2,)},
     "bits has shape [1, 3, 128, 2]; expected [any, any, 128, 4]": {
         "bits": (1, 3, 128, 2)
     },
     "bits has shape [3, 3, 128, 4]; expected 1 or 1 first": {"bits": (3, 3, 128, 4)},
-    "out has shape [1, 100, 2, 32]; expected that of q": {"out": (1, 100, 2, 32)},
+    "out has shape [1, 100, 2, 32]; expected [1, 100, 2, 64]": {"out": (1, 100, 2, 32)},
     "lse has shape [1, 100, 2]; expected [1, 2, 100]": {"lse": (1, 100, 2)},
     "part_lse has shape [2, 128]; expected [1, 128]": {"part_lse": (2, 128)},
     "blocks of 0 x 128; expected 64 or 128 each": {"block_q": 0},
@@ -115,3 +113,133 @@ def test_refuses(simulated, reason):
     with pytest.raises(jax.errors.JaxRuntimeError) as caught:
         Call(**REFUSED[reason]).run()
     assert f"jsparse_forward: {reason}" in str(caught.value)
+
+
+@dataclasses.dataclass
+class BackwardCall:
+    """As `Call`; ``results`` are dq and its parts, or dk, dv and theirs."""
+
+    target: str = "jsparse_backward_dq"
+    q: Any = (1, 100, 2, 64)
+    k: Any = (1, 200, 1, 64)
+    v: Any = (1, 200, 1, 64)
+    dout: Any = (1, 100, 2, 64)
+    lse2: Any = (1, 2, 128)
+    delta: Any = (1, 2, 128)
+    partial: Any = (0,)
+    full: Any = (0,)
+    item_count: Any = (2,)
+    items: Any = (2, 1, 12)
+    split_rows: Any = (0, 3)
+    split_slots: Any = (0, 0)
+    bad: Any = (0,)
+    lengths: Any = (0,)
+    bits: Any = (0,)
+    rules: Any = ()
+    kinds: tuple[int, ...] = ()
+    results: tuple[tuple[int, ...], ...] = ((1, 100, 2, 64), (1, 128, 64))
+    blocks: tuple[int, int] = (128, 128)
+
+    def run(self) -> Any:
+        names = [field.name for field in dataclasses.fields(self)[1:16]]
+        dtypes = [BF16] * 4 + [np.float32] * 2 + [np.int32] * 9
+        arrays = [
+            _zeros(getattr(self, name), dtype)
+            for name, dtype in zip(names, dtypes, strict=True)
+        ]
+        arrays += [_zeros(x, np.int32) for x in self.rules]
+        results = [
+            jax.ShapeDtypeStruct(shape, BF16 if len(shape) == 4 else "f4")
+            for shape in self.results
+        ]
+        return jax.ffi.ffi_call(self.target, results)(
+            *arrays,
+            block_q=np.int32(self.blocks[0]),
+            block_kv=np.int32(self.blocks[1]),
+            scale=np.float32(1),
+            rules=np.array(self.kinds, np.int32),
+        )
+
+
+def of_keys(
+    dk: tuple[int, ...] = (1, 200, 1, 64),
+    dv: tuple[int, ...] = (1, 200, 1, 64),
+    parts: tuple[tuple[int, ...], ...] = 2 * ((1, 128, 64),),
+) -> dict[str, Any]:
+    """What a call for dk and dv has instead."""
+    return {"target": "jsparse_backward_dkv", "results": (dk, dv, *parts)}
+
+
+REFUSED_BACKWARD = {
+    "q has shape [100, 2, 64]; expected 4 axes": {"q": (100, 2, 64)},
+    "q is float32; expected float16 or bfloat16": {
+        "q": np.zeros((1, 100, 2, 64), np.float32)
+    },
+    "v has shape [1, 200, 1, 32]; expected [1, 200, 1, 64]": {"v": (1, 200, 1, 32)},
+    "dout has shape [1, 100, 2, 32]; expected [1, 100, 2, 64]": {
+        "dout": (1, 100, 2, 32)
+    },
+    "dout is float16; expected bfloat16": {
+        "dout": np.zeros((1, 100, 2, 64), np.float16)
+    },
+    "lse2 has shape [1, 2, 100]; expected [1, 2, 128]": {"lse2": (1, 2, 100)},
+    "delta has shape [2, 128]; expected [1, 2, 128]": {"delta": (2, 128)},
+    "delta is int32; expected float32": {"delta": np.zeros((1, 2, 128), np.int32)},
+    "items has shape [2, 1, 9]; expected [2, any, 12]": {"items": (2, 1, 9)},
+    "bad has shape [1, 2, 256]; expected [1, 1, 256]": {"bad": (1, 2, 256)},
+    "bits has shape [1, 3, 64, 4]; expected [any, any, 128, 4]": {
+        "bits": (1, 3, 64, 4)
+    },
+    "dq has shape [1, 128, 2, 64]; expected [1, 100, 2, 64]": {
+        "results": ((1, 128, 2, 64), (1, 128, 64))
+    },
+    "part has shape [1, 64, 64]; expected [any, 128, 64]": {
+        "results": ((1, 100, 2, 64), (1, 64, 64))
+    },
+    "blocks of 128 x 0; expected 64 or 128 each": {"blocks": (128, 0)},
+    "array 0 of the rules has shape [1, 256]; expected [1, 128]": {
+        "kinds": (1,),
+        "rules": ((1, 256), (1, 256)),
+    },
+}
+REFUSED_KEYS = {
+    "bad has shape [1, 1, 256]; expected [1, 2, 128]": {"bad": (1, 1, 256)},
+    "bits has shape [1, 3, 128, 2]; expected [any, any, 128, 4]": {
+        "bits": (1, 3, 128, 2)
+    },
+    "dk has shape [1, 200, 2, 64]; expected [1, 200, 1, 64]": of_keys(
+        dk=(1, 200, 2, 64)
+    ),
+    "dv has shape [1, 256, 1, 64]; expected [1, 200, 1, 64]": of_keys(
+        dv=(1, 256, 1, 64)
+    ),
+    "part_dv has shape [1, 128, 32]; expected [any, 128, 64]": of_keys(
+        parts=((1, 128, 64), (1, 128, 32))
+    ),
+    "array 0 of the rules has shape [1, 128]; expected [1, 256]": {
+        "kinds": (1,),
+        "rules": ((1, 128), (1, 128)),
+    },
+}
+
+
+def test_backward_takes_what_it_describes(simulated):
+    BackwardCall().run()
+    BackwardCall(kinds=(1,), rules=((1, 128), (1, 128)), bad=(1, 1, 256)).run()
+    BackwardCall(**of_keys()).run()
+    keys = {"kinds": (1,), "rules": ((1, 256), (1, 256)), "bad": (1, 2, 128)}
+    BackwardCall(**of_keys(), **keys).run()
+
+
+@pytest.mark.parametrize("reason", REFUSED_BACKWARD)
+def test_dq_refuses(simulated, reason):
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        BackwardCall(**REFUSED_BACKWARD[reason]).run()
+    assert f"jsparse_backward_dq: {reason}" in str(caught.value)
+
+
+@pytest.mark.parametrize("reason", REFUSED_KEYS)
+def test_dkv_refuses(simulated, reason):
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        BackwardCall(**of_keys() | REFUSED_KEYS[reason]).run()
+    assert f"jsparse_backward_dkv: {reason}" in str(caught.value)

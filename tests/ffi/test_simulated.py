@@ -192,18 +192,17 @@ def test_export(on_cpu):
     args = (case.q, case.k, case.v)
     exported = jax.export.export(
         jax.jit(lambda q, k, v: attend(q, k, v, mask)[0]),
-        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(cutlass.TARGET)],
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("jsparse_forward")],
     )(*args)
     again = jax.export.deserialize(exported.serialize())
     truth = contract.expected(case)[0]
     assert contract.error(again.call(*args), truth) <= contract.HALF_LIMIT
 
 
-@pytest.mark.parametrize(
-    "head_dim, tile_kv", [(32, 64), (64, 64), (128, 64), (128, 128)]
-)
-def test_products_read_what_tma_wrote(simulated, head_dim, tile_kv):
-    assert simulated.layout_mismatches(head_dim, tile_kv) == 0
+@pytest.mark.parametrize("columns", [64, 128])
+@pytest.mark.parametrize("head_dim", cutlass.HEAD_SIZES)
+def test_products_read_what_tma_wrote(simulated, head_dim, columns):
+    assert simulated.layout_mismatches(head_dim, columns) == 0
 
 
 def test_exponentials_by_polynomial(simulated):

@@ -6,40 +6,11 @@
 #ifndef JSPARSE_FORWARD_H_
 #define JSPARSE_FORWARD_H_
 
-#include <stddef.h>
-#include <stdint.h>
+#include "jsparse/types.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-#define JSPARSE_API __attribute__((visibility("default")))
-
-#define JSPARSE_MAX_RULES 4
-#define JSPARSE_ITEM_FIELDS 12
-/* Added to the entry of a partial block in which some v[b, s, k, :] is not finite. */
-#define JSPARSE_FLAGGED (1 << 30)
-
-typedef enum jsparse_dtype { JSPARSE_FLOAT16 = 0, JSPARSE_BFLOAT16 = 1 } jsparse_dtype;
-
-typedef enum jsparse_rule_kind {
-  JSPARSE_SAME_LABEL = 0,      /* first: int32 [B or 1, nq * block_q], second: [B or 1, nkv * block_kv] */
-  JSPARSE_ROW_INTERVAL = 1,    /* first <= key < second: int32 [B or 1, nq * block_q] each */
-  JSPARSE_COLUMN_INTERVAL = 2, /* first <= query < second: int32 [B or 1, nkv * block_kv] each */
-  JSPARSE_WITHIN = 3           /* squared distance of float32 [B or 1, 3, ...] <= third [B or 1] */
-} jsparse_rule_kind;
-
-/* A test that every element of a partial block must pass. NaN coordinates are close to nothing. */
-typedef struct jsparse_rule {
-  jsparse_rule_kind kind;
-  const void *first;
-  const void *second;
-  const float *third;
-  /* Whether the array has an entry for each of the B batch entries, and not one for all. */
-  int32_t first_batched;
-  int32_t second_batched;
-  int32_t third_batched;
-} jsparse_rule;
 
 typedef struct jsparse_forward_args {
   jsparse_dtype dtype;
@@ -51,39 +22,16 @@ typedef struct jsparse_forward_args {
                               * each item together: for fewer items than multiprocessors */
   float scale;               /* of the logits, above 0 */
 
-  const void *q;       /* [B, T, H, D] */
-  const void *k;       /* [B, S, K, D] */
-  const void *v;       /* [B, S, K, D] */
-  void *out;           /* [B, T, H, D] */
-  float *lse;          /* [B, H, T], natural logarithm; -inf where a query sees nothing */
+  const void *q;   /* [B, T, H, D] */
+  const void *k;   /* [B, S, K, D] */
+  const void *v;   /* [B, S, K, D] */
+  void *out;       /* [B, T, H, D] */
+  float *lse;      /* [B, H, T], natural logarithm; -inf where a query sees nothing */
+  float *part_out; /* workspace [slots, tile_q, D] */
+  float *part_lse; /* [slots, tile_q] */
 
-  const int32_t *kv_indices;      /* flattened lists of partial blocks */
-  const int32_t *full_kv_indices; /* flattened lists of full blocks */
-
-  /* The schedule. An item is batch, head, row (of tiles of tile_q), first and number of its partial
-   * list entries, first and number of its full ones, workspace slot or -1, bit block of the first
-   * partial entry, column of the first block, and two that are unused. */
-  int32_t num_workers;       /* a multiple of jsparse_forward_walkers */
-  int32_t items_per_worker;
-  const int32_t *item_count; /* [num_workers] */
-  const int32_t *items;      /* [num_workers, items_per_worker, JSPARSE_ITEM_FIELDS] */
-
-  /* Rows whose items have workspace slots: parts go to the workspace and are merged. */
-  int32_t num_split_rows;
-  int32_t most_parts;
-  const int32_t *split_rows;  /* [num_split_rows, 3]: batch, head, row; each once */
-  const int32_t *split_slots; /* [num_split_rows, most_parts] slots, -1 where a row has fewer */
-  float *part_out;            /* [slots, tile_q, D] */
-  float *part_lse;            /* [slots, tile_q] */
-
-  /* The test of partial blocks; a pointer that is NULL tests nothing. */
-  const int32_t *lengths; /* [B, 2]: existing queries and keys */
-  const int32_t *bits;    /* [B or 1, num_bits, block_q, (block_kv + 31) / 32] */
-  int32_t num_bits;
-  int32_t bits_batched;
-  const int32_t *bad_keys; /* [B, K, nkv * block_kv]: not 0 where v[b, s, k, :] is not finite */
-  int32_t num_rules;
-  jsparse_rule rules[JSPARSE_MAX_RULES];
+  jsparse_schedule schedule; /* rows are of tile_q queries, columns of block_kv keys */
+  jsparse_elements elements; /* bad: where v[b, s, k, :] is not finite */
 } jsparse_forward_args;
 
 /* Walkers of a schedule that share one multiprocessor, or 0 if there is no kernel for the sizes. */

@@ -14,12 +14,13 @@ namespace jsparse {
 // Products that a thread has started.
 inline std::map<int, std::deque<std::function<void()>>> in_flight;
 
-template <class Element, TileConfig kConfig>
+template <class Element, int kDim, int kColumns>
 struct Products {
-  using T = Tiles<Element, kConfig>;
-  static constexpr int kLogits = kConfig.tile_kv / 2, kSums = kConfig.head_dim / 2;
+  using T = Tiles<Element, kDim, kColumns>;
+  static constexpr int kLogits = kColumns / 2, kSums = kDim / 2;
 
   static void begin() {}
+  static void begin(uint32_t (&)[kLogits / 2]) {}
   static void begin(float (&)[kSums], uint32_t (&)[kLogits / 2]) {}
 
   static void start_qk(float (&logits)[kLogits], Element *q_tile, Element *k_tile) {
@@ -28,9 +29,9 @@ struct Products {
     in_flight[simulated::cta->index()].push_back([=] {
       for (int i = 0; i < kLogits; ++i) {
         float sum = 0;
-        for (int column = 0; column < T::kDim; ++column) {
+        for (int column = 0; column < kDim; ++column) {
           sum += element(q_tile, 64, row_of(i), column) *
-                 element(k_tile, T::kTile, column_of(i), column);
+                 element(k_tile, kColumns, column_of(i), column);
         }
         to[i] = sum;
       }
@@ -45,7 +46,7 @@ struct Products {
       cta->shown[cta->index()] = mine;
       cta->meet_quad();
       int first = cta->index() / 4 * 4;
-      for (int key = 0; key < T::kTile; ++key) {
+      for (int key = 0; key < kColumns; ++key) {
         auto *words = static_cast<const uint32_t *>(cta->shown[first + key % 8 / 2]);
         float values[2];
         for (int half = 0; half < 2; ++half) {
@@ -54,7 +55,7 @@ struct Products {
           values[half] = float(both[key % 2]);
         }
         for (int i = 0; i < kSums; ++i) {
-          to[i] += values[i >> 1 & 1] * element(v_tile, T::kTile, key, column_of(i));
+          to[i] += values[i >> 1 & 1] * element(v_tile, kColumns, key, column_of(i));
         }
       }
       cta->meet_quad();

@@ -1,0 +1,62 @@
+/* Gradients of block-sparse attention on Hopper GPUs (compute capability 9.0): the C interface.
+ *
+ * Two launches: dq over the lists by query block, dk and dv over those by key block. Both are
+ * deterministic. Every array is row-major, in the memory of the current CUDA device, and aligned to
+ * 16 bytes. A launch allocates nothing and does not synchronise.
+ */
+#ifndef JSPARSE_BACKWARD_H_
+#define JSPARSE_BACKWARD_H_
+
+#include "jsparse/types.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* What both launches read. R is the number of queries in whole blocks. */
+typedef struct jsparse_backward_args {
+  jsparse_dtype dtype;
+  int32_t batch, q_len, kv_len, num_heads, num_kv_heads;
+  int32_t head_dim;          /* 32, 64 or 128 */
+  int32_t block_q, block_kv; /* 64 or 128 */
+  float scale;               /* of the logits, above 0 */
+
+  const void *q;      /* [B, T, H, D] */
+  const void *k;      /* [B, S, K, D] */
+  const void *v;      /* [B, S, K, D] */
+  const void *dout;   /* [B, T, H, D] */
+  const float *lse2;  /* [B, H, R], base 2; +inf where a query saw nothing or does not exist */
+  const float *delta; /* [B, H, R], sum(dout * out) - dlse; finite where lse2 is +inf */
+
+  jsparse_schedule schedule;
+  jsparse_elements elements;
+} jsparse_backward_args;
+
+/* Walkers of a schedule that share one multiprocessor, or 0 if there is no kernel for the sizes: for
+ * dq, rows are queries and columns keys, and keys is 0; for dk and dv the reverse, and keys is 1. */
+JSPARSE_API int32_t jsparse_backward_walkers(int32_t keys, int32_t head_dim, int32_t block_rows,
+                                             int32_t block_columns);
+
+/* Launches dq [B, T, H, D] on `stream` (a cudaStream_t).
+ *
+ * Items are rows of block_q queries; `part` is their workspace [slots, block_q, D]. Bad columns are
+ * keys that are not finite. Returns 0, or another number after writing why to `message`.
+ */
+JSPARSE_API int jsparse_backward_dq(const jsparse_backward_args *args, void *dq, float *part,
+                                    void *stream, char *message, size_t message_size);
+
+/* Launches dk and dv [B, S, K, D].
+ *
+ * Items are rows of block_kv keys for one query head; those of the query heads that share a key head
+ * follow one another, and then none is split. Bad columns are queries of which lse2 or delta is not
+ * what a finite result gives.
+ */
+JSPARSE_API int jsparse_backward_dkv(const jsparse_backward_args *args, void *dk, void *dv,
+                                     float *part_dk, float *part_dv, void *stream, char *message,
+                                     size_t message_size);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* JSPARSE_BACKWARD_H_ */

@@ -1,0 +1,100 @@
+// The C interface of the gradients: checks, TMA descriptors, the choice of the kernel, its launch.
+#include "jsparse/backward.h"
+
+#include <vector>
+
+#include "kernel/backward_config.h"
+#include "kernel/host.h"
+#include "kernel/params.h"
+
+namespace jsparse {
+namespace {
+
+template <jsparse_dtype kDtype>
+cudaError_t launch_of_dtype(const BackwardParams &params, bool keys, cudaStream_t stream) {
+  switch (params.args.head_dim) {
+    case 32:
+      return launch_backward<kDtype, 32>(params, keys, stream);
+    case 64:
+      return launch_backward<kDtype, 64>(params, keys, stream);
+    default:
+      return launch_backward<kDtype, 128>(params, keys, stream);
+  }
+}
+
+// Whether rows are keys, and where the results go: dq, or dk and dv.
+struct Outputs {
+  bool keys;
+  std::vector<Gradient> gradients;
+};
+
+void backward(const jsparse_backward_args &a, const Outputs &to, cudaStream_t stream) {
+  check_sizes(a);
+  const BlockSizes sizes = to.keys ? block_sizes(a.block_kv, a.kv_len, a.block_q, a.q_len)
+                                   : block_sizes(a.block_q, a.q_len, a.block_kv, a.kv_len);
+  const BackwardConfig config =
+      choose_backward(to.keys, a.head_dim, sizes.block_rows, sizes.block_columns);
+  check_schedule(a.schedule, config.teams);
+  expect(!to.keys || a.num_heads == a.num_kv_heads || a.schedule.num_split_rows == 0,
+         "num_split_rows", a.schedule.num_split_rows, "0 where query heads share key heads");
+  check_elements(a.elements);
+  expect_array(a.dout, "dout");
+  expect_array(a.lse2, "lse2");
+  expect_array(a.delta, "delta");
+  for (const Gradient &gradient : to.gradients) {
+    expect_array(gradient.whole, "a gradient");
+    if (a.schedule.num_split_rows > 0) expect_array(gradient.part, "a workspace");
+  }
+
+  const void *of_queries[] = {a.q, a.dout}, *of_keys[] = {a.k, a.v};
+  BackwardParams params;
+  params.args = a;
+  params.scale_log2 = a.scale * 1.4426950408889634f;
+  params.sizes = sizes;
+  params.first = to.gradients.front();
+  params.second = to.gradients.back();
+  for (int i = 0; i < 2; ++i) {
+    CUtensorMap queries = tensor_map(a, of_queries[i], a.q_len, a.num_heads,
+                                     to.keys ? config.tile : 64);
+    CUtensorMap keys = tensor_map(a, of_keys[i], a.kv_len, a.num_kv_heads,
+                                  to.keys ? 64 : config.tile);
+    params.rows[i] = to.keys ? keys : queries;
+    params.columns[i] = to.keys ? queries : keys;
+  }
+  check(a.dtype == JSPARSE_FLOAT16 ? launch_of_dtype<JSPARSE_FLOAT16>(params, to.keys, stream)
+                                   : launch_of_dtype<JSPARSE_BFLOAT16>(params, to.keys, stream),
+        "launch of a backward kernel");
+  if (a.schedule.num_split_rows == 0) return;
+  for (const Gradient &gradient : to.gradients) {
+    check(launch_sum(params, gradient, to.keys ? a.kv_len : a.q_len, stream),
+          "launch of the kernel that adds up parts");
+  }
+}
+
+}  // namespace
+}  // namespace jsparse
+
+extern "C" int32_t jsparse_backward_walkers(int32_t keys, int32_t head_dim, int32_t block_rows,
+                                            int32_t block_columns) {
+  if (!jsparse::has_backward_kernel(head_dim, block_rows, block_columns)) return 0;
+  return jsparse::choose_backward(keys, head_dim, block_rows, block_columns).teams;
+}
+
+extern "C" int jsparse_backward_dq(const jsparse_backward_args *args, void *dq, float *part,
+                                   void *stream, char *message, size_t message_size) {
+  auto launch = [&] {
+    jsparse::backward(*args, {false, {{dq, part, args->scale}}},
+                      static_cast<cudaStream_t>(stream));
+  };
+  return jsparse::report(launch, message, message_size);
+}
+
+extern "C" int jsparse_backward_dkv(const jsparse_backward_args *args, void *dk, void *dv,
+                                    float *part_dk, float *part_dv, void *stream, char *message,
+                                    size_t message_size) {
+  auto launch = [&] {
+    jsparse::backward(*args, {true, {{dk, part_dk, args->scale}, {dv, part_dv, 1.0f}}},
+                      static_cast<cudaStream_t>(stream));
+  };
+  return jsparse::report(launch, message, message_size);
+}

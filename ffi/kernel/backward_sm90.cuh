@@ -1,0 +1,82 @@
+// The backward kernels: persistent CTAs of one load warpgroup and teams of compute warpgroups.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "collective/backward_load.cuh"
+#include "collective/dkv.cuh"
+#include "collective/dq.cuh"
+
+namespace jsparse {
+
+template <class Element, BackwardConfig kConfig>
+using ComputeGradients = cute::conditional_t<kConfig.keys, ComputeDkv<Element, kConfig>,
+                                             ComputeDq<Element, kConfig>>;
+
+template <jsparse_dtype kDtype, bool kKeys, int kHeadDim, int kBlockRows, int kBlockColumns>
+__global__ void __launch_bounds__(
+    choose_backward(kKeys, kHeadDim, kBlockRows, kBlockColumns).threads(), 1)
+    backward_sm90(const __grid_constant__ BackwardParams params) {
+  using Element = ElementOf<kDtype>;
+  constexpr BackwardConfig kConfig = choose_backward(kKeys, kHeadDim, kBlockRows, kBlockColumns);
+  // Two warpgroups have all that a thread can name.
+  constexpr bool kMove = kConfig.compute_warpgroups() > 1;
+  extern __shared__ __align__(1024) char memory[];
+  auto *shared = reinterpret_cast<BackwardStorage<Element, kConfig> *>(memory);
+  int warpgroup = cutlass::canonical_warp_group_idx(), warp = threadIdx.x / 32 % 4;
+
+  if (threadIdx.x < kConfig.teams) {
+    shared[threadIdx.x].init_barriers();
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  if (warpgroup == kConfig.compute_warpgroups()) {
+    if constexpr (kMove) cutlass::arch::warpgroup_reg_dealloc<kConfig.load_registers()>();
+    if (warp < kConfig.teams && threadIdx.x % 32 == 0) {
+      BackwardLoad<Element, kConfig>{params, shared[warp]}.run(kConfig.walker(blockIdx.x, warp));
+    }
+  } else {
+    if constexpr (kMove) cutlass::arch::warpgroup_reg_alloc<kConfig.compute_registers()>();
+    int team = warpgroup / kConfig.warpgroups();
+    ComputeGradients<Element, kConfig> compute{
+        {params, shared[team], team, warpgroup % kConfig.warpgroups(), int(threadIdx.x % 128)}};
+    compute.run(kConfig.walker(blockIdx.x, team));
+  }
+}
+
+template <jsparse_dtype kDtype, bool kKeys, int kHeadDim, int kBlockRows, int kBlockColumns>
+cudaError_t launch_backward_of(const BackwardParams &params, cudaStream_t stream) {
+  constexpr BackwardConfig kConfig = choose_backward(kKeys, kHeadDim, kBlockRows, kBlockColumns);
+  constexpr int kBytes = kConfig.teams * sizeof(BackwardStorage<ElementOf<kDtype>, kConfig>);
+  static_assert(kBytes <= 227 * 1024, "a multiprocessor has 227 KB of shared memory");
+  auto *kernel = &backward_sm90<kDtype, kKeys, kHeadDim, kBlockRows, kBlockColumns>;
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (status != cudaSuccess) return status;
+  int ctas = params.args.schedule.num_workers / kConfig.teams;
+  kernel<<<ctas, kConfig.threads(), kBytes, stream>>>(params);
+  return cudaGetLastError();
+}
+
+// Blocks of 64 columns have a kernel of their own only where those of 128 are computed in one step.
+template <jsparse_dtype kDtype, bool kKeys, int kHeadDim>
+cudaError_t launch_backward_of(const BackwardParams &params, cudaStream_t stream) {
+  if (params.sizes.block_rows == 64) {
+    return launch_backward_of<kDtype, kKeys, kHeadDim, 64, 128>(params, stream);
+  }
+  if constexpr (choose_backward(kKeys, kHeadDim, 128, 128).tile > 64) {
+    if (params.sizes.block_columns == 64) {
+      return launch_backward_of<kDtype, kKeys, kHeadDim, 128, 64>(params, stream);
+    }
+  }
+  return launch_backward_of<kDtype, kKeys, kHeadDim, 128, 128>(params, stream);
+}
+
+template <jsparse_dtype kDtype, int kHeadDim>
+cudaError_t launch_backward(const BackwardParams &params, bool keys, cudaStream_t stream) {
+  return keys ? launch_backward_of<kDtype, true, kHeadDim>(params, stream)
+              : launch_backward_of<kDtype, false, kHeadDim>(params, stream);
+}
+
+}  // namespace jsparse

@@ -1,0 +1,131 @@
+// What the host code of the passes shares: checks in words for the caller, and TMA descriptors.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cmath>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "jsparse/types.h"
+
+namespace jsparse {
+
+// What is wrong with a call or a launch.
+struct Failure : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+inline void check(cudaError_t status, const char *what) {
+  if (status == cudaSuccess) return;
+  throw Failure(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// Refuses `name` = value unless `ok`.
+inline void expect(bool ok, const char *name, long long value, const char *expected) {
+  if (ok) return;
+  throw Failure(std::string(name) + "=" + std::to_string(value) + "; expected " + expected);
+}
+
+inline void expect_array(const void *array, const char *name) {
+  if (array == nullptr) throw Failure(std::string(name) + " is NULL; expected an array");
+  if (reinterpret_cast<uintptr_t>(array) % 16 != 0) {
+    throw Failure(std::string(name) + " is not aligned; expected a multiple of 16 bytes");
+  }
+}
+
+// Sizes and arrays that jsparse_forward_args and jsparse_backward_args both have.
+template <class Args>
+void check_sizes(const Args &a) {
+  expect(a.dtype == JSPARSE_FLOAT16 || a.dtype == JSPARSE_BFLOAT16, "dtype", a.dtype,
+         "JSPARSE_FLOAT16 or JSPARSE_BFLOAT16");
+  expect(a.batch > 0, "batch", a.batch, "at least 1");
+  expect(a.q_len > 0, "q_len", a.q_len, "at least 1");
+  expect(a.kv_len > 0, "kv_len", a.kv_len, "at least 1");
+  expect(a.num_kv_heads > 0, "num_kv_heads", a.num_kv_heads, "at least 1");
+  expect(a.num_heads > 0 && a.num_heads % a.num_kv_heads == 0, "num_heads", a.num_heads,
+         "a multiple of num_kv_heads");
+  expect(a.head_dim == 32 || a.head_dim == 64 || a.head_dim == 128, "head_dim", a.head_dim,
+         "32, 64 or 128");
+  expect(a.block_q == 64 || a.block_q == 128, "block_q", a.block_q, "64 or 128");
+  expect(a.block_kv == 64 || a.block_kv == 128, "block_kv", a.block_kv, "64 or 128");
+  if (!(a.scale > 0) || !std::isfinite(a.scale)) {
+    throw Failure("scale=" + std::to_string(a.scale) + "; expected a positive number");
+  }
+  expect_array(a.q, "q");
+  expect_array(a.k, "k");
+  expect_array(a.v, "v");
+}
+
+inline void check_schedule(const jsparse_schedule &s, int walkers) {
+  expect(s.num_workers > 0 && s.num_workers % walkers == 0, "num_workers", s.num_workers,
+         "a multiple of the walkers of a multiprocessor");
+  expect(s.items_per_worker > 0, "items_per_worker", s.items_per_worker, "at least 1");
+  expect(s.num_split_rows >= 0, "num_split_rows", s.num_split_rows, "at least 0");
+  expect_array(s.item_count, "item_count");
+  expect_array(s.items, "items");
+}
+
+inline void check_elements(const jsparse_elements &e) {
+  expect(e.num_rules >= 0 && e.num_rules <= JSPARSE_MAX_RULES, "num_rules", e.num_rules,
+         "at most JSPARSE_MAX_RULES");
+  for (int i = 0; i < e.num_rules; ++i) {
+    int kind = e.rules[i].kind;
+    expect(kind >= JSPARSE_SAME_LABEL && kind <= JSPARSE_WITHIN, "rules[].kind", kind,
+           "a jsparse_rule_kind");
+  }
+}
+
+// A 4-D array [B, tokens, heads, dim] whose boxes are `box_tokens` tokens of one head, swizzled as the
+// layouts of collective/tiles.cuh.
+template <class Args>
+CUtensorMap tensor_map(const Args &a, const void *array, int tokens, int heads, int box_tokens) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const auto encode = [] {
+    void *function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                           cudaEnableDefault, &found),
+          "cuTensorMapEncodeTiled");
+    if (found != cudaDriverEntryPointSuccess) {
+      throw Failure("this NVIDIA driver has no cuTensorMapEncodeTiled; expected CUDA 12 or newer");
+    }
+    return reinterpret_cast<Encode>(function);
+  }();
+  uint64_t dim = a.head_dim, row = 2 * dim;
+  cuuint64_t sizes[] = {dim, uint64_t(heads), uint64_t(tokens), uint64_t(a.batch)};
+  cuuint64_t strides[] = {row, row * heads, row * heads * tokens};
+  cuuint32_t box[] = {a.head_dim < 64 ? 32u : 64u, 1, cuuint32_t(box_tokens), 1};
+  cuuint32_t steps[] = {1, 1, 1, 1};
+  auto type = a.dtype == JSPARSE_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                         : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  auto swizzle = a.head_dim < 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
+  CUtensorMap map;
+  CUresult status =
+      encode(&map, type, 4, const_cast<void *>(array), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    throw Failure("cuTensorMapEncodeTiled failed with CUresult " + std::to_string(status) +
+                  " for an array of " + std::to_string(a.batch) + " x " + std::to_string(tokens) +
+                  " x " + std::to_string(heads) + " x " + std::to_string(dim));
+  }
+  return map;
+}
+
+// Returns 0, or 1 after writing to `message` what `launch` threw.
+template <class Launch>
+int report(Launch launch, char *message, size_t message_size) {
+  try {
+    launch();
+    return 0;
+  } catch (const std::exception &failure) {
+    std::string text = failure.what();
+    if (message_size > 0) message[text.copy(message, message_size - 1)] = '\0';
+    return 1;
+  }
+}
+
+}  // namespace jsparse
