@@ -52,14 +52,16 @@ PROVEN = False
 LIBRARY = "libjsparse_cuda.so"
 TARGET = "jsparse_forward"
 
+_NOT_BUILT = (
+    "this jsparse was built without its CUDA kernels; build them with JSPARSE_CUDA=1, "
+    "as ffi/README.md says"
+)
+
 
 def why_not(problem: Problem) -> str | None:
     """What the kernels were built and tested for."""
     if _library_file() is None:
-        return (
-            "this jsparse was built without its CUDA kernels; build them with "
-            "JSPARSE_CUDA=1, as ffi/README.md says"
-        )
+        return _NOT_BUILT
     if reason := _hopper.wrong_device(problem):
         return reason
     library = _library()
@@ -212,6 +214,11 @@ def _on_device(x: Array) -> Array:
 
 
 # ------------------------------------------------------------------------ the library
+
+
+def library() -> ctypes.CDLL | str:
+    """The loaded library, or why there is none."""
+    return _NOT_BUILT if _library_file() is None else _library()
 
 
 def _library_file() -> Path | None:
