@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.backends import _hopper, cutlass
 from jsparse.bench._contract import Array, NoSuchPass, Task
 from jsparse.bench._jax_peers import JaxCall, JaxContender, JaxPeer, no_gpu
 from jsparse.bench._torch_peers import lists_of, only_whole_blocks
@@ -63,6 +62,8 @@ class GroupedGemm(JaxPeer):
         """Needs a Hopper GPU and the CUDA kernels."""
         if reason := no_gpu():
             return reason
+        from jsparse.backends import _hopper, cutlass
+
         if (capability := _hopper.compute_capability()) != "9.0":
             return f"it needs compute capability 9.0, and this GPU has {capability}"
         library = cutlass.library()
@@ -113,6 +114,8 @@ def attend(q: Array, k: Array, v: Array, lists: Lists) -> Array:
     Returns:
         ``[T, H, D]``; 0 where a query sees nothing.
     """
+    from jsparse.backends import _hopper
+
     library = _registered()
     tokens, heads, dim = q.shape
     block_q, block_kv = lists.blocks
@@ -144,6 +147,8 @@ def attend(q: Array, k: Array, v: Array, lists: Lists) -> Array:
 @functools.cache
 def _registered() -> ctypes.CDLL:
     """Our CUDA library, the handler registered with JAX."""
+    from jsparse.backends import cutlass
+
     library = cutlass.library()
     if isinstance(library, str):
         raise NotImplementedError(library)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jsparse import block_sparse_attention
-from jsparse.backends import cutlass
+from jsparse.backends import _hopper, cutlass
 from jsparse.bench import PEERS, Options, _grouped_gemm, run_case
 from jsparse.bench._cases import AttentionCase, of_blocks, of_coords
 from jsparse.bench._contract import NoSuchPass, Task
@@ -222,11 +222,11 @@ def test_has_no_other_pass():
 def test_says_what_it_needs(monkeypatch):
     assert PEER.available() == "it needs an NVIDIA GPU, and JAX computes on cpu"
     monkeypatch.setattr(_grouped_gemm, "no_gpu", lambda: None)
-    monkeypatch.setattr(_grouped_gemm._hopper, "compute_capability", lambda: "10.0")
+    monkeypatch.setattr(_hopper, "compute_capability", lambda: "10.0")
     assert PEER.available() == (
         "it needs compute capability 9.0, and this GPU has 10.0"
     )
-    monkeypatch.setattr(_grouped_gemm._hopper, "compute_capability", lambda: "9.0")
+    monkeypatch.setattr(_hopper, "compute_capability", lambda: "9.0")
     monkeypatch.setattr(cutlass, "_library_file", lambda: None)
     assert (PEER.available() or "").startswith("this jsparse was built without")
 
