@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.backends import _hopper, mosaic_gpu
+from jsparse.backends import _hopper, _shared_object, mosaic_gpu
 from jsparse.backends._contract import HostPattern, Operands, Problem
 from jsparse.pallas_kernels.mosaic_gpu._elements import (
     ColumnInterval,
@@ -238,6 +238,8 @@ def _library() -> ctypes.CDLL | str:
     """
     path = _library_file()
     assert path is not None
+    if wrong := _shared_object.unknown_build(path):
+        return f"{path} will not load: {wrong}; build it again"
     built = json.loads(path.with_name("build.json").read_text("utf-8"))["jaxlib"]
     found = metadata.version("jaxlib")
     if _numbers(found) < _numbers(built):
@@ -245,11 +247,13 @@ def _library() -> ctypes.CDLL | str:
             f"{path} was built for jaxlib {built} and will not load into jaxlib "
             f"{found}; install jaxlib {built} or newer, or build it again"
         )
+    if wrong := _shared_object.no_library(path):
+        return f"{path} will not load: {wrong}; build it again"
     try:
         library = ctypes.CDLL(str(path))
-    except OSError as err:
+        handler = jax.ffi.pycapsule(library.jsparse_forward_ffi)
+    except (OSError, AttributeError) as err:  # the latter of a library of another time
         return f"{path} will not load: {err}; build it again"
-    handler = jax.ffi.pycapsule(library.jsparse_forward_ffi)
     jax.ffi.register_ffi_target(TARGET, handler, platform="CUDA")
     return library
 
