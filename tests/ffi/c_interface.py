@@ -1,4 +1,4 @@
-"""The C interface of the CUDA kernels, as another program would call it: with ctypes."""
+"""The C interface of the CUDA kernels, called as by another program, with ctypes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jsparse.backends import cutlass
-from jsparse.backends._contract import HostPattern, Operands
+from jsparse.backends._contract import HostPattern
+from jsparse.ops._checks import canonical
 from tests.support.cases import Case
 
 _INT, _POINTER = ctypes.c_int32, ctypes.c_void_p
@@ -104,7 +105,7 @@ def _given(case: Case) -> tuple[list[Any], dict[str, Any], list[Any]]:
 
         return run
 
-    operands = Operands(case.q, case.k, case.v, case.mask, None)
+    operands = canonical(case.q, case.k, case.v, case.mask, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.ffi, "ffi_call", ffi_call)
         scale = case.q.shape[-1] ** -0.5
