@@ -14,5 +14,5 @@ from jsparse.bench._jax_peers import DENSE_KERNELS, Dense
 from jsparse.bench._torch_peers import BLOCK_SPARSE
 
 PEERS: dict[str, Peer] = {
-    peer.name: peer for peer in (Dense(), GroupedGemm(), *BLOCK_SPARSE, *DENSE_KERNELS)
+    peer.name: peer for peer in (Dense(), *BLOCK_SPARSE, GroupedGemm(), *DENSE_KERNELS)
 }
