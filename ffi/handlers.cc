@@ -5,9 +5,9 @@
 // The headers of the C interface have shapes and dtypes.
 #include <cuda_runtime_api.h>
 
-#include "buffers.h"
 #include "jsparse/backward.h"
 #include "jsparse/forward.h"
+#include "operands.h"
 
 namespace jsparse {
 namespace {

@@ -15,7 +15,8 @@ import numpy as np
 
 from jsparse import measure, patterns
 from jsparse.measure._machine import installed_version
-from jsparse.ops import block_sparse_attention, support
+from jsparse.ops import block_sparse_attention, choice, support
+from jsparse.patterns import BlockMask
 
 # What each extra brings: if this distribution is there, the extra is.
 EXTRAS = {
@@ -33,6 +34,8 @@ def examine() -> dict[str, Any]:
     Returns:
         ``ok`` (whether at least one implementation gives right results), ``versions``,
         ``machine``, ``implementations`` (name to ``runs``, ``reason``, ``max_error``),
+        ``auto`` (of the same problem in bfloat16: ``forward``, ``backward``,
+        ``reason``),
         ``extras`` (name to ``version`` and the command that installs it), ``advice``.
 
     Example:
@@ -46,9 +49,13 @@ def examine() -> dict[str, Any]:
     except measure.BadInput as err:  # JAX found a platform that does not start
         result["machine"] = None
         result["implementations"] = {}
+        result["auto"] = None
         result["advice"] = [str(err)]
     else:
-        result["implementations"] = _try_all()
+        coords, inputs, mask = _problem()
+        result["implementations"] = _try_all(coords, inputs, mask)
+        q, k, v = (x.astype(jnp.bfloat16) for x in inputs)
+        result["auto"] = choice(q, k, v, mask)._asdict()
         result["advice"] = _advice()
     result["extras"] = {
         extra: {
@@ -61,14 +68,22 @@ def examine() -> dict[str, Any]:
     return result
 
 
-def _try_all() -> dict[str, dict[str, Any]]:
-    """Runs each implementation on 300 atoms with 4 heads of 32."""
+def _problem() -> tuple[np.ndarray, list[jax.Array], BlockMask]:
+    """Coordinates of 300 atoms, q, k, v with 4 heads of 32, and their mask."""
     rng = np.random.default_rng(0)
     coords = rng.uniform(0, 25, (300, 3)).astype(np.float32)
     mask = patterns.radius(coords, 10.0, block_q=64, block_kv=64)
-    q, k, v = (
+    inputs = [
         jnp.asarray(rng.standard_normal((300, 4, 32), np.float32)) for _ in range(3)
-    )
+    ]
+    return coords, inputs, mask
+
+
+def _try_all(
+    coords: np.ndarray, inputs: list[jax.Array], mask: BlockMask
+) -> dict[str, dict[str, Any]]:
+    """Runs each implementation."""
+    q, k, v = inputs
     rows = measure.choose_rows(300)
     near = measure.within_cutoff(coords, rows, 10.0)
     found = {}

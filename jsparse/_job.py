@@ -22,7 +22,7 @@ import numpy as np
 from jsparse import measure, patterns
 from jsparse.backends import IMPLEMENTATIONS
 from jsparse.measure import BadInput, Progress
-from jsparse.ops import block_sparse_attention, support
+from jsparse.ops import Choice, block_sparse_attention, choice, support
 from jsparse.patterns import BlockMask
 from jsparse.report import format_bytes
 from jsparse.structure import Structure, StructureError, read_structure
@@ -201,8 +201,10 @@ class Job:
         check_inputs(6, len(self.structure), config.heads, config.head_dim)
         with self._stage("features"):
             q, k, v = project(self.structure, config.heads, config.head_dim)
-        why_not = support(q, k, v, mask)
-        self.result["backend"] = _choose(config.implementation, why_not)
+        auto = choice(q, k, v, mask)
+        self.result["backend"] = _choose(
+            config.implementation, auto, support(q, k, v, mask)
+        )
         arguments = (q, k, v, mask)
         forward = _forward(self._backend)
         out = self._time("forward", 1.0, config, forward, arguments)
@@ -412,19 +414,21 @@ def project(
     return out[0], out[1], out[2]
 
 
-def _choose(implementation: str, why_not: dict[str, str | None]) -> dict[str, Any]:
+def _choose(
+    implementation: str, auto: Choice, why_not: dict[str, str | None]
+) -> dict[str, Any]:
     """Which backend runs, and why the others do not."""
     able = [name for name, reason in why_not.items() if reason is None]
-    auto = implementation == "auto"
-    name = able[0] if auto else implementation
-    if why_not[name] is not None:
+    name, why = implementation, f"{implementation} was asked for"
+    if implementation == "auto":
+        name, why = auto.implementation, auto.reason
+    if why_not.get(name) is not None:
         raise BadInput(
             f"implementation {name!r} cannot run this: {why_not[name]}. These can: "
             f"{', '.join(able)}."
         )
-    instead = f"{name} {'comes first' if auto else 'was asked for'}"
     reasons = {
-        other: reason or f"it can, but {instead}"
+        other: reason or f"it can, but {why}"
         for other, reason in why_not.items()
         if other != name
     }

@@ -287,6 +287,13 @@ def bench(
             "checkout, pallas_kernels/mosaic_gpu/tables.json."
         ),
     ] = None,
+    choices: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --tune: table of the faster implementations, which auto asks, "
+            "to put the outcome into; of a checkout, jsparse/backends/measured.json."
+        ),
+    ] = None,
     heads: Annotated[
         int | None, typer.Option(help="Heads, in place of the case's own.")
     ] = None,
@@ -358,10 +365,12 @@ def bench(
         folder = records or benchmarks.records_folder(to_write=record)
         if check and render is None:
             raise BadInput("--check needs --render FILE, the file to compare.")
-        if entries is not None and not tune:
-            raise BadInput("--entries needs --tune, which measures them.")
-        if entries is not None:
-            benchmarks.read_entries(entries)  # refused before the work
+        files = {"entries": entries, "choices": choices}
+        tables = {name: file for name, file in files.items() if file is not None}
+        for name, file in tables.items():
+            if not tune:
+                raise BadInput(f"--{name} needs --tune, which measures them.")
+            benchmarks.read_entries(file, name)  # refused before the work
         if table or render is not None:
             raise typer.Exit(_render(folder, render, check, json))
         if plot is not None:
@@ -393,7 +402,7 @@ def bench(
         chosen = benchmarks.choose_cases(known, cases or [], structure is not None)
         made = _folder(folder, "--records") if record else contextlib.nullcontext()
         with made:
-            found = _measure(chosen, options, folder if record else None, entries, json)
+            found = _measure(chosen, options, folder if record else None, tables, json)
         if json:
             print(to_json(found))
         missed = [line for one in found for line in one["missed"]]
@@ -406,7 +415,7 @@ def _measure(
     chosen: list[Any],
     options: Any,
     folder: Path | None,
-    entries: Path | None,
+    tables: dict[str, Path],
     json: bool,
 ) -> list[dict[str, Any]]:
     """Runs cases one by one, so that each is shown and kept as soon as it is known."""
@@ -416,9 +425,9 @@ def _measure(
         found.append(result)
         if folder is not None:
             _say(f"Record: {benchmarks.write_record(result, folder)}")
-        if entries is not None:
-            benchmarks.write_entries(entries, result["entries"])
-            _say(f"Entries: {entries}")
+        for name, file in tables.items():
+            benchmarks.write_entries(file, result[name], name)
+            _say(f"{name.capitalize()}: {file}")
         if not json:
             _print_tables(benchmarks.facts(result))
     return found
@@ -617,6 +626,10 @@ def _print_doctor(found: dict[str, Any]) -> None:
         )
         for name, one in found["implementations"].items()
     ]
+    if (auto := found["auto"]) is not None:
+        names = dict.fromkeys((auto["forward"], auto["backward"]))
+        why = f"{auto['reason']} (in bfloat16)"
+        implementations.append(("auto", " + ".join(names), why))
     extras = [
         (name, one["version"] or "not installed", one["install"])
         for name, one in found["extras"].items()

@@ -407,7 +407,11 @@ def test_doctor_says_what_runs():
     assert found["implementations"]["xla"]["runs"]
     assert found["implementations"]["cutlass"]["reason"]
     assert found["extras"]["flax"]["install"] == "pip install 'jsparse[flax]'"
-    assert "xla" in call("doctor").stdout
+    auto = {"forward": "xla", "backward": "xla", "reason": "xla comes first"}
+    assert found["auto"] == auto
+    shown = call("doctor").stdout
+    assert "xla" in shown
+    assert "xla comes first (in bfloat16)" in shown
 
 
 def test_doctor_returns_1_when_nothing_runs(monkeypatch):
@@ -524,6 +528,8 @@ def test_bench_prints_targets():
         (["seed800", "--tune", "--profile"], "--profile and --tune were given"),
         (["seed800", "--entries", "t.json"], "--entries needs --tune"),
         (["seed800", "--tune", "--entries", "x"], "x: is no table of configs"),
+        (["seed800", "--choices", "t.json"], "--choices needs --tune"),
+        (["seed800", "--tune", "--choices", "x"], "x: is no table of implementations"),
         (["--targets", "seed800"], "unknown group of targets 'seed800'"),
         (["seed"], "unknown case 'seed'"),
         (["seed800", "--against", "fa9"], "unknown peer 'fa9'; expected dense, fa4"),

@@ -68,7 +68,10 @@ class HostPattern:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The static description of a call: all that a backend may base a refusal on."""
+    """The static description of a call: all that the choice of a backend rests on.
+
+    ``most_blocks`` is what the lists of a batch entry and head have room for.
+    """
 
     batch: int
     q_len: int
@@ -81,6 +84,7 @@ class Problem:
     block_q: int
     block_kv: int
     mask_heads: int
+    most_blocks: int
     rules: tuple[str, ...]
     bits: bool
     bias: str | None

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.backends import _hopper
+from jsparse.backends import _hopper, _shared_object
 from jsparse.backends._contract import HostPattern, Operands, Problem
 from jsparse.pallas_kernels.mosaic_gpu._elements import (
     ColumnInterval,
@@ -52,14 +52,16 @@ PROVEN = False
 LIBRARY = "libjsparse_cuda.so"
 TARGETS = ("jsparse_forward", "jsparse_backward_dq", "jsparse_backward_dkv")
 
+_NOT_BUILT = (
+    "this jsparse was built without its CUDA kernels; build them with JSPARSE_CUDA=1, "
+    "as ffi/README.md says"
+)
+
 
 def why_not(problem: Problem) -> str | None:
     """What the kernels were built and tested for."""
     if _library_file() is None:
-        return (
-            "this jsparse was built without its CUDA kernels; build them with "
-            "JSPARSE_CUDA=1, as ffi/README.md says"
-        )
+        return _NOT_BUILT
     if reason := _hopper.wrong_device(problem):
         return reason
     library = _library()
@@ -260,6 +262,11 @@ def _on_device(x: Array) -> Array:
 # ------------------------------------------------------------------------ the library
 
 
+def library() -> ctypes.CDLL | str:
+    """The loaded library, or why there is none."""
+    return _NOT_BUILT if _library_file() is None else _library()
+
+
 def _library_file() -> Path | None:
     """Where the shared library is, if this installation has one."""
     spec = importlib.util.find_spec("jsparse")
@@ -277,6 +284,8 @@ def _library() -> ctypes.CDLL | str:
     """
     path = _library_file()
     assert path is not None
+    if wrong := _shared_object.unknown_build(path):
+        return f"{path} will not load: {wrong}; build it again"
     built = json.loads(path.with_name("build.json").read_text("utf-8"))["jaxlib"]
     found = metadata.version("jaxlib")
     if _numbers(found) < _numbers(built):
@@ -284,12 +293,14 @@ def _library() -> ctypes.CDLL | str:
             f"{path} was built for jaxlib {built} and will not load into jaxlib "
             f"{found}; install jaxlib {built} or newer, or build it again"
         )
+    if wrong := _shared_object.no_library(path):
+        return f"{path} will not load: {wrong}; build it again"
     try:
         library = ctypes.CDLL(str(path))
-    except OSError as err:
+        handlers = {x: jax.ffi.pycapsule(library[f"{x}_ffi"]) for x in TARGETS}
+    except (OSError, AttributeError) as err:  # the latter of a library of another time
         return f"{path} will not load: {err}; build it again"
-    for target in TARGETS:
-        handler = jax.ffi.pycapsule(getattr(library, f"{target}_ffi"))
+    for target, handler in handlers.items():
         jax.ffi.register_ffi_target(target, handler, platform="CUDA")
     return library
 

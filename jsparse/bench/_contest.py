@@ -22,6 +22,7 @@ from jsparse.bench._contract import (
     Contender,
     Direction,
     DoesNotFit,
+    NoSuchPass,
     Peer,
     Task,
 )
@@ -255,6 +256,8 @@ class Contest:
         except DoesNotFit as err:
             if self.strict:
                 raise self._no_room(name, where, err) from err
+            reason = str(err)
+        except NoSuchPass as err:
             reason = str(err)
         except Exception as err:  # noqa: BLE001 (other people's code; kept in the record)
             reason = reason_of(err)

@@ -38,6 +38,10 @@ class DoesNotFit(BadInput):
     """A contender needs more memory than there is."""
 
 
+class NoSuchPass(Exception):
+    """A contender does not compute this pass; it is left out, whoever asked for it."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What every contender of a case is given.
@@ -86,7 +90,7 @@ class Contender(Protocol):
     """A peer with the task in its own form."""
 
     def ready(self, direction: Direction) -> Call:
-        """Compiles a pass. Raises `DoesNotFit` before memory is taken."""
+        """Compiles a pass. Raises `DoesNotFit` before memory is taken, `NoSuchPass`."""
         ...
 
     def close(self) -> None:

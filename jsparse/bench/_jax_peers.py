@@ -30,7 +30,8 @@ from jsparse.ops import block_sparse_attention
 from jsparse.patterns import BlockMask
 from jsparse.report import format_bytes
 
-_PLANNED = ("mosaic_gpu", "cutlass")
+_PLANNED = ("mosaic_gpu", "cutlass", "auto")
+"""Those that plan on the host; ``"auto"`` is theirs where their passes differ."""
 
 
 class JaxPeer:

@@ -9,9 +9,10 @@ records and the tables find it.
 from __future__ import annotations
 
 from jsparse.bench._contract import Peer
+from jsparse.bench._grouped_gemm import GroupedGemm
 from jsparse.bench._jax_peers import DENSE_KERNELS, Dense
 from jsparse.bench._torch_peers import BLOCK_SPARSE
 
 PEERS: dict[str, Peer] = {
-    peer.name: peer for peer in (Dense(), *BLOCK_SPARSE, *DENSE_KERNELS)
+    peer.name: peer for peer in (Dense(), *BLOCK_SPARSE, GroupedGemm(), *DENSE_KERNELS)
 }

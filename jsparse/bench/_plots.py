@@ -20,6 +20,7 @@ from jsparse.report import LIGHT, Theme, add_legend, paint, to_png
 _COLOURS = {
     "fa4": "#e07b1f",
     "flex": "#4f8a45",
+    "grouped_gemm": "#c9a227",
     "cudnn": "#76808d",
     "tokamax": "#7b5ea7",
     "fa3": "#b0455a",

@@ -47,7 +47,7 @@ from jsparse.bench._profile import Pass, profile_pass
 from jsparse.bench._records import wrong
 from jsparse.bench._tuning import TUNED, tune
 from jsparse.measure import BadInput, Progress
-from jsparse.ops import support
+from jsparse.ops import choice, support
 from jsparse.patterns import BlockMask
 
 Array = Any
@@ -392,9 +392,11 @@ def _inputs(
 
 def _implementation(options: Options, arrays: Any, mask: BlockMask) -> str:
     q, k, v, _ = arrays
+    if options.implementation == "auto":
+        return choice(q, k, v, mask).implementation
+    name = options.implementation
     why_not = support(q, k, v, mask)
-    able = [name for name, reason in why_not.items() if reason is None]
-    name = able[0] if options.implementation == "auto" else options.implementation
+    able = [other for other, reason in why_not.items() if reason is None]
     if why_not[name] is not None:
         raise BadInput(
             f"implementation {name!r} cannot run this: {why_not[name]}. These can: "

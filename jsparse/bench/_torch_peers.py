@@ -60,13 +60,7 @@ class TorchPeer:
 
     def why_not(self, mask: BlockMask) -> str | None:
         """Takes whole blocks in one pattern for all heads."""
-        partial = int(np.asarray(mask.kv_num_blocks).sum())
-        if partial:
-            return f"it is given whole blocks only, and {partial:,} here are partial"
-        patterns = np.asarray(mask.full_kv_num_blocks).shape[:2]
-        if patterns != (1, 1):
-            return f"it is given one pattern only, and here are {patterns}"
-        return None
+        return only_whole_blocks(mask)
 
     def enter(self, task: Task) -> TorchContender:
         """See `Peer.enter`; starts the process if it does not run."""
@@ -175,6 +169,23 @@ class Worker:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+
+
+def only_whole_blocks(mask: BlockMask) -> str | None:
+    """Why a peer of whole blocks in one pattern cannot take a mask, or None.
+
+    Example:
+        >>> mask = BlockMask.from_blocks([0, 1], [0, 0], q_len=256)
+        >>> only_whole_blocks(mask) is None
+        True
+    """
+    partial = int(np.asarray(mask.kv_num_blocks).sum())
+    if partial:
+        return f"it is given whole blocks only, and {partial:,} here are partial"
+    patterns = np.asarray(mask.full_kv_num_blocks).shape[:2]
+    if patterns != (1, 1):
+        return f"it is given one pattern only, and here are {patterns}"
+    return None
 
 
 def lists_of(mask: BlockMask) -> dict[str, Any]:

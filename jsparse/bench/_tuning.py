@@ -2,7 +2,8 @@
 
 Each kernel has a short list of configs (`pallas_kernels/mosaic_gpu/_candidates.py`).
 A candidate must compute what the chosen config does; what counts is its time over the
-chosen one's in the same round. Called by ``_runner.py`` and by ``jsparse bench``.
+chosen one's in the same round. Then, with the fastest configs, which implementation is
+faster in each pass. Called by ``_runner.py`` and by ``jsparse bench``.
 """
 
 from __future__ import annotations
@@ -18,15 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse import measure
+from jsparse.backends import _measured
 from jsparse.bench._contest import reason_of, spread
 from jsparse.bench._contract import CALLS, Array, Task
 from jsparse.bench._jax_peers import JaxCall, JaxContender, Ours
 from jsparse.measure import BadInput, Progress
+from jsparse.ops import support
+from jsparse.ops._checks import canonical, describe
 from jsparse.report import to_json, write_file
 
 TUNED = "mosaic_gpu"
 """The implementation whose kernels have configs."""
 
+_CONTENT = {"entries": "configs", "choices": "implementations"}
 _CLEARLY = 0.99  # times the chosen config's time: what is less displaces it
 _ROUNDING = 4.0  # spacings of the dtype that a row may differ by
 
@@ -217,8 +222,9 @@ def tune(
 ) -> None:
     """Searches the configs of each kernel of a case.
 
-    Fills ``record["tuned"]``, one item for each kernel with all that was tried, and
-    ``record["entries"]``, the best as entries of a table.
+    Fills ``record["tuned"]``, one item for each kernel with all that was tried,
+    ``record["entries"]``, the best as entries of a table, and ``record["choices"]``,
+    the faster implementation of each pass as entries of another.
 
     Args:
         record: of the case.
@@ -230,7 +236,7 @@ def tune(
     """
     from jsparse.pallas_kernels.mosaic_gpu import _candidates, _tables
 
-    record["tuned"], record["entries"] = [], []
+    record["tuned"], record["entries"], fastest = [], [], {}
     for key in _keys(task, backward):
         contender = OneKernel(key.kernel, traced).enter(task)
         found = search(
@@ -241,36 +247,89 @@ def tune(
         )
         contender.close()
         best = found.best()
+        fastest[key] = _tables.fields_of(best)
         record["tuned"].append(
-            {
-                "kernel": key.kernel,
-                "tried": [
-                    {
-                        "config": _tables.fields_of(config),
-                        "seconds": spread(seconds),
-                        "ratio": spread(found.ratios(config)),
-                        "difference": found.differences[config],
-                        "best": config == best,
-                    }
-                    for config, seconds in found.rounds.items()
-                ],
-                "left_out": [
-                    {"config": _tables.fields_of(config), "reason": reason}
-                    for config, reason in found.left_out.items()
-                ],
-            }
+            {"kernel": key.kernel, **_outcome(found, _tables.fields_of)}
         )
-        measured = {
-            "case": record["case"],
-            "dtype": record["input"]["dtype"],
-            "pattern": record["pattern"],
-            "device": record["device"]["device"],
-            "date": record["date"],
-            "commit": record["commit"],
-            "seconds": float(np.median(found.rounds[best])),
-            "ratio": float(np.median(found.ratios(best))),
-        }
+        measured = _measured_of(record, found)
         record["entries"].append(_tables.entry_of(key, best, measured))
+    with _tables.trying(fastest.get):
+        _compare(record, task, traced, backward, repeats, progress)
+
+
+def _outcome(
+    found: Found, fields_of: Callable[[Any], dict[str, Any]]
+) -> dict[str, Any]:
+    """What a record says of a search."""
+    best = found.best()
+    return {
+        "tried": [
+            {
+                "config": fields_of(config),
+                "seconds": spread(seconds),
+                "ratio": spread(found.ratios(config)),
+                "difference": found.differences[config],
+                "best": config == best,
+            }
+            for config, seconds in found.rounds.items()
+        ],
+        "left_out": [
+            {"config": fields_of(config), "reason": reason}
+            for config, reason in found.left_out.items()
+        ],
+    }
+
+
+def _measured_of(record: dict[str, Any], found: Found) -> dict[str, Any]:
+    """What an entry of a table says of its measurement."""
+    best = found.best()
+    return {
+        "case": record["case"],
+        "dtype": record["input"]["dtype"],
+        "pattern": record["pattern"],
+        "device": record["device"]["device"],
+        "date": record["date"],
+        "commit": record["commit"],
+        "seconds": float(np.median(found.rounds[best])),
+        "ratio": float(np.median(found.ratios(best))),
+    }
+
+
+def _compare(
+    record: dict[str, Any],
+    task: Task,
+    traced: bool,
+    backward: bool,
+    repeats: int,
+    progress: Progress,
+) -> None:
+    """Times the implementations that ``auto`` chooses from, in each pass.
+
+    Nothing is to be chosen where one of them refuses the case.
+    """
+    record["choices"] = []
+    q, k, v, _ = task.sets[0]
+    refused = support(q, k, v, task.mask)
+    if any(refused[name] is not None for name in _measured.RIVALS):
+        return
+    problem = describe(canonical(q, k, v, task.mask, None))
+    for direction in _measured.PASSES[: 2 if backward else 1]:
+        found = search(
+            _measured.RIVALS,
+            functools.partial(build_pass, task, traced, direction),
+            *(repeats, len(task.sets), progress),
+            f"{record['case']}: implementations, {direction}",
+        )
+        outcome = _outcome(found, lambda name: {"implementation": name})
+        record["tuned"].append({"kernel": f"the {direction} pass", **outcome})
+        key = _measured.Key.of(problem, direction)
+        measured = _measured_of(record, found)
+        record["choices"].append(_measured.entry_of(key, found.best(), measured))
+
+
+def build_pass(task: Task, traced: bool, direction: str, implementation: str) -> Trial:
+    """Compiles a pass of an implementation."""
+    return KernelTrial(Ours(implementation, traced).enter(task).ready(direction))
 
 
 def _keys(task: Task, backward: bool) -> list[Any]:
@@ -293,36 +352,47 @@ def _keys(task: Task, backward: bool) -> list[Any]:
     return list(asked.values())
 
 
-def read_entries(file: Path) -> list[dict[str, Any]]:
-    """The entries of a table; none if the file is missing.
-
-    Raises:
-        BadInput: if the file is no table.
-    """
+def _format(kind: str) -> Any:
+    """The module that reads tables of a kind."""
     from jsparse.pallas_kernels.mosaic_gpu import _tables
 
+    return {"entries": _tables, "choices": _measured}[kind]
+
+
+def read_entries(file: Path, kind: str = "entries") -> list[dict[str, Any]]:
+    """The entries of a table; none if the file is missing.
+
+    Args:
+        file: the table.
+        kind: ``"entries"`` of configs, or ``"choices"`` of implementations.
+
+    Raises:
+        BadInput: if the file is no table of this kind.
+    """
     if not file.exists():
         return []
     try:
-        return _tables.parse(file.read_text(encoding="utf-8"))
+        return _format(kind).parse(file.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError) as err:
-        raise BadInput(f"{file}: is no table of configs ({err}).") from err
+        raise BadInput(f"{file}: is no table of {_CONTENT[kind]} ({err}).") from err
 
 
-def write_entries(file: Path, entries: Sequence[dict[str, Any]]) -> None:
+def write_entries(
+    file: Path, entries: Sequence[dict[str, Any]], kind: str = "entries"
+) -> None:
     """Puts entries into a table, in place of those with the same key.
 
     Args:
         file: the table; made if it is missing.
-        entries: as a record has them.
+        entries: as a record has them, under the name of the kind.
+        kind: see `read_entries`.
 
     Raises:
-        BadInput: if the file is no table.
+        BadInput: if the file is no table of this kind.
     """
-    from jsparse.pallas_kernels.mosaic_gpu import _tables
-
-    both = (*read_entries(file), *entries)
-    table = {_tables.key_of(entry): entry for entry in both}
+    tables = _format(kind)
+    both = (*read_entries(file, kind), *entries)
+    table = {tables.key_of(entry): entry for entry in both}
     order = sorted(table, key=lambda key: (key[:-1], key.launch or ""))
-    found = {"format": _tables.FORMAT, "entries": [table[key] for key in order]}
+    found = {"format": tables.FORMAT, "entries": [table[key] for key in order]}
     write_file(file, to_json(found) + "\n")

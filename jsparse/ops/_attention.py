@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from jsparse.backends._contract import HostPattern
 from jsparse.bias import Bias
+from jsparse.ops import _dispatch
 from jsparse.ops._checks import canonical, check_scale, describe
-from jsparse.ops._dispatch import choose, refusals
+from jsparse.ops._dispatch import Choice, choose, refusals
 from jsparse.ops._vjp import attend
 from jsparse.patterns import BlockMask
 
@@ -83,8 +84,9 @@ def block_sparse_attention(
             `BlockBias` or a `DistanceBias`. An element with bias -inf is masked.
         scale: multiplies ``q . k``; ``1 / sqrt(D)`` if not given.
         return_lse: also return the log-sum-exp.
-        implementation: ``"auto"`` takes the first backend that can; ``"reference"`` is
-            dense jnp, differentiable to any order.
+        implementation: ``"auto"`` takes the first backend that can, of the kernels for
+            Hopper GPUs in each pass the one that was measured to be faster, see
+            `choice`; ``"reference"`` is dense jnp, differentiable to any order.
 
     Returns:
         ``out [*B, T, H, Dv]`` in the dtype of q; with ``return_lse`` also ``lse
@@ -150,6 +152,37 @@ def support(
         ['xla', 'reference']
     """
     return refusals(describe(canonical(q, k, v, mask, bias)))
+
+
+def choice(
+    q: Array, k: Array, v: Array, mask: BlockMask, *, bias: Bias | None = None
+) -> Choice:
+    """Which implementations ``"auto"`` takes for these arguments here, and why.
+
+    Args:
+        q: as for `block_sparse_attention`.
+        k: likewise.
+        v: likewise.
+        mask: likewise.
+        bias: likewise.
+
+    Returns:
+        Names of the implementation of the ``forward`` and of the ``backward`` pass, and
+        the ``reason``.
+
+    Raises:
+        TypeError: as `block_sparse_attention`, for arguments that none takes.
+        ValueError: likewise.
+
+    Example:
+        >>> import jax, jsparse
+        >>> from jsparse.ops import choice
+        >>> mask = jsparse.patterns.window(256, left=16, right=16)
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 256, 4, 32))
+        >>> choice(q, k, v, mask)
+        Choice(forward='xla', backward='xla', reason='xla comes first')
+    """
+    return _dispatch.choice("auto", describe(canonical(q, k, v, mask, bias)))
 
 
 def _poison_overflow(out: Array, lse: Array, mask: BlockMask) -> tuple[Array, Array]:

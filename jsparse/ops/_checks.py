@@ -65,6 +65,7 @@ def describe(operands: Operands) -> Problem:
         block_q=mask.block_q,
         block_kv=mask.block_kv,
         mask_heads=mask.num_heads,
+        most_blocks=mask.num_q_blocks * (mask.capacity.kv + mask.capacity.full_kv),
         rules=tuple(type(r).__name__ for r in mask.rules),
         bits=mask.bits is not None,
         bias=kinds.get(type(bias), form),

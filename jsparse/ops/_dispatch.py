@@ -2,10 +2,72 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
 
 from jsparse import backends
-from jsparse.backends._contract import Problem
+from jsparse.backends import _measured
+from jsparse.backends._contract import Backend, HostPattern, Operands, Problem
+from jsparse.bias import Bias
+
+Array = Any
+
+
+class Choice(NamedTuple):
+    """Which implementations compute a problem, and why these.
+
+    Attributes:
+        forward: name of the one that computes the forward pass.
+        backward: of the one that computes the backward pass.
+        reason: why, in words.
+    """
+
+    forward: str
+    backward: str
+    reason: str
+
+    @property
+    def implementation(self) -> str:
+        """What to ask for to get the same; ``"auto"`` if the passes differ."""
+        return self.forward if self.forward == self.backward else "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoBackends:
+    """The forward pass of one backend, the backward pass of another: `Backend`.
+
+    The second needs of the first only ``out`` and ``lse``.
+    """
+
+    of_forward: Backend
+    of_backward: Backend
+    name = "auto"
+    differentiable = False
+
+    def why_not(self, problem: Problem) -> str | None:
+        """See `Backend.why_not`."""
+        return self.of_forward.why_not(problem) or self.of_backward.why_not(problem)
+
+    def forward(
+        self, operands: Operands, scale: float, pattern: HostPattern | None
+    ) -> tuple[Array, Array]:
+        """See `Backend.forward`."""
+        return self.of_forward.forward(operands, scale, pattern)
+
+    def backward(
+        self,
+        operands: Operands,
+        scale: float,
+        pattern: HostPattern | None,
+        out: Array,
+        lse: Array,
+        dout: Array,
+        dlse: Array,
+    ) -> tuple[Array, Array, Array, Bias | None]:
+        """See `Backend.backward`."""
+        rows = out, lse, dout, dlse
+        return self.of_backward.backward(operands, scale, pattern, *rows)
 
 
 def refusals(problem: Problem) -> dict[str, str | None]:
@@ -15,8 +77,17 @@ def refusals(problem: Problem) -> dict[str, str | None]:
     }
 
 
-def choose(implementation: str, problem: Problem) -> ModuleType:
-    """The backend to use.
+def choice(
+    implementation: str,
+    problem: Problem,
+    table: Mapping[_measured.Key, _measured.Entry] | None = None,
+) -> Choice:
+    """Which implementations compute the problem.
+
+    Args:
+        implementation: the one asked for, or ``"auto"``.
+        problem: what is to be computed.
+        table: what was measured, in place of the shipped table.
 
     Raises:
         ValueError: for an unknown name.
@@ -30,10 +101,40 @@ def choose(implementation: str, problem: Problem) -> ModuleType:
         )
     answers = refusals(problem)
     able = [name for name, reason in answers.items() if reason is None]
-    name = able[0] if implementation == "auto" else implementation
-    if answers[name] is not None:
-        raise NotImplementedError(
-            f"block_sparse_attention: implementation={name!r} cannot run this: "
-            f"{answers[name]}. These can: {', '.join(able)}."
-        )
-    return backends.load(name)
+    if implementation != "auto":
+        if answers[implementation] is not None:
+            raise NotImplementedError(
+                f"block_sparse_attention: implementation={implementation!r} cannot run "
+                f"this: {answers[implementation]}. These can: {', '.join(able)}."
+            )
+        reason = f"{implementation} was asked for"
+        return Choice(implementation, implementation, reason)
+    if not set(_measured.RIVALS) <= set(able):
+        return Choice(able[0], able[0], f"{able[0]} comes first")
+    return _faster(problem, _measured.shipped() if table is None else table)
+
+
+def _faster(problem: Problem, table: Mapping[_measured.Key, _measured.Entry]) -> Choice:
+    """The faster rival in each pass."""
+    names, reasons = [], []
+    for direction in _measured.PASSES:
+        entry = table.get(_measured.Key.of(problem, direction))
+        if entry is None:
+            names.append(_measured.RIVALS[0])
+            reasons.append(f"{direction} was not measured: {names[-1]} comes first")
+        else:
+            names.append(entry["fastest"])
+            case = entry["measured"]["case"]
+            reasons.append(f"{direction}: {names[-1]} was faster on {case}")
+    return Choice(names[0], names[1], "; ".join(reasons))
+
+
+def choose(implementation: str, problem: Problem) -> Backend:
+    """The backend to use; see `choice`."""
+    found = choice(implementation, problem)
+    forward, backward = (
+        # Modules have what the protocol says; no type checker sees it.
+        cast(Backend, backends.load(name))
+        for name in (found.forward, found.backward)
+    )
+    return forward if forward is backward else TwoBackends(forward, backward)

@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from jsparse.backends._contract import HostPattern, Operands
+from jsparse.backends._contract import Backend, HostPattern, Operands
 
 Array = Any
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def attend(
-    backend: ModuleType, scale: float, pattern: HostPattern | None, operands: Operands
+    backend: Backend, scale: float, pattern: HostPattern | None, operands: Operands
 ) -> tuple[Array, Array]:
     """Attention through ``backend``; the residuals are operands, out and lse.
 
@@ -59,7 +58,7 @@ attend.defvjp(_attend_fwd, _attend_bwd)
 
 @functools.lru_cache(maxsize=16)
 def _batched_forward(
-    backend: ModuleType, scale: float, pattern: HostPattern | None
+    backend: Backend, scale: float, pattern: HostPattern | None
 ) -> Callable:
     @custom_vmap
     def forward(operands):
@@ -75,7 +74,7 @@ def _batched_forward(
 
 @functools.lru_cache(maxsize=16)
 def _batched_backward(
-    backend: ModuleType, scale: float, pattern: HostPattern | None
+    backend: Backend, scale: float, pattern: HostPattern | None
 ) -> Callable:
     @custom_vmap
     def backward(operands, *rows):

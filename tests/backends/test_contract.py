@@ -29,6 +29,7 @@ from jsparse.backends import cutlass
 from tests.support import oracle
 from tests.support.cases import (
     CASES,
+    MOVES,
     SIZES,
     Case,
     biases,
@@ -719,7 +720,15 @@ def test_shard_map(implementation, split):
 
         return jax.grad(loss, (0, 1, 2, 3))(q, k, v, bias)
 
-    found = gradients(case.q, case.k, case.v, case.bias)
+    args = [
+        x if x is None else jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+        for x, spec in zip(
+            (case.q, case.k, case.v, case.bias), (part,) * 3 + (bias_part,), strict=True
+        )
+    ]
+    text = gradients.lower(*args).compile().as_text() or ""
+    assert not [word for word in MOVES if word in text]
+    found = gradients(*args)
     zero = dataclasses.replace(case, dlse=np.zeros_like(case.dlse))
     for x, y in zip(found, run_case(implementation, zero)[2:], strict=True):
         if y is None:

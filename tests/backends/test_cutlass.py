@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
 import jsparse
 from jsparse import block_sparse_attention
 from jsparse.backends import _hopper, cutlass
 from jsparse.backends._contract import Operands
 from tests.backends.test_mosaic_gpu import TAKEN
-from tests.support.cases import CASES, make_case, random_mask
+from tests.pallas_kernels.launches import H100
+from tests.support.cases import CASES, MOVES, make_case, random_mask
 
 REFUSED = {
     "it needs an H100 or H200, and JAX computes on cpu": {"platform": "cpu"},
@@ -113,12 +118,65 @@ def test_wrong_gpu(built, monkeypatch):
     )
 
 
-def test_will_not_load(built):
+def will_not_load(path: Path) -> str:
+    """Why, as the backend says it."""
+    reason = cutlass.why_not(TAKEN) or ""
+    assert reason == cutlass.library()
+    start, end = f"{path} will not load: ", "; build it again"
+    assert reason.startswith(start)
+    assert reason.endswith(end)
+    return reason[len(start) : -len(end)]
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"", "it has 0 bytes and is no library"),
+        (b"no library", "it has 10 bytes and is no library"),
+        (b"no library" * 10, "it is no library for a 64-bit system"),
+    ],
+)
+def test_will_not_load(built, content, reason):
     path = built("0.0.1")
-    reason = cutlass.why_not(TAKEN)
-    assert reason is not None
-    assert reason.startswith(f"{path} will not load: ")
-    assert reason.endswith("; build it again")
+    path.write_bytes(content)
+    assert will_not_load(path) == reason
+
+
+@pytest.fixture
+def compiled(built, tmp_path):
+    """A library that loads, of another time: it has no handler."""
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
+    path = built("0.0.1")
+    source = tmp_path / "empty.c"
+    source.write_text("char some[1 << 20] = {1};\n", "utf-8")
+    command = ["gcc", "-shared", "-fPIC", str(source), "-o", str(path)]
+    subprocess.run(command, check=True)
+    return path
+
+
+@pytest.mark.parametrize("kept", [0.01, 0.5, 0.99])
+def test_cut_short(compiled, kept):
+    # Loaded, it would end this process.
+    content = compiled.read_bytes()
+    size = int(len(content) * kept)
+    compiled.write_bytes(content[:size])
+    reason = f"it is cut short, {size} bytes of {len(content)}"
+    assert will_not_load(compiled) == reason
+
+
+def test_of_another_time(compiled):
+    assert "undefined symbol: jsparse_forward_ffi" in will_not_load(compiled)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"cuda": "13.0"}'])
+def test_build_that_is_not_known(built, text):
+    path = built("0.0.1")
+    path.with_name("build.json").write_text(text, "utf-8")
+    assert will_not_load(path).startswith("build.json beside it names no jaxlib (")
+    path.with_name("build.json").unlink()
+    cutlass._library.cache_clear()
+    assert will_not_load(path) == "build.json beside it does not exist"
 
 
 def test_built_for_a_newer_jaxlib(built):
@@ -152,6 +210,28 @@ def test_lowers_with_its_gradients(hopper, monkeypatch, name):
         assert text.count(f"@{target}(") == 1
     assert text.count("block_kv = 64 : i32, block_q = 128 : i32") == 3
     assert "mosaic_gpu" not in text
+
+
+@pytest.mark.parametrize("part", [jax.P("x"), jax.P(None, None, "x")], ids=str)
+def test_lowers_inside_shard_map_and_moves_nothing(hopper, monkeypatch, part):
+    monkeypatch.setattr(cutlass, "why_not", cutlass._not_taken)
+    mask = random_mask(np.random.default_rng(0), (300, 500, 128, 64), 12)
+    mesh = AbstractMesh((2,), ("x",), (AxisType.Auto,), abstract_device=H100)
+    q, k = (jax.ShapeDtypeStruct((2, n, 2, 64), "bfloat16") for n in (300, 500))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(part,) * 3, out_specs=part)
+    def attend(q, k, v):
+        return block_sparse_attention(q, k, v, mask, implementation="cutlass")
+
+    with use_abstract_mesh(mesh):
+        traced = jax.jit(attend).trace(q, k, k)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@jsparse_forward(") == 1
+    # A device's own part: half of the batch entries, or of the heads.
+    half = "1x300x2x64" if part == jax.P("x") else "2x300x1x64"
+    (call,) = (line for line in text.splitlines() if "@jsparse_forward(" in line)
+    assert f"tensor<{half}xbf16>" in call
+    assert not [word for word in MOVES if word.replace("-", "_") in text]
 
 
 @pytest.mark.parametrize("batch, items", [(1, (64, True)), (9, (128, False))])

@@ -21,6 +21,7 @@ TAKEN = Problem(
     block_q=128,
     block_kv=64,
     mask_heads=1,
+    most_blocks=8,
     rules=(),
     bits=True,
     bias=None,

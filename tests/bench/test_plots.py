@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from jsparse.bench import _plots, plots, read_records, records_folder
+from jsparse.bench import PEERS, _plots, plots, read_records, records_folder
 from jsparse.measure import BadInput
 
 DENSE = {"cudnn": 8.6e-3, "tokamax": 9.1e-3, "fa3": 11.2e-3}
@@ -70,6 +70,11 @@ CASES = [
 
 def pixels(png: bytes) -> np.ndarray:
     return image.imread(io.BytesIO(png), format="png")[..., :3]
+
+
+def test_every_peer_has_a_colour():
+    assert set(PEERS) == set(_plots._COLOURS)
+    assert len(set(_plots._COLOURS.values())) == len(PEERS)
 
 
 @pytest.mark.parametrize("name", ["rates.png", "density.png"])

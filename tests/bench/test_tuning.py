@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, use_abstract_mesh
 
-from jsparse.backends import mosaic_gpu
+from jsparse import ops
+from jsparse.backends import _measured, cutlass, mosaic_gpu
 from jsparse.bench import (
     Options,
     _runner,
     _tuning,
     facts,
     markdown,
+    read_entries,
     read_records,
     run_case,
     write_entries,
@@ -232,6 +234,47 @@ def test_a_config_is_in_use_while_it_compiles(hopper, monkeypatch, kernel, part)
     _tuning.build(contender, key, config)
     assert seen == [("backward", part, config)]
     assert _candidates.chosen(key) != config
+
+
+@pytest.fixture
+def rivals(hopper, monkeypatch) -> dict[str, Any]:
+    """A record where CUTLASS is faster forward and slower backward."""
+    seconds = {"forward": (1.0, 0.8), "backward": (1.0, 1.2)}
+    monkeypatch.setattr(cutlass, "why_not", lambda problem: None)
+    monkeypatch.setattr(_measured, "device_kind", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(_tuning, "build", lambda *_: Invented(1.0))
+
+    def build_pass(task, traced, direction, implementation):
+        which = _measured.RIVALS.index(implementation)
+        return Invented(seconds[direction][which])
+
+    monkeypatch.setattr(_tuning, "build_pass", build_pass)
+    return run_case(CASE, Options(kind="tune", repeats=2), Progress())
+
+
+def test_the_faster_implementation_of_each_pass(rivals, tmp_path: Path):
+    forward, backward = rivals["choices"]
+    assert (forward["fastest"], backward["fastest"]) == ("cutlass", "mosaic_gpu")
+    assert forward["measured"]["ratio"] == pytest.approx(0.8)
+    assert _measured.key_of(forward) == _measured.Key(
+        *("NVIDIA H100 80GB HBM3", "forward", 64, 64, 128, 128, "few_rows")
+    )
+    assert [table.title for table in facts(rivals)[-2:]] == [
+        f"tiny: configs of the {direction} pass" for direction in _measured.PASSES
+    ]
+    file = tmp_path / "measured.json"
+    write_entries(file, rivals["choices"], "choices")
+    changed = forward | {"fastest": "mosaic_gpu"}
+    write_entries(file, [changed], "choices")
+    assert _measured.parse(file.read_text()) == [backward, changed]
+    with pytest.raises(BadInput, match="is no table of configs"):
+        read_entries(file)
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 512, 2, 64), "bfloat16")
+    assert ops.choice(q, k, v, CASE.load().mask)[:2] == ("mosaic_gpu", "mosaic_gpu")
+
+
+def test_nothing_is_chosen_where_one_refuses(tuned):
+    assert tuned["choices"] == []
 
 
 def test_other_machines_are_refused():

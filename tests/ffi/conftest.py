@@ -41,20 +41,25 @@ def headers() -> list[Path]:
     return [*found, found[-1] / "cccl"]
 
 
-@pytest.fixture(scope="session")
-def simulated(tmp_path_factory) -> ctypes.CDLL:
-    """The simulated library, its handlers registered for the CPU."""
+def compiled(path: Path, *sources: str) -> ctypes.CDLL:
+    """A library of sources in this folder, built at ``path`` for the CPU."""
     places = ["-I" + str(x) for x in (HERE, HERE / "simulated", FFI, FFI / "include")]
-    systems = [x for path in headers() for x in ("-isystem", str(path))]
-    path = tmp_path_factory.mktemp("simulated") / "library.so"
+    systems = [x for folder in headers() for x in ("-isystem", str(folder))]
     flags = "-std=c++20 -O2 -shared -fPIC -fvisibility=hidden -Wall -Wextra -Werror"
     # As nvcc compiles: accesses through other types, and its pragmas.
     flags += " -fno-strict-aliasing -Wno-unknown-pragmas"
-    sources = [str(HERE / name) for name in ("simulate.cc", "layouts.cc")]
-    command = ["g++", *flags.split(), *places, *systems, *sources, "-o", str(path)]
+    files = [str(HERE / name) for name in sources]
+    command = ["g++", *flags.split(), *places, *systems, *files, "-o", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    library = ctypes.CDLL(os.fspath(path))
+    return ctypes.CDLL(os.fspath(path))
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory) -> ctypes.CDLL:
+    """The simulated library, its handlers registered for the CPU."""
+    path = tmp_path_factory.mktemp("simulated") / "library.so"
+    library = compiled(path, "simulate.cc", "layouts.cc")
     for target in cutlass.TARGETS:
         handler = jax.ffi.pycapsule(getattr(library, f"{target}_on_host"))
         jax.ffi.register_ffi_target(target, handler, platform="cpu")

@@ -13,6 +13,7 @@ import pytest
 from jsparse.backends import cutlass
 from jsparse.pallas_kernels._common import NUM_FIELDS
 from jsparse.pallas_kernels.mosaic_gpu._persistent import FLAGGED
+from tests.ffi.c_interface import Args
 from tests.ffi.conftest import FFI
 
 PYPROJECT = FFI.parent / "pyproject.toml"
@@ -102,3 +103,45 @@ def test_the_c_interface_says_what_is_wrong(library):
     short = ctypes.create_string_buffer(8)
     assert library.jsparse_forward(zeros, None, short, len(short)) != 0
     assert short.value == b"batch=0"
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"dtype": 7}, "dtype=7; expected JSPARSE_FLOAT16 or JSPARSE_BFLOAT16"),
+        ({"q_len": 0}, "q_len=0; expected at least 1"),
+        ({"num_kv_heads": 3}, "num_heads=2; expected a multiple of num_kv_heads"),
+        ({"head_dim": 48}, "head_dim=48; expected 32, 64 or 128"),
+        ({"block_q": 32}, "block_q=32; expected 64 or 128"),
+        ({"block_kv": 32}, "block_kv=32; expected 64 or 128"),
+        ({"scale": -1.0}, "scale=-1.000000; expected a positive number"),
+        ({"scale": float("nan")}, "scale=nan; expected a positive number"),
+        ({"scale": float("inf")}, "scale=inf; expected a positive number"),
+        ({"share": 1}, "share=1; expected 0 unless tile_q is 64"),
+        ({"num_workers": 0}, "num_workers=0; expected a multiple of"),
+        ({"num_split_rows": -1}, "num_split_rows=-1; expected at least 0"),
+        ({"num_rules": 5}, "num_rules=5; expected at most JSPARSE_MAX_RULES"),
+        ({"q": None}, "q is NULL; expected an array"),
+        ({"out": 1 << 20 | 8}, "out is not aligned; expected a multiple of 16 bytes"),
+    ],
+    ids=str,
+)
+def test_the_c_interface_refuses(library, change, reason):
+    args = Args(
+        *(0, 1, 100, 200, 2, 1, 64, 128, 128, 128, 0),
+        **dict.fromkeys(("q", "k", "v", "out", "items"), 1 << 20),
+        scale=1.0,
+        num_workers=library.jsparse_forward_walkers(64, 128, 128, 0),
+        items_per_worker=1,
+    )
+    for name, value in change.items():
+        setattr(args, name, value)
+    message = ctypes.create_string_buffer(200)
+    assert library.jsparse_forward(ctypes.byref(args), None, message, len(message)) != 0
+    assert message.value.decode().startswith(reason)
+
+
+def test_the_baseline_says_what_it_needs(library):
+    most, some = map(library.jsparse_grouped_gemm_workspace, (132, 1))
+    # Descriptors for each multiprocessor: of both operands, and of the result twice.
+    assert (some, most) == (4 * 128, 132 * 4 * 128)

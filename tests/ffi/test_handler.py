@@ -37,6 +37,9 @@ class Call:
     block_q: int = 128
     block_kv: int = 128
     tile_q: int = 128
+    num_arrays: int | None = None  # that are passed, if not all
+    num_results: int | None = None
+    attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def run(self) -> Any:
         floats = ("q", "k", "v")
@@ -47,22 +50,30 @@ class Call:
         ]
         arrays += [_zeros(x, np.int32) for x in self.rules]
         results = [
-            jax.ShapeDtypeStruct(getattr(self, name), BF16 if name == "out" else "f4")
+            _result(getattr(self, name), BF16 if name == "out" else "f4")
             for name in ("out", "lse", "part_out", "part_lse")
         ]
+        attributes = {
+            "block_q": np.int32(self.block_q),
+            "block_kv": np.int32(self.block_kv),
+            "tile_q": np.int32(self.tile_q),
+            "share": False,
+            "scale": np.float32(1),
+            "rules": np.array(self.kinds, np.int32),
+        } | self.attributes
+        given = {name: x for name, x in attributes.items() if x is not None}
+        results = results[: self.num_results]
         return jax.ffi.ffi_call("jsparse_forward", results)(
-            *arrays,
-            block_q=np.int32(self.block_q),
-            block_kv=np.int32(self.block_kv),
-            tile_q=np.int32(self.tile_q),
-            share=False,
-            scale=np.float32(1),
-            rules=np.array(self.kinds, np.int32),
+            *arrays[: self.num_arrays], **given
         )
 
 
 def _zeros(x, dtype):
     return np.zeros(x, dtype) if isinstance(x, tuple) else x
+
+
+def _result(x, dtype):
+    return jax.ShapeDtypeStruct(x, dtype) if isinstance(x, tuple) else x
 
 
 REFUSED = {
@@ -100,6 +111,38 @@ REFUSED = {
         "rules": ((1, 3, 128), (1, 3, 256), (1,)),
     },
     "2 arrays of rules; expected 0": {"rules": ((1, 128), (1, 256))},
+    "3 arrays of rules; expected 2": {
+        "kinds": (0,),
+        "rules": ((1, 128), (1, 256), (1, 256)),
+    },
+    "array 0 of the rules has shape [2, 128]; expected [1, 128]": {
+        "kinds": (0,),
+        "rules": ((2, 128), (1, 256)),
+    },
+    "attribute rules has kind -1; expected 0 to 3": {"kinds": (-1,)},
+    "k has shape [1, 200, 64]; expected 4 axes": {"k": (1, 200, 64)},
+    "k has shape [2, 200, 1, 64]; expected [1, 200, 1, 64]": {"k": (2, 200, 1, 64)},
+    "v is float32; expected bfloat16": {"v": np.zeros((1, 200, 1, 64), np.float32)},
+    "kv_indices has shape [2, 3]; expected [any]": {"kv_indices": (2, 3)},
+    "full_kv_indices is float32; expected int32": {
+        "full_kv_indices": np.zeros(4, np.float32)
+    },
+    "item_count is float32; expected int32": {"item_count": np.zeros(2, np.float32)},
+    "item_count has shape [2, 1]; expected [any]": {"item_count": (2, 1)},
+    "items has shape [3, 1, 12]; expected [2, any, 12]": {"items": (3, 1, 12)},
+    "split_rows has shape [2, 4]; expected [any, 3]": {"split_rows": (2, 4)},
+    "lengths is float32; expected int32": {"lengths": np.zeros((1, 2), np.float32)},
+    "bits is float32; expected int32": {"bits": np.zeros((1, 3, 128, 4), np.float32)},
+    "part_out has shape [1, 128, 32]; expected [any, 128, 64]": {
+        "part_out": (1, 128, 32)
+    },
+    "out is float32; expected bfloat16": {
+        "out": jax.ShapeDtypeStruct((1, 100, 2, 64), "float32")
+    },
+    "lse is bfloat16; expected float32": {
+        "lse": jax.ShapeDtypeStruct((1, 2, 100), BF16)
+    },
+    "blocks of 128 x -64; expected 64 or 128 each": {"block_kv": -64},
 }
 
 
@@ -113,6 +156,32 @@ def test_refuses(simulated, reason):
     with pytest.raises(jax.errors.JaxRuntimeError) as caught:
         Call(**REFUSED[reason]).run()
     assert f"jsparse_forward: {reason}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"num_arrays": 0}, "number of arguments"),
+        ({"num_arrays": 11}, "number of arguments"),
+        ({"num_results": 1}, "number of results"),
+        ({"num_results": 3}, "number of results"),
+        ({"attributes": {"more": np.int32(1)}}, "number of attributes"),
+        ({"attributes": {"block_q": None}}, "number of attributes"),
+        ({"attributes": {"block_q": np.int64(256)}}, "bad operands at: 17"),
+        ({"attributes": {"block_kv": np.float32(96.5)}}, "bad operands at: 18"),
+        ({"attributes": {"tile_q": "128"}}, "bad operands at: 19"),
+        ({"attributes": {"share": np.int32(3)}}, "bad operands at: 20"),
+        ({"attributes": {"scale": np.float64(0.3)}}, "bad operands at: 21"),
+        ({"attributes": {"rules": np.zeros(0, np.int64)}}, "bad operands at: 22"),
+        ({"attributes": {"rules": np.int32(0)}}, "bad operands at: 22"),
+    ],
+    ids=str,
+)
+def test_another_signature_is_refused(simulated, change, reason):
+    # Values are such as no other call has: JAX takes 128 and 128.0 for the same call.
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        Call(**change).run()
+    assert reason in str(caught.value)
 
 
 @dataclasses.dataclass

@@ -24,7 +24,7 @@ from jsparse.pallas_kernels.mosaic_gpu import (
     fwd_sm90,
 )
 from tests.pallas_kernels.launches import H100, KERNELS, TUNED, Launch
-from tests.support.cases import random_mask
+from tests.support.cases import MOVES, random_mask
 
 SIZES = range(16, mosaic_gpu.LARGEST_HEAD + 1, 16)
 DIMS = ((16, 16), (48, 48), (80, 80), (96, 96), (192, 192))
@@ -225,6 +225,7 @@ def test_gradients_lower_inside_shard_map(part, monkeypatch):
         gradients = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k)
         text = gradients.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu_v2") == 3
+    assert not [word for word in MOVES if word.replace("-", "_") in text]
 
 
 def test_tiles_of_queries_divide_the_block_and_take_no_turns_alone():

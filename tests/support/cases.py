@@ -116,6 +116,9 @@ def growing_logits(rng: np.random.Generator, dim: int) -> Case:
     return dataclasses.replace(case, k=case.k * growth[:, None, None])
 
 
+MOVES = ("all-gather", "all-to-all", "collective-permute")
+"""Operations of compiled HLO that bring whole arrays to other devices."""
+
 SIZES = (37, 75, 8, 32)  # ragged in both directions, several blocks each way
 
 

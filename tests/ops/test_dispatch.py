@@ -1,0 +1,205 @@
+"""How ``auto`` chooses where two backends can, by a table of measurements."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jsparse import block_sparse_attention
+from jsparse.backends import _hopper, _measured, cutlass, mosaic_gpu, xla
+from jsparse.bench import write_entries
+from jsparse.ops import _attention
+from jsparse.ops._dispatch import TwoBackends, choice, choose
+from jsparse.patterns import window
+from tests.backends.test_mosaic_gpu import TAKEN
+
+MEASURED = {"case": "some_case", "ratio": 0.9}
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    """As on an H100 on which both implementations can."""
+    monkeypatch.setattr(_hopper, "compute_capability", lambda: "9.0")
+    monkeypatch.setattr(_measured, "device_kind", lambda: H100)
+    monkeypatch.setattr(cutlass, "why_not", lambda problem: None)
+
+
+@pytest.fixture
+def table(tmp_path: Path):
+    """``table(forward=..., backward=...)`` writes a table and reads it again."""
+
+    def make(**fastest: str):
+        file = tmp_path / "measured.json"
+        entries = [
+            _measured.entry_of(_measured.Key.of(TAKEN, direction), name, MEASURED)
+            for direction, name in fastest.items()
+        ]
+        write_entries(file, entries, "choices")
+        return {_measured.key_of(x): x for x in _measured.parse(file.read_text())}
+
+    return make
+
+
+def test_without_an_entry_the_first_is_taken(table):
+    assert choice("auto", TAKEN, table()) == (
+        "mosaic_gpu",
+        "mosaic_gpu",
+        "forward was not measured: mosaic_gpu comes first; "
+        "backward was not measured: mosaic_gpu comes first",
+    )
+    assert choice("auto", TAKEN) == choice("auto", TAKEN, table())
+    assert choose("auto", TAKEN) is mosaic_gpu
+
+
+def test_the_faster_is_taken_in_each_pass(table):
+    found = choice("auto", TAKEN, table(forward="cutlass"))
+    assert found == (
+        "cutlass",
+        "mosaic_gpu",
+        "forward: cutlass was faster on some_case; "
+        "backward was not measured: mosaic_gpu comes first",
+    )
+    assert found.implementation == "auto"
+    found = choice("auto", TAKEN, table(forward="cutlass", backward="cutlass"))
+    assert found[:2] == ("cutlass", "cutlass")
+    assert found.implementation == "cutlass"
+    found = choice("auto", TAKEN, table(forward="mosaic_gpu"))
+    assert found[:2] == ("mosaic_gpu", "cutlass")
+    assert "forward: mosaic_gpu was faster on some_case" in found.reason
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"head_dim": 80},
+        {"value_dim": 128},
+        {"block_q": 64},
+        {"block_kv": 128},
+        {"batch": 1000, "most_blocks": 100},
+    ],
+    ids=str,
+)
+def test_other_problems_have_no_entry(table, change):
+    other = dataclasses.replace(TAKEN, **change)
+    assert choice("auto", other, table(forward="cutlass")).forward == "mosaic_gpu"
+
+
+def test_other_gpus_have_no_entry(table, monkeypatch):
+    found = table(forward="cutlass")
+    monkeypatch.setattr(_measured, "device_kind", lambda: "NVIDIA H200")
+    assert choice("auto", TAKEN, found).forward == "mosaic_gpu"
+
+
+@pytest.mark.parametrize("change", [{"head_dim": 50}, {"dtype": "float16"}], ids=str)
+def test_problems_of_one_kernel_share_an_entry(table, change):
+    other = dataclasses.replace(TAKEN, **change)
+    assert choice("auto", other, table(forward="cutlass")).forward == "cutlass"
+
+
+def test_who_refuses_is_not_taken(table, monkeypatch):
+    both = table(forward="cutlass", backward="cutlass")
+    monkeypatch.setattr(cutlass, "why_not", lambda problem: "not built")
+    assert choice("auto", TAKEN, both) == (
+        *("mosaic_gpu", "mosaic_gpu", "mosaic_gpu comes first"),
+    )
+    both = table(forward="mosaic_gpu", backward="mosaic_gpu")
+    monkeypatch.setattr(cutlass, "why_not", lambda problem: None)
+    monkeypatch.setattr(mosaic_gpu, "why_not", lambda problem: "no")
+    assert choice("auto", TAKEN, both).implementation == "cutlass"
+
+
+def test_who_is_asked_for_is_taken(table):
+    both = table(forward="cutlass", backward="cutlass")
+    assert choice("mosaic_gpu", TAKEN, both) == (
+        *("mosaic_gpu", "mosaic_gpu", "mosaic_gpu was asked for"),
+    )
+
+
+def test_the_shipped_table_is_asked(table, monkeypatch, tmp_path):
+    table(forward="cutlass")
+    monkeypatch.setattr(_measured, "FILE", tmp_path / "measured.json")
+    monkeypatch.setattr(_measured, "shipped", _measured.shipped.__wrapped__)
+    found = choose("auto", TAKEN)
+    assert isinstance(found, TwoBackends)
+    assert (found.of_forward, found.of_backward) == (cutlass, mosaic_gpu)
+    assert found == choose("auto", TAKEN)
+    assert hash(found) == hash(choose("auto", TAKEN))
+
+
+def test_the_shipped_table_can_be_read():
+    assert all(
+        entry["fastest"] in _measured.RIVALS
+        for entry in _measured.parse(_measured.FILE.read_text("utf-8"))
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        json.dumps({"format": 2, "entries": []}),
+        json.dumps({"format": 1, "entries": [{}]}),
+        json.dumps(
+            {
+                "format": 1,
+                "entries": [
+                    _measured.entry_of(
+                        _measured.Key(H100, "forward", 64, 64, 128, 128, "many"),
+                        "xla",
+                        MEASURED,
+                    )
+                ],
+            }
+        ),
+    ],
+)
+def test_other_files_are_refused(text):
+    with pytest.raises((ValueError, KeyError)):
+        _measured.parse(text)
+
+
+def test_each_pass_is_computed_by_its_own():
+    rng = np.random.default_rng(0)
+    mask = window(256, left=64, right=64, block_q=64, block_kv=64)
+    q, k, v, dout = rng.standard_normal((4, 256, 2, 16)).astype(np.float32)
+    called = []
+
+    class Counting:
+        """`xla` as a backend with a backward pass of its own."""
+
+        name, differentiable = "counting", False
+
+        def __init__(self, label):
+            self.label = label
+
+        def why_not(self, problem):
+            return None
+
+        def forward(self, operands, scale, pattern):
+            called.append((self.label, "forward"))
+            return xla.forward(operands, scale, pattern)
+
+        def backward(self, operands, scale, pattern, out, lse, dout, dlse):
+            called.append((self.label, "backward"))
+            return xla.backward(operands, scale, pattern, out, lse, dout, dlse)
+
+    def gradients(implementation):
+        def attend(q, k, v):
+            return block_sparse_attention(q, k, v, mask, implementation=implementation)
+
+        return jax.vjp(attend, q, k, v)[1](dout)
+
+    both = TwoBackends(Counting("one"), Counting("other"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_attention, "choose", lambda *_: both)
+        found = gradients("auto")
+    expected = gradients("xla")
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert called == [("one", "forward"), ("other", "backward")]
