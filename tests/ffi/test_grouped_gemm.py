@@ -5,6 +5,7 @@ On a CPU the products are plain loops over the problems that its own code has ma
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from typing import Any
 
@@ -229,6 +230,14 @@ def test_says_what_it_needs(monkeypatch):
     monkeypatch.setattr(_hopper, "compute_capability", lambda: "9.0")
     monkeypatch.setattr(cutlass, "_library_file", lambda: None)
     assert (PEER.available() or "").startswith("this jsparse was built without")
+    monkeypatch.setattr(cutlass, "library", lambda: ctypes.CDLL(None))
+    assert PEER.available() == "its tests have not run on a GPU yet"
+    monkeypatch.setattr(_grouped_gemm, "PROVEN", True)
+    assert PEER.available() is None
+
+
+def test_no_gpu_has_run_it():
+    assert not _grouped_gemm.PROVEN
 
 
 def test_takes_whole_blocks_only():
