@@ -13,7 +13,7 @@ import pytest
 from jsparse.backends import cutlass
 from jsparse.pallas_kernels._common import NUM_FIELDS
 from jsparse.pallas_kernels.mosaic_gpu._persistent import FLAGGED
-from tests.ffi.c_interface import Args
+from tests.ffi.c_interface import Args, Schedule
 from tests.ffi.conftest import FFI
 
 PYPROJECT = FFI.parent / "pyproject.toml"
@@ -129,13 +129,17 @@ def test_the_c_interface_says_what_is_wrong(library):
 def test_the_c_interface_refuses(library, change, reason):
     args = Args(
         *(0, 1, 100, 200, 2, 1, 64, 128, 128, 128, 0),
-        **dict.fromkeys(("q", "k", "v", "out", "items"), 1 << 20),
+        **dict.fromkeys(("q", "k", "v", "out"), 1 << 20),
         scale=1.0,
-        num_workers=library.jsparse_forward_walkers(64, 128, 128, 0),
-        items_per_worker=1,
+        schedule=Schedule(
+            num_workers=library.jsparse_forward_walkers(64, 128, 128, 0),
+            items_per_worker=1,
+            items=1 << 20,
+        ),
     )
     for name, value in change.items():
-        setattr(args, name, value)
+        parts = (args.schedule, args.elements, args)
+        setattr(next(x for x in parts if hasattr(x, name)), name, value)
     message = ctypes.create_string_buffer(200)
     assert library.jsparse_forward(ctypes.byref(args), None, message, len(message)) != 0
     assert message.value.decode().startswith(reason)
