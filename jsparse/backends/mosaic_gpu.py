@@ -23,6 +23,7 @@ from jsparse.bias import Bias, DistanceBias
 from jsparse.pallas_kernels._common import LOG2E
 from jsparse.pallas_kernels.mosaic_gpu import (
     _bias,
+    _distance,
     bwd_dbias_sm90,
     bwd_dkv_sm90,
     bwd_dq_sm90,
@@ -41,7 +42,7 @@ LARGEST_HEAD = 256
 BLOCKS = {"block_q": (64, 128), "block_kv": (32, 64, 128)}
 PROVEN_BIAS: tuple[str, ...] = ()
 """What has run on a GPU, of what lowers; the rest is refused until it has."""
-BIAS = ("dense", "block", "linear", "quadratic")
+BIAS = ("dense", "block", "linear", "quadratic", "table", "gaussian")
 LARGEST_HEAD_WITH_BIAS = 128
 
 
@@ -73,6 +74,12 @@ def _why_not_bias(problem: Problem) -> str | None:
         return (
             f"head size {size} with a bias; expected at most {LARGEST_HEAD_WITH_BIAS}"
         )
+    most = _distance.MOST.get(problem.bias, problem.bias_weights)
+    if problem.bias_weights > most:
+        return (
+            f"a {problem.bias} bias with {problem.bias_weights} weights a head; "
+            f"expected at most {most}"
+        )
     return None
 
 
@@ -89,7 +96,7 @@ def forward(
     launch = fwd_sm90.launch_of(
         lists_of_all * call.mask.num_q_blocks,
         lists_of_all * (lists.partial.column[0, 0].size + lists.full.column[0, 0].size),
-        isinstance(call.bias, _bias.DistanceBias)
+        isinstance(call.bias, _distance.DistanceBias)
         or any(isinstance(rule, Distance) for rule in call.mask.rules),
         num_ctas,
     )
@@ -131,8 +138,10 @@ def backward(
     call = _hopper.Call.of(operands, scale, pattern)
     q, k, v = call.q, call.k, call.v
     sizes = (*call.dims, *call.blocks, _hopper.num_multiprocessors())
-    bias_dtype = _bias.beside(call.bias)
-    config = bwd_dq_sm90.choose(*sizes, bias_dtype)
+    bias_dtype, lane_sums = _bias.beside(call.bias), _bias.lane_sums(call.bias)
+    config = bwd_dq_sm90.choose(
+        *sizes, None if lane_sums else bias_dtype, lane_sums=lane_sums
+    )
     lists = call.rows
     schedule = call.schedule(lists, config.num_workers)
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
@@ -144,7 +153,7 @@ def backward(
     arrays = (q, k, v, dout, lse2, call.pad_queries(delta, 0))
 
     bad_keys = call.bad_keys(k)
-    dq, by_query = bwd_dq_sm90.backward_dq(
+    dq, by_query, by_pair = bwd_dq_sm90.backward_dq(
         *arrays,
         *call.entries(lists, bad_keys, call.blocks[1]),
         call.elements(bad_keys),
@@ -172,15 +181,16 @@ def backward(
     grads = (
         call.sum_shared(g, x) for g, x in zip((dq, dk, dv), operands[:3], strict=True)
     )
-    sums = _Sums(by_query, by_key, jnp.where(blind, 0, dlse))
+    sums = _Sums(by_query, by_key, by_pair, jnp.where(blind, 0, dlse))
     return (*grads, _bias_gradient(call, arrays, sums, operands.bias))
 
 
 class _Sums(NamedTuple):
-    """Row sums of the dq and of the dk and dv kernel, or None, and ``[*B, H, T]``."""
+    """Of rows of the dq and of the dk and dv kernel, of pairs, and ``[*B, H, T]``."""
 
     by_query: Any
     by_key: Any
+    by_pair: Any
     dlse: Array
 
 
@@ -195,9 +205,9 @@ def _bias_gradient(
     if primal is None:
         return None
     if isinstance(primal, DistanceBias):
-        by_row = sums.by_query, sums.by_key
-        dlse = sums.dlse.reshape(sums.by_query.shape[1:])
-        return distance_gradient(bias, *by_row, dlse, primal, call.batch)
+        *found, dlse = sums
+        dlse = dlse.reshape(sums.by_query.shape[1:])
+        return distance_gradient(bias, *found, dlse, primal, call.batch)
     if sums.by_key is not None:
         return like(jnp.moveaxis(sums.by_key, 0, 2), primal, call.batch)
     sizes = (*call.dims, *call.blocks, _hopper.num_multiprocessors())

@@ -12,6 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from jsparse.pallas_kernels.mosaic_gpu import (
     _bias,
+    _distance,
     bwd_dbias_sm90,
     bwd_dkv_sm90,
     bwd_dq_sm90,

@@ -142,6 +142,8 @@ BIASES = [
     ("block_shared_heads", "float32", "64 x 32"),
     ("linear", "float32", "64 x 64"),
     ("quadratic", "float32", "64 x 32"),
+    ("table", "float32", "64 x 64"),
+    ("gaussian", "float32", "128 x 64"),
 ]
 
 
