@@ -143,10 +143,16 @@ class BiasedWalker(Walker):
         b, h, row, part = fields[0], fields[1], fields[2], fields[7]
         w, (_, rows, heads, count) = self.row_half(), whole.shape
         lanes, store = s["lanes"].at[w], _distance.store_lane_sums(self.lane_sums)
-        at = ((b * rows + row * self.wgs + w) * heads + h) * count
+
+        def one_part():
+            store(lanes, parts, (part * self.wgs + w) * count)
+
+        def all_of_it():
+            store(lanes, whole, ((b * rows + row * self.wgs + w) * heads + h) * count)
+
         plgpu.commit_smem()  # the sums of all four warps are there
-        pl.when(part < 0)(lambda: store(lanes, whole, at))
-        pl.when(part >= 0)(lambda: store(lanes, parts, (part * self.wgs + w) * count))
+        pl.when(part < 0)(all_of_it)
+        pl.when(part >= 0)(one_part)
         plgpu.commit_smem()  # and have been read
         self.clear_lane_sums(s)
 

@@ -23,7 +23,7 @@ from jsparse.pallas_kernels.mosaic_gpu import (
     bwd_dq_sm90,
     fwd_sm90,
 )
-from tests.pallas_kernels.launches import H100, KERNELS, TUNED, Launch
+from tests.pallas_kernels.launches import DISTANCES, H100, KERNELS, TUNED, Launch
 from tests.support.cases import random_mask
 
 SIZES = range(16, mosaic_gpu.LARGEST_HEAD + 1, 16)
@@ -100,7 +100,7 @@ def test_lowers_with_bias(kernel, bias):
         assert "mosaic_gpu" in launch.lower()
 
 
-@pytest.mark.parametrize("bias", ["key", "linear", "quadratic"])
+@pytest.mark.parametrize("bias", ["key", *DISTANCES])
 @pytest.mark.parametrize("blocks", [(128, 128), (64, 32)], ids=str)
 @pytest.mark.parametrize("kernel", TUNED)
 def test_lowers_with_a_bias_that_is_not_streamed(kernel, blocks, bias):
