@@ -93,15 +93,16 @@ def forward(
     call = _hopper.Call.of(operands, scale, pattern)
     lists, num_ctas = call.rows, _hopper.num_multiprocessors()
     lists_of_all = math.prod(call.q.shape[::2])
+    by_distance = isinstance(call.bias, _distance.DistanceBias)
     launch = fwd_sm90.launch_of(
         lists_of_all * call.mask.num_q_blocks,
         lists_of_all * (lists.partial.column[0, 0].size + lists.full.column[0, 0].size),
-        isinstance(call.bias, _distance.DistanceBias)
-        or any(isinstance(rule, Distance) for rule in call.mask.rules),
+        by_distance or any(isinstance(rule, Distance) for rule in call.mask.rules),
         num_ctas,
     )
     config = fwd_sm90.Config.choose(
-        *(*call.dims, *call.blocks, num_ctas, launch), _bias.dtype_of(call.bias)
+        *(*call.dims, *call.blocks, num_ctas, launch),
+        *(_bias.dtype_of(call.bias), by_distance),
     )
     schedule = call.schedule(
         lists,
@@ -138,10 +139,8 @@ def backward(
     call = _hopper.Call.of(operands, scale, pattern)
     q, k, v = call.q, call.k, call.v
     sizes = (*call.dims, *call.blocks, _hopper.num_multiprocessors())
-    bias_dtype, lane_sums = _bias.beside(call.bias), _bias.lane_sums(call.bias)
-    config = bwd_dq_sm90.choose(
-        *sizes, None if lane_sums else bias_dtype, lane_sums=lane_sums
-    )
+    beside = _bias.beside(call.bias)
+    config = bwd_dq_sm90.choose(*sizes, *beside)
     lists = call.rows
     schedule = call.schedule(lists, config.num_workers)
     delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
@@ -163,7 +162,7 @@ def backward(
         config=config,
         bias=launched(call.bias, call.mask, "kv"),
     )
-    config = bwd_dkv_sm90.choose(*sizes, bias_dtype)
+    config = bwd_dkv_sm90.choose(*sizes, *beside)
     lists, group = call.columns, call.q.shape[2] // call.k.shape[2]
     bad = call.pad_queries(bad, False).astype(jnp.int32)
     dk, dv, by_key = bwd_dkv_sm90.backward_dkv(

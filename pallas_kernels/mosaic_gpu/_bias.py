@@ -161,12 +161,15 @@ def dtype_of(bias: Bias | None) -> Any:
     return bias.values.dtype if bias is not None and streamed(bias) else None
 
 
-def beside(bias: Bias | None) -> Any:
-    """``bias_dtype`` for the choice of a backward config, which needs narrow tiles.
+def beside(bias: Bias | None) -> tuple[Any, int]:
+    """``bias_dtype`` and ``lane_sums`` for the choice of a backward config.
 
-    A distance bias takes as many registers as a streamed one, though no shared memory.
+    A distance bias takes as many registers as a streamed one, though no shared memory;
+    one with sums of its own in shared memory takes more.
     """
-    return jnp.float32 if isinstance(bias, DistanceBias) else dtype_of(bias)
+    if not isinstance(bias, DistanceBias):
+        return dtype_of(bias), 0
+    return (None if bias.lane_sums else jnp.float32), bias.lane_sums
 
 
 # -------------------------------------------------------------------- tiles in memory

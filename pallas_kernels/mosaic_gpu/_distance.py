@@ -391,23 +391,22 @@ def add_gaussian_slope(columns: int, count: int, every: bool) -> Callable:
     )
     def f(_, slopes, d, ds, *args):
         weight, center, inverse = (x.registers.item() for x in args[:3])
-        out, sums = [], [[] for _ in range(3)]
-        for slope, distance, x in zip(
-            *(r.scalars(y) for y in (slopes, d, ds)), strict=True
-        ):
-            u = r.mul(r.sub(distance, center), inverse)
-            e = _exponential(u)
-            out.append(r.fma_of_minus(r.mul(weight, u), e, slope))
-            for total in sums:
-                total.append(r.mul(x, e if total is sums[0] else u))
-                x = total[-1]
+        u = [r.mul(r.sub(x, center), inverse) for x in r.scalars(d)]
+        e = [_exponential(x) for x in u]
+        out = [
+            r.fma_of_minus(r.mul(weight, x), y, slope)
+            for x, y, slope in zip(u, e, r.scalars(slopes), strict=True)
+        ]
         if every:
             lanes, n = args[3], args[4].registers.item()
             base = _own_sums(lanes)
-            by_weight, by_center, by_width = (r.tree(r.add, x, 4) for x in sums)
-            _add_to_own(base, n, by_weight)
-            _add_to_own(base, arith.addi(n, r.integer(count)), by_center)
-            _add_to_own(base, r.integer(2 * count), r.mul(weight, by_width))
+            values = [r.mul(x, y) for x, y in zip(r.scalars(ds), e, strict=True)]
+            _add_to_own(base, n, r.tree(r.add, values, 4))
+            values = [r.mul(x, y) for x, y in zip(values, u, strict=True)]
+            _add_to_own(base, arith.addi(n, r.integer(count)), r.tree(r.add, values, 4))
+            values = [r.mul(x, y) for x, y in zip(values, u, strict=True)]
+            by_width = r.mul(weight, r.tree(r.add, values, 4))
+            _add_to_own(base, r.integer(2 * count), by_width)
         return r.accumulator(out, (64, columns))
 
     def add(slopes, d, ds, scalars, lanes, n):

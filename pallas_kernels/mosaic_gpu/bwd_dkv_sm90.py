@@ -46,14 +46,16 @@ def choose(
     block_kv: int = 128,
     num_ctas: int = 132,
     bias_dtype: Any = None,
+    lane_sums: int = 0,
 ) -> BackwardConfig:
     """The table's, or the heuristic's: what was fastest on an H100 (see README.md).
 
-    For head sizes above 128, what fits; beside a streamed bias of ``bias_dtype`` too.
+    For head sizes above 128, what fits; beside a streamed bias of ``bias_dtype``, or
+    one that has ``lane_sums`` in the dq kernel, too.
     """
-    if bias_dtype is not None:
+    if bias_dtype is not None or lane_sums:
         sizes = block_kv, head_dim, value_dim, jnp.bfloat16, bias_dtype
-        configs = gradient.beside_bias(block_kv, block_q, num_ctas)
+        configs = gradient.beside_bias(block_kv, block_q, num_ctas, lane_sums > 0)
         return _biased.first_fit(configs, lambda c: scratch_spec(c, *sizes))
     measured = _tables.find("dkv", head_dim, value_dim, block_q, block_kv)
     if measured is not None:

@@ -48,7 +48,7 @@ def choose(
     """
     if bias_dtype is not None or lane_sums:
         sizes = block_q, head_dim, value_dim, jnp.bfloat16, bias_dtype, lane_sums
-        configs = gradient.beside_bias(block_q, block_kv, num_ctas)
+        configs = gradient.beside_bias(block_q, block_kv, num_ctas, lane_sums > 0)
         return _biased.first_fit(configs, lambda c: scratch_spec(c, *sizes))
     measured = _tables.find("dq", head_dim, value_dim, block_q, block_kv)
     if measured is not None:

@@ -72,10 +72,10 @@ class Launch:
         distances = self.bias in DISTANCES
         if self.kernel == "forward":
             options["launch"] = "distances" if distances else self.launch
-        elif self.kernel == "dq" and self.lane_sums:
-            options["lane_sums"] = self.lane_sums
+            options["by_distance"] = distances
         elif distances:
-            options["bias_dtype"] = "float32"
+            beside = _bias.beside(self.bias_shape())
+            options = dict(zip(("bias_dtype", "lane_sums"), beside, strict=True))
         return self.given or KERNELS[self.kernel][1](
             *self.dims, *self.blocks, **options
         )
@@ -86,11 +86,6 @@ class Launch:
         if self.bias == "key" or self.bias in DISTANCES:
             return None
         return "float32" if self.bias == "block" else self.bias
-
-    @property
-    def lane_sums(self) -> int:
-        """Sums over pairs of the dq kernel."""
-        return _bias.lane_sums(self.bias_shape())
 
     @property
     def rows(self) -> int:
