@@ -147,35 +147,25 @@ def distance_gradient(
     primal: DistanceBias,
     batch: tuple[int, ...],
 ) -> DistanceBias:
-    """From the sums of the dq and of the dk and dv kernel; ``dlse`` is ``[B, H, T]``."""
+    """From the sums of the dq and the dk and dv kernel; ``dlse`` is ``[B, H, T]``."""
     of_head = by_query.shape[1:3]
+    if by_pair is None:
+        factor = -bias.weights[..., 0]
+        weights = _slope_gradient(by_query[3:], dlse)
+        knots = jnp.zeros((of_head[0], primal.knots.shape[-1]))
+    else:
+        factor = bias.inverse[:, None]
+        weights, knots = _weights_gradient(bias, by_pair)
+
+    def points(sums):
+        whole = jnp.broadcast_to(factor, of_head)
+        return jnp.einsum("abhn,bh->bna", sums, whole, precision="highest")
 
     def shaped(x, like):
         x = x.reshape(*batch, *x.shape[1:])
         axes = tuple(i for i, n in enumerate(like.shape) if n < x.shape[i])
         return x.sum(axes, keepdims=True).astype(like.dtype)
 
-    def points(sums):
-        # Of the factor that `add_distance_sums` leaves out.
-        if bias.inverse is None:
-            factor = -bias.weights[..., 0]
-        else:
-            factor = bias.inverse[:, None]
-        factor = jnp.broadcast_to(factor, of_head)
-        return jnp.einsum("abhn,bh->bna", sums, factor, precision="highest")
-
-    knots = jnp.zeros_like(bias.rows, shape=(of_head[0], primal.knots.shape[-1]))
-    if by_pair is None:
-        weights = _slope_gradient(by_query[3:], dlse)
-    else:
-        # A ds that is NaN reaches every weight, as it does in a product with the basis.
-        by_pair += 0 * by_pair.sum(-1, keepdims=True)
-        n = bias.weights.shape[-1]
-        weights = by_pair[..., :n]
-        if bias.form == "gaussian":
-            centers = (bias.weights * by_pair[..., n : 2 * n]).sum(1)
-            width = by_pair[..., 2 * n :].sum(1)
-            knots = jnp.append(centers, width, -1) * bias.inverse[:, None]
     weights, q_coords, kv_coords, knots = (
         shaped(x, like)
         for x, like in (
@@ -197,6 +187,21 @@ def _slope_gradient(sums: Array, dlse: Array) -> Array:
     """
     with_distance, total, mean = sums
     return -(with_distance - (total - dlse) * mean).sum(-1)[..., None]
+
+
+def _weights_gradient(
+    bias: _distance.DistanceBias, by_pair: Array
+) -> tuple[Array, Array]:
+    """``[B, H, n]`` and that of the knots, ``[B, n + 1]``, from `lane_sums`."""
+    # A ds that is NaN reaches every weight, as it does in a product with the basis.
+    by_pair += 0 * by_pair.sum(-1, keepdims=True)
+    n = bias.weights.shape[-1]
+    knots = jnp.zeros((len(by_pair), n + 1))
+    if bias.form == "gaussian":
+        centers = (bias.weights * by_pair[..., n : 2 * n]).sum(1)
+        width = by_pair[..., 2 * n :].sum(1)
+        knots = jnp.append(centers, width, -1) * bias.inverse[:, None]
+    return by_pair[..., :n], knots
 
 
 def _values(bias: Bias) -> Array:

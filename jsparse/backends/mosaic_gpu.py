@@ -204,8 +204,8 @@ def _bias_gradient(
     if primal is None:
         return None
     if isinstance(primal, DistanceBias):
-        *found, dlse = sums
-        dlse = dlse.reshape(sums.by_query.shape[1:])
+        found = sums.by_query, sums.by_key, sums.by_pair
+        dlse = sums.dlse.reshape(sums.by_query.shape[1:])
         return distance_gradient(bias, *found, dlse, primal, call.batch)
     if sums.by_key is not None:
         return like(jnp.moveaxis(sums.by_key, 0, 2), primal, call.batch)

@@ -32,7 +32,7 @@ from ._elements import Place, Position
 
 Array = Any
 MOST = {"table": 64, "gaussian": 32}
-"""Entries or Gaussians of a head, for which registers and shared memory are laid out."""
+"""Entries, or Gaussians, of a head that registers and shared memory have room for."""
 LANES = 32
 _TABLE_COLUMNS = 8
 """Of an array with four registers a thread, which hold a table."""
@@ -69,16 +69,16 @@ class DistanceBias:
         columns: ``[B or 1, 3, C]``, of the others.
         weights: ``[B or 1, H or 1, n]`` float32; n is 1 without table or Gaussians.
         form: ``"linear"``, ``"quadratic"``, ``"table"`` or ``"gaussian"``.
-        inverse: ``[B or 1]`` float32, 1 / width, of a table or Gaussians.
-        centers: ``[B or 1, n]`` float32, of Gaussians.
+        inverse: ``[B or 1]`` float32, 1 / width, of a table or Gaussians, else None.
+        centers: ``[B or 1, n]`` float32, of Gaussians, else None.
     """
 
     rows: Array
     columns: Array
     weights: Array
     form: str = dataclasses.field(metadata=dict(static=True))
-    inverse: Array | None = None
-    centers: Array | None = None
+    inverse: Array = None
+    centers: Array = None
 
     def entry(self, b, h) -> Entry:
         """Indices for a batch entry and a query head."""
@@ -290,9 +290,7 @@ def add_distance_sums(
         p, ds, points, others, *position = args[num_sums : num_sums + 8]
         more = args[num_sums + 8 :]
         derivative = _derivatives(form, every, count, more)
-        found = _differences(
-            _place(position, columns, rows), points, others, columns
-        )
+        found = _differences(_place(position, columns, rows), points, others, columns)
         values = zip(r.scalars(p), r.scalars(ds), found, strict=True)
         for i, (weight, x, (difference, square)) in enumerate(values):
             factor, distance = derivative(i, square, weight, x)

@@ -8,6 +8,7 @@ instructions it replaces must compute; the GPU tests hold those to the same resu
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from unittest import mock
 
@@ -313,31 +314,32 @@ def add_gaussian(columns):
     return f
 
 
+def _table_slope(d, bias, entry):
+    """By distance in widths."""
+    weights, u = _weights(bias, entry), d * bias.inverse[entry.points]
+    steps = enumerate(itertools.pairwise(weights))
+    return sum(jnp.where((n <= u) & (u < n + 1), y - x, 0) for n, (x, y) in steps)
+
+
 def add_distance_sums(columns, form, rows, every, count):
+    del count
+
     def f(sums, p, ds, bias, entry, read, slopes, lanes):
         difference = _difference(bias, read.at, rows, columns)
         square = sum(x * x for x in difference)
-        inverse = jnp.where(square > 0, 1 / jnp.sqrt(square), 0)
-        d = jnp.sqrt(square)
-        if form == "table":
-            weights = _weights(bias, entry)
-            u = d * bias.inverse[entry.points]
-            slope = sum(
-                jnp.where((n <= u) & (u < n + 1), weights[n + 1] - weights[n], 0)
-                for n in range(count - 1)
-            )
-            if every:
-                hats = _hats(d, bias, entry)
-                for n, hat in enumerate(hats):
-                    _add_to_lanes(lanes, n, jnp.where(p == 0, 0, ds * hat))
-            factor = slope * inverse
-        else:
-            factor = {"linear": inverse, "quadratic": 2.0}.get(form)
-            factor = slopes * inverse if factor is None else factor
-        terms = [ds * factor * x for x in difference]
+        d, more = jnp.sqrt(square), []
+        factor = jnp.where(square > 0, 1 / d, 0)
+        if form == "quadratic":
+            d, factor = square, 2.0
+        elif form == "gaussian":
+            factor *= slopes
+        elif form == "table":
+            factor *= _table_slope(d, bias, entry)
+            for n, hat in enumerate(_hats(d, bias, entry) if every else []):
+                _add_to_lanes(lanes, n, jnp.where(p == 0, 0, ds * hat))
         if every and form in ("linear", "quadratic"):
-            distance = square if form == "quadratic" else d
-            terms += [ds * distance, ds, p * distance]
+            more = [ds * d, ds, p * d]
+        terms = [ds * factor * x for x in difference] + more
         terms = [jnp.where(p == 0, 0, x).sum(1) for x in terms]
         return [x + y for x, y in zip(sums, terms, strict=True)]
 
@@ -375,10 +377,8 @@ def add_gaussian_slope(columns, count, every):
 
 def store_lane_sums(count):
     def f(lanes, out, first):
-        *lead, _ = out.shape
-        place = []
-        index = first // count
-        for n in reversed(lead):
+        place, index = [], first // count
+        for n in reversed(out.shape[:-1]):
             index, at = jnp.divmod(index, n)
             place.insert(0, at)
         out[(*place, slice(None))] = lanes[...].sum(1)
@@ -425,9 +425,7 @@ _STAND_INS = {
         *(probabilities_by_column, logits_gradient_by_column),
     ),
     _elements: (fetch, apply, poison, zero_columns),
-    _bias: (
-        *(load_tile, store_tile, add_tile, add_columns, add_rows),
-    ),
+    _bias: (*(load_tile, store_tile, add_tile, add_columns, add_rows),),
     _distance: (
         *(read_table, add_distance, distances, add_gaussian, add_distance_sums),
         *(seen_distances, add_gaussian_slope, store_lane_sums),

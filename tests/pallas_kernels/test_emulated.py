@@ -211,7 +211,10 @@ def test_sums_of_split_rows(kind, monkeypatch):
     case = make_case(rng, mask, heads=(1, 1))
     case.bias = biases(rng, mask, 1, 1)[kind]
     found = check(case, static=True)
-    contract.check_sixteen_bit_bias(case.cast("bfloat16"), found[5])
+    # Gaussians overlap: as of slopes, their gradients take the error of delta, which
+    # comes from the rounded output, in xla too.
+    like = ("reference", "xla")
+    contract.check_sixteen_bit_bias(case.cast("bfloat16"), found[5], like=like)
 
 
 @pytest.mark.parametrize("teams", [2, 3])
