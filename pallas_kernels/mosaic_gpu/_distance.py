@@ -290,7 +290,8 @@ def add_distance_sums(
         p, ds, points, others, *position = args[num_sums : num_sums + 8]
         more = args[num_sums + 8 :]
         derivative = _derivatives(form, every, count, more)
-        found = _differences(_place(position, columns, rows), points, others, columns)
+        at = _place(position, columns, rows, again=form == "gaussian")
+        found = _differences(at, points, others, columns)
         values = zip(r.scalars(p), r.scalars(ds), found, strict=True)
         for i, (weight, x, (difference, square)) in enumerate(values):
             factor, distance = derivative(i, square, weight, x)
@@ -360,7 +361,8 @@ def seen_distances(columns: int, rows: int) -> Callable:
         return_type=(_tile(columns),) * 2,
     )
     def f(_, p, ds, points, others, *position):
-        found = _differences(_place(position, columns, rows), points, others, columns)
+        at = _place(position, columns, rows, again=True)
+        found = _differences(at, points, others, columns)
         weights, shape = r.scalars(p), (64, columns)
         d = [
             r.zero_with(r.sqrt(square), weight)
@@ -514,8 +516,16 @@ def _tile(columns: int) -> plgpu.ShapeDtypeStruct:
     return plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=r.ACC)
 
 
-def _place(position: Sequence, columns: int, rows: int) -> Place:
-    return Place([x.registers.item() for x in position], columns, rows)
+def _place(
+    position: Sequence, columns: int, rows: int, again: bool = False
+) -> Place:
+    """Where a tile is; with ``again``, another that compilers do not know to be it.
+
+    What is computed of it is then computed again, rather than kept since the last time:
+    the differences of the points alone would take three registers an element.
+    """
+    scalars = [x.registers.item() for x in position]
+    return Place(r.tied(scalars, "", "r") if again else scalars, columns, rows)
 
 
 def _differences(at: Place, points: Any, others: Any, columns: int) -> Iterator:
