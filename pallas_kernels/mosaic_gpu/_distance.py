@@ -516,9 +516,7 @@ def _tile(columns: int) -> plgpu.ShapeDtypeStruct:
     return plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=r.ACC)
 
 
-def _place(
-    position: Sequence, columns: int, rows: int, again: bool = False
-) -> Place:
+def _place(position: Sequence, columns: int, rows: int, again: bool = False) -> Place:
     """Where a tile is; with ``again``, another that compilers do not know to be it.
 
     What is computed of it is then computed again, rather than kept since the last time:
