@@ -89,6 +89,8 @@ class Problem:
     bits: bool
     bias: str | None
     platform: str
+    bias_weights: int = 0
+    """Of each head, of a bias by distance: entries of a table, or Gaussians."""
 
 
 class Backend(Protocol):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.bias import Bias, BlockBias, DistanceBias
-from jsparse.pallas_kernels.mosaic_gpu import _bias
+from jsparse.pallas_kernels.mosaic_gpu import _bias, _distance
 from jsparse.pallas_kernels.mosaic_gpu.bwd_dbias_sm90 import (
     EMPTY,
     FULL,
@@ -55,24 +55,31 @@ def kernel_bias(
 
 def _distance_bias(
     bias: DistanceBias, mask: BlockMask, batch: tuple[int, ...]
-) -> _bias.DistanceBias:
+) -> _distance.DistanceBias:
     """Points by axis, in whole blocks."""
 
     def points(x, length):
         x = _one_batch_axis(jnp.swapaxes(x, -1, -2), batch)
         return _pad_last(x, length)
 
-    return _bias.DistanceBias(
+    inverse = centers = None
+    if bias.form in _distance.MOST:
+        knots = _one_batch_axis(bias.knots, batch)
+        inverse = 1 / knots[:, -1]
+        centers = knots[:, :-1] if bias.form == "gaussian" else None
+    return _distance.DistanceBias(
         points(bias.q_coords, mask.num_q_blocks * mask.block_q),
         points(bias.kv_coords, mask.num_kv_blocks * mask.block_kv),
-        _one_batch_axis(bias.weights[..., 0], batch),
-        bias.form == "quadratic",
+        _one_batch_axis(bias.weights, batch),
+        bias.form,
+        inverse,
+        centers,
     )
 
 
 def launched(bias: _bias.Bias | None, mask: BlockMask, side: str) -> _bias.Bias | None:
     """The bias for a launch over the lists ``"kv"``, by query block, or ``"q"``."""
-    if isinstance(bias, _bias.DistanceBias) and side == "q":
+    if isinstance(bias, _distance.DistanceBias) and side == "q":
         return dataclasses.replace(bias, rows=bias.columns, columns=bias.rows)
     if not isinstance(bias, _bias.BlockBias):
         return bias
@@ -132,43 +139,69 @@ def like(grad: Array, primal: Bias, batch: tuple[int, ...]) -> Bias:
 
 
 def distance_gradient(
-    bias: _bias.DistanceBias,
+    bias: _distance.DistanceBias,
     by_query: Array,
     by_key: Array,
+    by_pair: Array | None,
     dlse: Array,
     primal: DistanceBias,
     batch: tuple[int, ...],
 ) -> DistanceBias:
-    """From the sums of `add_distance_sums`, ``[6, B, H, T]`` and ``[3, B, H, S]``.
+    """From the sums of the dq and the dk and dv kernel; ``dlse`` is ``[B, H, T]``."""
+    of_head = by_query.shape[1:3]
+    if by_pair is None:
+        factor = -bias.weights[..., 0]
+        weights = _slope_gradient(by_query[3:], dlse)
+        knots = jnp.zeros((of_head[0], primal.knots.shape[-1]))
+    else:
+        factor = bias.inverse[:, None]
+        weights, knots = _weights_gradient(bias, by_pair)
 
-    The ds of a row add up to its dlse, which ``[B, H, T]`` says exactly. What the sum
-    is beside it comes from delta, made from the rounded output, and is p times that: as
-    much of the sum over distances is taken off, which else grows with their mean.
-    """
+    def points(sums):
+        whole = jnp.broadcast_to(factor, of_head)
+        return jnp.einsum("abhn,bh->bna", sums, whole, precision="highest")
 
     def shaped(x, like):
         x = x.reshape(*batch, *x.shape[1:])
         axes = tuple(i for i, n in enumerate(like.shape) if n < x.shape[i])
         return x.sum(axes, keepdims=True).astype(like.dtype)
 
-    def points(sums):
-        return -jnp.einsum("abhn,bh->bna", sums, slope, precision="highest")
-
-    slope = jnp.broadcast_to(bias.slope, by_query.shape[1:3])
-    with_distance, total, mean = by_query[3:]
-    by_head = -(with_distance - (total - dlse) * mean).sum(-1)[..., None]
-    weights, q_coords, kv_coords = (
+    weights, q_coords, kv_coords, knots = (
         shaped(x, like)
         for x, like in (
-            (by_head, primal.weights),
+            (weights, primal.weights),
             (points(by_query[:3]), primal.q_coords),
             (points(by_key), primal.kv_coords),
+            (knots, primal.knots),
         )
     )
-    knots = jnp.zeros_like(primal.knots)
-    return dataclasses.replace(
-        primal, weights=weights, q_coords=q_coords, kv_coords=kv_coords, knots=knots
-    )
+    return DistanceBias(weights, q_coords, kv_coords, knots, form=primal.form)
+
+
+def _slope_gradient(sums: Array, dlse: Array) -> Array:
+    """``[B, H, 1]`` from sums over ``[B, H, T]`` of ``ds d``, ``ds`` and ``p d``.
+
+    The ds of a row add up to its dlse, which dlse says exactly. What the sum is beside
+    it comes from delta, made from the rounded output, and is p times that: as much of
+    the sum over distances is taken off, which else grows with their mean.
+    """
+    with_distance, total, mean = sums
+    return -(with_distance - (total - dlse) * mean).sum(-1)[..., None]
+
+
+def _weights_gradient(
+    bias: _distance.DistanceBias, by_pair: Array
+) -> tuple[Array, Array]:
+    """``[B, H, n]`` and that of the knots, ``[B, n + 1]``, from `lane_sums`."""
+    # A ds that is NaN reaches every weight, as it does in a product with the basis.
+    by_pair += 0 * by_pair.sum(-1, keepdims=True)
+    n = bias.weights.shape[-1]
+    knots = jnp.zeros((len(by_pair), n + 1))
+    if bias.form == "gaussian":
+        centers = (bias.weights * by_pair[..., n : 2 * n]).sum(1)
+        width = by_pair[..., 2 * n :].sum(1)
+        knots = jnp.append(centers, width, -1) * bias.inverse[:, None]
+    return by_pair[..., :n], knots
 
 
 def _values(bias: Bias) -> Array:

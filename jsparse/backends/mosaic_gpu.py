@@ -22,6 +22,7 @@ from jsparse.backends._mosaic_bias import (
 from jsparse.bias import Bias, DistanceBias
 from jsparse.pallas_kernels.mosaic_gpu import (
     _bias,
+    _distance,
     bwd_dbias_sm90,
     bwd_dkv_sm90,
     bwd_dq_sm90,
@@ -40,7 +41,7 @@ LARGEST_HEAD = 256
 BLOCKS = {"block_q": (64, 128), "block_kv": (32, 64, 128)}
 PROVEN_BIAS: tuple[str, ...] = ()
 """What has run on a GPU, of what lowers; the rest is refused until it has."""
-BIAS = ("dense", "block", "linear", "quadratic")
+BIAS = ("dense", "block", "linear", "quadratic", "table", "gaussian")
 LARGEST_HEAD_WITH_BIAS = 128
 
 
@@ -72,6 +73,12 @@ def _why_not_bias(problem: Problem) -> str | None:
         return (
             f"head size {size} with a bias; expected at most {LARGEST_HEAD_WITH_BIAS}"
         )
+    most = _distance.MOST.get(problem.bias, problem.bias_weights)
+    if problem.bias_weights > most:
+        return (
+            f"a {problem.bias} bias with {problem.bias_weights} weights a head; "
+            f"expected at most {most}"
+        )
     return None
 
 
@@ -85,15 +92,16 @@ def forward(
     call = _hopper.Call.of(operands, scale, pattern)
     lists, num_ctas = call.rows, _hopper.num_multiprocessors()
     lists_of_all = math.prod(call.q.shape[::2])
+    by_distance = isinstance(call.bias, _distance.DistanceBias)
     launch = fwd_sm90.launch_of(
         lists_of_all * call.mask.num_q_blocks,
         lists_of_all * (lists.partial.column[0, 0].size + lists.full.column[0, 0].size),
-        isinstance(call.bias, _bias.DistanceBias)
-        or any(isinstance(rule, Distance) for rule in call.mask.rules),
+        by_distance or any(isinstance(rule, Distance) for rule in call.mask.rules),
         num_ctas,
     )
     config = fwd_sm90.Config.choose(
-        *(*call.dims, *call.blocks, num_ctas, launch), _bias.dtype_of(call.bias)
+        *(*call.dims, *call.blocks, num_ctas, launch),
+        *(_bias.dtype_of(call.bias), by_distance),
     )
     schedule = call.schedule(
         lists,
@@ -130,8 +138,8 @@ def backward(
     call = _hopper.Call.of(operands, scale, pattern)
     q, k, v = call.q, call.k, call.v
     sizes = (*call.dims, *call.blocks, _hopper.num_multiprocessors())
-    bias_dtype = _bias.beside(call.bias)
-    config = bwd_dq_sm90.choose(*sizes, bias_dtype)
+    beside = _bias.beside(call.bias)
+    config = bwd_dq_sm90.choose(*sizes, *beside)
     lists = call.rows
     schedule = call.schedule(lists, config.num_workers)
     of_queries = call.statistics(out, lse, dout, dlse)
@@ -139,7 +147,7 @@ def backward(
     arrays = (q, k, v, dout, of_queries.lse2, of_queries.delta)
 
     bad_keys = call.bad_keys(k)
-    dq, by_query = bwd_dq_sm90.backward_dq(
+    dq, by_query, by_pair = bwd_dq_sm90.backward_dq(
         *arrays,
         *call.entries(lists, bad_keys, call.blocks[1]),
         call.elements(bad_keys),
@@ -149,7 +157,7 @@ def backward(
         config=config,
         bias=launched(call.bias, call.mask, "kv"),
     )
-    config = bwd_dkv_sm90.choose(*sizes, bias_dtype)
+    config = bwd_dkv_sm90.choose(*sizes, *beside)
     lists, group = call.columns, call.q.shape[2] // call.k.shape[2]
     dk, dv, by_key = bwd_dkv_sm90.backward_dkv(
         *arrays,
@@ -166,15 +174,16 @@ def backward(
     grads = (
         call.sum_shared(g, x) for g, x in zip((dq, dk, dv), operands[:3], strict=True)
     )
-    sums = _Sums(by_query, by_key, jnp.where(of_queries.blind, 0, dlse))
+    sums = _Sums(by_query, by_key, by_pair, jnp.where(of_queries.blind, 0, dlse))
     return (*grads, _bias_gradient(call, arrays, sums, operands.bias))
 
 
 class _Sums(NamedTuple):
-    """Row sums of the dq and of the dk and dv kernel, or None, and ``[*B, H, T]``."""
+    """Of rows of the dq and of the dk and dv kernel, of pairs, and ``[*B, H, T]``."""
 
     by_query: Any
     by_key: Any
+    by_pair: Any
     dlse: Array
 
 
@@ -189,9 +198,9 @@ def _bias_gradient(
     if primal is None:
         return None
     if isinstance(primal, DistanceBias):
-        by_row = sums.by_query, sums.by_key
+        found = sums.by_query, sums.by_key, sums.by_pair
         dlse = sums.dlse.reshape(sums.by_query.shape[1:])
-        return distance_gradient(bias, *by_row, dlse, primal, call.batch)
+        return distance_gradient(bias, *found, dlse, primal, call.batch)
     if sums.by_key is not None:
         return like(jnp.moveaxis(sums.by_key, 0, 2), primal, call.batch)
     sizes = (*call.dims, *call.blocks, _hopper.num_multiprocessors())

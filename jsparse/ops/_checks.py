@@ -53,6 +53,7 @@ def describe(operands: Operands) -> Problem:
     q, k, v, mask, bias = operands
     kinds = {BlockBias: "block", type(None): None}
     form = getattr(bias, "form", "dense")
+    by_distance = isinstance(bias, DistanceBias)
     return Problem(
         batch=math.prod(q.shape[:-3]),
         q_len=q.shape[-3],
@@ -70,6 +71,7 @@ def describe(operands: Operands) -> Problem:
         bits=mask.bits is not None,
         bias=kinds.get(type(bias), form),
         platform=jax.default_backend(),
+        bias_weights=bias.weights.shape[-1] if by_distance else 0,
     )
 
 

@@ -11,7 +11,7 @@ May assume: the last axis of a streamed bias fills 16 bytes. Called by the kerne
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from jax.experimental.mosaic.gpu import utils
 
 from .._common import LOG2E
 from . import _registers as r
-from ._elements import Place
+from ._distance import DistanceBias
 
 Array = Any
 WIDTH = 128
@@ -98,35 +98,6 @@ class KeyBias(_Shared):
     """``values [b, H or 1, S]`` float32, of whole blocks: the same for all queries."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DistanceBias:
-    """``-slope * d``, or ``-slope * d**2``, of the distance d between two points.
-
-    Attributes:
-        rows: ``[B or 1, 3, R]`` float32, of whole blocks; of the keys in the dk and dv
-            kernel, else of the queries.
-        columns: ``[B or 1, 3, C]``, of the others.
-        slope: ``[B or 1, H or 1]`` float32.
-        squared: which of the two.
-    """
-
-    rows: Array
-    columns: Array
-    slope: Array
-    squared: bool = dataclasses.field(metadata=dict(static=True))
-
-    def entry(self, b, h) -> Array:
-        """Position of a slope in the flattened array."""
-        count, heads = self.slope.shape
-        return (b if count > 1 else 0) * heads + (h if heads > 1 else 0)
-
-    def shared(self, batch: int, heads: int) -> tuple[bool, bool]:
-        """No values are loaded, so none are shared."""
-        del batch, heads
-        return False, False
-
-
 Streamed = DenseBias | BlockBias
 Bias = Streamed | KeyBias | DistanceBias
 
@@ -176,13 +147,13 @@ def streamed(bias: Bias | None) -> bool:
 def row_sums(bias: Bias | None, rows_are_queries: bool) -> int:
     """How many sums of each row the gradient of a bias needs of a dq or dkv kernel."""
     if isinstance(bias, DistanceBias):
-        return row_sums_of_distance(rows_are_queries)
+        return bias.row_sums(rows_are_queries)
     return int(isinstance(bias, KeyBias) and not rows_are_queries)
 
 
-def row_sums_of_distance(every: bool) -> int:
-    """How many `add_distance_sums` adds to."""
-    return 6 if every else 3
+def lane_sums(bias: Bias | None) -> int:
+    """How many sums over all pairs it needs of the dq kernel."""
+    return bias.lane_sums if isinstance(bias, DistanceBias) else 0
 
 
 def dtype_of(bias: Bias | None) -> Any:
@@ -190,12 +161,15 @@ def dtype_of(bias: Bias | None) -> Any:
     return bias.values.dtype if bias is not None and streamed(bias) else None
 
 
-def beside(bias: Bias | None) -> Any:
-    """``bias_dtype`` for the choice of a backward config, which needs narrow tiles.
+def beside(bias: Bias | None) -> tuple[Any, int]:
+    """``bias_dtype`` and ``lane_sums`` for the choice of a backward config.
 
-    A distance bias takes as many registers as a streamed one, though no shared memory.
+    A distance bias takes as many registers as a streamed one, though no shared memory;
+    one with sums of its own in shared memory takes more.
     """
-    return jnp.float32 if isinstance(bias, DistanceBias) else dtype_of(bias)
+    if not isinstance(bias, DistanceBias):
+        return dtype_of(bias), 0
+    return (None if bias.lane_sums else jnp.float32), bias.lane_sums
 
 
 # -------------------------------------------------------------------- tiles in memory
@@ -314,88 +288,6 @@ def add_rows(columns: int, scale_log2: float) -> Callable:
     return f
 
 
-def add_distance(columns: int, scale_log2: float, squared: bool, rows: int) -> Callable:
-    """``f(s, row_points, column_points, slope, entry, position) -> logits``.
-
-    ``entry`` is the slope's place; see `DistanceBias`, and `_elements.apply` for rows.
-    """
-
-    @plgpu.inline_mgpu(
-        arg_types=(r.ACC, *[plgpu.RefType()] * 3, *[r.SCALAR] * 5),
-        return_type=_logits(columns),
-    )
-    def f(_, s, points, others, slope, entry, *position):
-        at = Place([x.registers.item() for x in position], columns, rows)
-        slope = r.global_word(slope, entry.registers.item(), 0, r.f32())
-        factor = r.mul(slope, r.number(-1.0))
-        bias = [
-            r.mul(factor, square if squared else r.sqrt(square))
-            for _, square in _differences(at, points, others, columns)
-        ]
-        return _sum(s, bias, scale_log2, columns)
-
-    return lambda s, bias, entry, position: f(
-        s, bias.rows, bias.columns, bias.slope, entry, *position
-    )
-
-
-def add_distance_sums(columns: int, squared: bool, rows: int, every: bool) -> Callable:
-    """``f(sums, p, ds, bias, position) -> sums`` of each row.
-
-    With x the row's point, y the column's and d their distance, or squared distance:
-    of ``ds`` times the derivative of d by x, axis by axis; with ``every`` also of ``ds
-    * d``, ``ds`` and ``p * d``. An element with p 0 adds nothing, whatever its points.
-    """
-    count = row_sums_of_distance(every)
-    sums_type = plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=r.ROW)
-    refs, scalars = [plgpu.RefType()] * 2, [r.SCALAR] * 4
-
-    @plgpu.inline_mgpu(
-        arg_types=(*[r.ROW] * count, r.ACC, r.ACC, *refs, *scalars),
-        return_type=(sums_type,) * count,
-    )
-    def f(_, *args):
-        totals = [r.scalars(x) for x in args[:count]]
-        p, ds, points, others, *position = args[count:]
-        at = Place([x.registers.item() for x in position], columns, rows)
-        found = _differences(at, points, others, columns)
-        values = zip(r.scalars(p), r.scalars(ds), found, strict=True)
-        for i, (weight, x, (difference, square)) in enumerate(values):
-            factor, distance = r.number(2.0), square
-            if not squared:
-                factor = r.inverse_sqrt(square)
-                distance = r.mul(square, factor)
-            by_axis = r.mul(x, factor)
-            terms = [r.mul(by_axis, y) for y in difference]
-            if every:
-                terms += [r.mul(x, distance), x, r.mul(weight, distance)]
-            half = (i >> 1) & 1
-            for total, term in zip(totals, terms, strict=True):
-                total[half] = r.add(total[half], r.zero_with(term, weight))
-        return tuple(r.from_scalars(x, (64,), r.ROW.to_mgpu()) for x in totals)
-
-    return lambda sums, p, ds, bias, position: f(
-        *sums, p, ds, bias.rows, bias.columns, *position
-    )
-
-
-def _differences(at: Place, points: Any, others: Any, columns: int) -> Iterator:
-    """For each register, the difference of its two points and its square."""
-    mine = [at.rows(points, axis) for axis in range(3)]
-    for pair in range(columns // 8):
-        theirs = [at.columns(others, pair, axis) for axis in range(3)]
-        for half in range(2):
-            for second in range(2):
-                x, y, z = (
-                    r.sub(a[half], b[second]) for a, b in zip(mine, theirs, strict=True)
-                )
-                yield (x, y, z), r.fma(z, z, r.fma(y, y, r.mul(x, x)))
-
-
 def _sum(s: fa.FragmentedArray, bias: list, scale_log2: float, columns: int):
-    scale, log2e = r.number(scale_log2), r.number(LOG2E)
-    values = [
-        r.fma(x, scale, r.mul(b, log2e))
-        for x, b in zip(r.scalars(s), bias, strict=True)
-    ]
+    values = r.scaled_sum(r.scalars(s), scale_log2, bias, LOG2E)
     return r.accumulator(values, (64, columns))

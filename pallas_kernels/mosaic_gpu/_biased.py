@@ -1,8 +1,9 @@
 """What a walker does with a bias: reads it, adds it, sums its gradient by row.
 
 A streamed bias has a tile for each warpgroup and step; the others are read by position
-(see `_bias`). Of a bias by key or by distance, the dq and the dk and dv kernel sum up
-for each row what its gradient is made of. Called by the kernels.
+(see `_bias` and `_distance`). Of a bias by key or by distance, the dq and the dk and dv
+kernel sum up for each row what its gradient is made of, and the dq kernel, for each
+item, what a table's or Gaussians' is. Called by the kernels.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._common import LOG2E
-from . import _bias, _persistent
+from . import _bias, _distance, _persistent
 from . import _gradient as gradient
 from . import _registers as r
-from ._bias import DistanceBias, KeyBias
+from ._bias import KeyBias
+from ._distance import DistanceBias
 from ._elements import Position
 from ._persistent import Lists, Walker
 from ._schedule import Schedule
@@ -36,10 +38,12 @@ class BiasedWalker(Walker):
     Attributes:
         scale: factor of the logits.
         row_sums: sums of each row that the gradient of the bias needs.
+        lane_sums: sums over all pairs that it needs.
     """
 
     scale: float
     row_sums: int = dataclasses.field(default=0, kw_only=True)
+    lane_sums: int = dataclasses.field(default=0, kw_only=True)
 
     def read_bias(self, fields, lists: Lists, n, s: dict, slot):
         """What step n needs of the bias: its values, or where they stand.
@@ -51,7 +55,11 @@ class BiasedWalker(Walker):
         if bias is None:
             return None
         if isinstance(bias, DistanceBias):
-            return self.position(fields, lists, n)
+            table = None
+            if bias.form == "table":
+                read = _distance.read_table(bias.weights.shape[-1])
+                table = read(bias, bias.entry(*fields[:2]))
+            return _distance.Read(self.position(fields, lists, n), table)
         if isinstance(bias, KeyBias):
             b, h = bias.entry(*fields[:2])
             if not self.rows_are_queries:
@@ -71,7 +79,7 @@ class BiasedWalker(Walker):
         if bias is None:
             return x
         if isinstance(bias, DistanceBias):
-            add = _bias.add_distance(self.tile, scale, bias.squared, self.rows_tested)
+            add = _distance.with_bias(self.tile, scale, self.rows_tested)
             return add(x, bias, bias.entry(*fields[:2]), read)
         if not isinstance(bias, KeyBias):
             return _bias.add_tile(self.tile, scale, bias.values.dtype)(x, read)
@@ -96,24 +104,23 @@ class BiasedWalker(Walker):
         zero = jnp.zeros((64,), jnp.float32)
         return [plgpu.layout_cast(zero, r.ROW) for _ in range(self.row_sums)]
 
-    def add_sums(self, lists: Lists, sums: list, p, ds, read) -> list:
-        """Adds a step, of which `read_bias` returned ``read``, to the row sums."""
+    def add_sums(self, fields, lists: Lists, sums: list, p, ds, read, s: dict) -> list:
+        """Adds a step, of which `read_bias` returned ``read``, to the sums."""
         if not self.row_sums:
             return sums
         bias = lists.bias
         if not isinstance(bias, DistanceBias):
             return [gradient.add_to_rows(self.tile)(sums[0], ds)]
-        add = _bias.add_distance_sums(
-            self.tile, bias.squared, self.rows_tested, self.rows_are_queries
-        )
-        return list(add(sums, p, ds, bias, read))
+        add = _distance.with_sums(self.tile, self.rows_tested, self.rows_are_queries)
+        lanes = s["lanes"].at[self.row_half()] if self.lane_sums else None
+        return add(sums, p, ds, bias, bias.entry(*fields[:2]), read, lanes)
 
     def store_sums(self, sums: list, fields, outs, s: dict) -> None:
-        """Writes 64 rows' sums of one head to the last two outputs, whole and parts."""
+        """Writes an item's sums to the outputs of `sums_type`, whole and parts."""
         if not self.row_sums:
             return
         b, h, row, part = fields[0], fields[1], fields[2], fields[7]
-        w, (whole, parts) = self.row_half(), outs[-2:]
+        w, (whole, parts, *rest) = self.row_half(), outs
         sums = [gradient.whole_rows()(x) for x in sums]
 
         def write_to(places):
@@ -128,23 +135,56 @@ class BiasedWalker(Walker):
         each = range(self.row_sums)
         pl.when(part < 0)(lambda: write_to([whole.at[n, b, h, out] for n in each]))
         pl.when(part >= 0)(lambda: write_to([parts.at[n, part, rows] for n in each]))
+        if self.lane_sums:
+            self.store_lane_sums(fields, *rest, s)
+
+    def store_lane_sums(self, fields, whole, parts, s: dict) -> None:
+        """Writes a warpgroup's sums over all pairs of an item, and begins anew."""
+        b, h, row, part = fields[0], fields[1], fields[2], fields[7]
+        w, (_, rows, heads, count) = self.row_half(), whole.shape
+        lanes, store = s["lanes"].at[w], _distance.store_lane_sums(self.lane_sums)
+
+        def one_part():
+            store(lanes, parts, (part * self.wgs + w) * count)
+
+        def all_of_it():
+            store(lanes, whole, ((b * rows + row * self.wgs + w) * heads + h) * count)
+
+        plgpu.commit_smem()  # the sums of all four warps are there
+        pl.when(part < 0)(all_of_it)
+        pl.when(part >= 0)(one_part)
+        plgpu.commit_smem()  # and have been read
+        self.clear_lane_sums(s)
+
+    def clear_lane_sums(self, s: dict) -> None:
+        """Sets every thread's own sums over pairs to 0."""
+        if self.lane_sums:
+            shape = self.lane_sums, 128
+            own = plgpu.Layout.WG_STRIDED(shape, vec_size=1)
+            zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), own)
+            s["lanes"].at[self.row_half()][...] = zero
+
+    def compute(self, arrays, lists: Lists, outs, s: dict) -> None:
+        self.clear_lane_sums(s)
+        super().compute(arrays, lists, outs, s)
 
     def sums_type(self, batch: int, heads: int, length: int, slots: int) -> list:
-        """Outputs of `store_sums`."""
-        rows = -(-length // self.block_rows) * self.wgs * 64
-        shapes = (batch, heads, rows), (slots, self.wgs * 64)
-        return [
-            jax.ShapeDtypeStruct((self.row_sums, *shape), jnp.float32)
-            for shape in shapes
-            if self.row_sums
-        ]
+        """Outputs of `store_sums`: sums by row, and of each warpgroup's pairs."""
+        blocks = -(-length // self.block_rows) * self.wgs
+        shapes = []
+        if n := self.row_sums:
+            shapes += [(n, batch, heads, blocks * 64), (n, slots, self.wgs * 64)]
+        if n := self.lane_sums:
+            shapes += [(batch, blocks, heads, n), (slots, self.wgs, n)]
+        return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
     def sums_scratch(self) -> dict:
         """Shared memory of `store_sums`."""
         if not self.row_sums:
             return {}
         shape = (self.teams, self.row_sums, self.wgs, 64)
-        return dict(sums=plgpu.SMEM(shape, jnp.float32))
+        lanes = lane_sums_scratch(self.teams, self.wgs, self.lane_sums)
+        return dict(sums=plgpu.SMEM(shape, jnp.float32)) | lanes
 
     def scale_left(self, lists: Lists) -> float:
         """What makes logits in base 2 of what `with_bias` returns."""
@@ -177,6 +217,12 @@ def bias_stream(
     )
 
 
+def lane_sums_scratch(teams: int, wgs: int, count: int) -> dict:
+    """Shared memory of ``count`` sums over all pairs for each thread."""
+    shape = (teams, wgs, count, 128)
+    return dict(lanes=plgpu.SMEM(shape, jnp.float32)) if count else {}
+
+
 def merge_sums(whole: Array, parts: Array, schedule: Schedule, block_rows: int, length):
     """``[n, B, H, length]``: row sums, those of split rows' parts added up."""
     out = []
@@ -185,3 +231,8 @@ def merge_sums(whole: Array, parts: Array, schedule: Schedule, block_rows: int, 
         x = gradient.merge(x, pieces[..., None], schedule)
         out.append(jnp.swapaxes(_persistent.crop(x, length, block_rows)[..., 0], 1, 2))
     return jnp.stack(out)
+
+
+def merge_lane_sums(whole: Array, parts: Array, schedule: Schedule) -> Array:
+    """``[B, H, n]``: sums over all pairs."""
+    return gradient.merge(whole, parts, schedule).sum(1)

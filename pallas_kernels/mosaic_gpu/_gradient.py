@@ -254,11 +254,12 @@ class BackwardConfig:
 
 
 def beside_bias(
-    block_rows: int, block_columns: int, num_ctas: int
+    block_rows: int, block_columns: int, num_ctas: int, narrow: bool
 ) -> list[BackwardConfig]:
-    """What may leave room for a streamed bias, best first; not measured.
+    """What may leave room for a bias, best first; not measured.
 
-    At most two warpgroups a CTA: a tile of the bias takes registers.
+    At most two warpgroups a CTA: a tile of the bias takes registers. A table or
+    Gaussians take more, for which steps of 64 columns leave too few: ``narrow``.
     """
     return [
         BackwardConfig(
@@ -271,4 +272,5 @@ def beside_bias(
             *((64, 4, 2), (64, 3, 2), (32, 3, 2), (32, 3, 1)),
             (32, 2, 1),
         )
+        if tile == 32 or not narrow
     ]

@@ -180,7 +180,12 @@ def _binary(name: str) -> Callable:
 
 
 maximum = _binary("max.NaN.f32")
+minimum = _binary("min.NaN.f32")
+minimum_number = _binary("min.f32")
+"""The other one where one is NaN."""
 add = _binary("add.rn.f32")
+add_down = _binary("add.rm.f32")
+"""Rounded down."""
 sub = _binary("sub.rn.f32")
 mul = _binary("mul.rn.f32")
 
@@ -193,6 +198,20 @@ def fma_neg(x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
     """``x * y - z``."""
     text = "{ .reg .f32 t; neg.f32 t, $3; fma.rn.f32 $0, $1, $2, t; }"
     return asm(f32(), [x, y, z], text, "=f,f,f,f")
+
+
+def fma_of_minus(x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    """``z - x * y``."""
+    text = "{ .reg .f32 t; neg.f32 t, $1; fma.rn.f32 $0, t, $2, $3; }"
+    return asm(f32(), [x, y, z], text, "=f,f,f,f")
+
+
+def scaled_sum(
+    xs: Sequence[ir.Value], a: float, ys: Sequence[ir.Value], b: float
+) -> list[ir.Value]:
+    """``a * x + b * y``, one by one."""
+    a_, b_ = number(a), number(b)
+    return [fma(x, a_, mul(y, b_)) for x, y in zip(xs, ys, strict=True)]
 
 
 def exp2(x: ir.Value) -> ir.Value:
@@ -227,6 +246,12 @@ def low_bits(count: ir.Value) -> ir.Value:
     return asm(i32(), [count], text, "=r,r")
 
 
+def of_lane(x: ir.Value, lane: ir.Value) -> ir.Value:
+    """Another lane's x; the low five bits of ``lane`` count."""
+    text = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
+    return asm(f32(), [x, lane], text, "=f,f,r", effects=True)
+
+
 def across_row(op: Callable, x: ir.Value) -> ir.Value:
     """Combines the four lanes that hold one row."""
     for distance in (1, 2):
@@ -255,6 +280,12 @@ def first_row() -> ir.Value:
         "{ .reg .b32 a, b; mov.u32 a, %tid.x; and.b32 a, a, 127; shr.u32 b, a, 5; "
         "shl.b32 b, b, 4; and.b32 a, a, 31; shr.u32 a, a, 2; add.s32 $0, a, b; }"
     )
+    return asm(i32(), [], text, "=r")
+
+
+def lane() -> ir.Value:
+    """Number of the thread in its warp."""
+    text = "{ .reg .b32 a; mov.u32 a, %tid.x; and.b32 $0, a, 31; }"
     return asm(i32(), [], text, "=r")
 
 

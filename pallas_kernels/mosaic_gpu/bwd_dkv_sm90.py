@@ -46,14 +46,16 @@ def choose(
     block_kv: int = 128,
     num_ctas: int = 132,
     bias_dtype: Any = None,
+    lane_sums: int = 0,
 ) -> BackwardConfig:
     """The table's, or the heuristic's: what was fastest on an H100 (see README.md).
 
-    For head sizes above 128, what fits; beside a streamed bias of ``bias_dtype`` too.
+    For head sizes above 128, what fits; beside a streamed bias of ``bias_dtype``, or
+    one that has ``lane_sums`` in the dq kernel, too.
     """
-    if bias_dtype is not None:
+    if bias_dtype is not None or lane_sums:
         sizes = block_kv, head_dim, value_dim, jnp.bfloat16, bias_dtype
-        configs = gradient.beside_bias(block_kv, block_q, num_ctas)
+        configs = gradient.beside_bias(block_kv, block_q, num_ctas, lane_sums > 0)
         return _biased.first_fit(configs, lambda c: scratch_spec(c, *sizes))
     measured = _tables.find("dkv", head_dim, value_dim, block_q, block_kv)
     if measured is not None:
@@ -149,8 +151,8 @@ def backward_dkv(
     Returns:
         dk: ``[B, S, K, D]`` in the dtype of k.
         dv: ``[B, S, K, Dv]``.
-        sums: ``[n, B, H, S]`` float32, of ds by key, or see `_bias.add_distance_sums`;
-            None where the bias needs none.
+        sums: ``[n, B, H, S]`` float32, of ds by key, or see
+            `_distance.add_distance_sums`; None where the bias needs none.
 
     Raises:
         ValueError: for a config that does not fit into shared memory.
@@ -281,7 +283,7 @@ class _BackwardDkv(BiasedWalker):
             sums = lax.cond(total > 0, rows, no_rows, sums)
             last = head == self.group - 1
             pl.when(last)(lambda: self.store_products(sums, fields, outs, s))
-            self.store_sums(sums["rows"], fields, outs, s)
+            self.store_sums(sums["rows"], fields, self.outs_of_sums(outs), s)
             return step0 + total, sums
 
         start_ = jnp.int32(0), self.nothing()
@@ -352,7 +354,7 @@ class _BackwardDkv(BiasedWalker):
             if "dk" in dims:
                 dp = wait((64, tile), 0)(found["dp"])
                 ds = self.logits_gradient(p, dp, s, slot, seen is not None)
-                rows = self.add_sums(lists, rows, p, ds, bias)
+                rows = self.add_sums(fields, lists, rows, p, ds, bias, s)
             if "dv" in dims:
                 operands["dv"] = sums["dv"], to_operand(p), dout
             if "dk" in dims:
@@ -373,7 +375,11 @@ class _BackwardDkv(BiasedWalker):
 
     def store(self, result, fields, outs, s):
         self.store_products(result, fields, outs, s)
-        self.store_sums(result["rows"], fields, outs, s)
+        self.store_sums(result["rows"], fields, self.outs_of_sums(outs), s)
+
+    def outs_of_sums(self, outs):
+        """The outputs beyond the products and their parts."""
+        return outs[2 * len(self.dims) :]
 
     def store_products(self, result, fields, outs, s):
         """64 rows of dk and dv, or parts of them."""

@@ -39,14 +39,16 @@ def choose(
     block_kv: int = 128,
     num_ctas: int = 132,
     bias_dtype: Any = None,
+    lane_sums: int = 0,
 ) -> BackwardConfig:
     """The table's, or the heuristic's: what was fastest on an H100 (see README.md).
 
-    For head sizes above 128, what fits; beside a streamed bias of ``bias_dtype`` too.
+    For head sizes above 128, what fits; beside a streamed bias of ``bias_dtype``, or
+    the ``lane_sums`` of another, too.
     """
-    if bias_dtype is not None:
-        sizes = block_q, head_dim, value_dim, jnp.bfloat16, bias_dtype
-        configs = gradient.beside_bias(block_q, block_kv, num_ctas)
+    if bias_dtype is not None or lane_sums:
+        sizes = block_q, head_dim, value_dim, jnp.bfloat16, bias_dtype, lane_sums
+        configs = gradient.beside_bias(block_q, block_kv, num_ctas, lane_sums > 0)
         return _biased.first_fit(configs, lambda c: scratch_spec(c, *sizes))
     measured = _tables.find("dq", head_dim, value_dim, block_q, block_kv)
     if measured is not None:
@@ -71,6 +73,7 @@ def scratch_spec(
     value_dim: int,
     dtype,
     bias_dtype=None,
+    lane_sums=0,
 ) -> dict:
     """Shared memory of one CTA; the estimate and the launch both read it."""
     c, wgs = config, block_q // 64
@@ -92,6 +95,7 @@ def scratch_spec(
         **_biased.bias_stream(
             bar, (c.teams, c.num_stages, wgs), (64, c.tile), bias_dtype
         ),
+        **_biased.lane_sums_scratch(c.teams, wgs, lane_sums),
     )
 
 
@@ -111,7 +115,7 @@ def backward_dq(
     scale: float,
     config: BackwardConfig,
     bias: Bias | None = None,
-) -> tuple[Array, Array | None]:
+) -> tuple[Array, Array | None, Array | None]:
     """Computes dq, and sums for dbias, over the blocks of a schedule.
 
     Args:
@@ -133,8 +137,9 @@ def backward_dq(
 
     Returns:
         dq: ``[B, T, H, D]`` in the dtype of q.
-        sums: ``[n, B, H, T]`` float32, see `_bias.add_distance_sums`; None where the
-            bias needs none.
+        sums: ``[n, B, H, T]`` float32, see `_distance.add_distance_sums`; None where
+            the bias needs none.
+        lane_sums: ``[B, H, n]`` float32, see `DistanceBias`; or None.
 
     Raises:
         ValueError: for a config that does not fit into shared memory.
@@ -146,8 +151,10 @@ def backward_dq(
         raise ValueError(
             f"backward_dq: num_stages={config.num_stages}; expected at least 3."
         )
+    lane_sums = _bias.lane_sums(bias)
     scratch = scratch_spec(
-        config, block_q, head_dim, value_dim, q.dtype, _bias.dtype_of(bias)
+        *(config, block_q, head_dim, value_dim, q.dtype),
+        *(_bias.dtype_of(bias), lane_sums),
     )
     _persistent.check_smem("backward_dq", config, scratch)
     q, k, v, dout = (_persistent.pad_rows(x) for x in (q, k, v, dout))
@@ -170,18 +177,22 @@ def backward_dq(
         value_dim=value_dim,
         dtype=q.dtype,
         row_sums=_bias.row_sums(bias, rows_are_queries=True),
+        lane_sums=lane_sums,
     )
     out_type += kernel.sums_type(q.shape[0], heads, q_len, slots)
     lists = Lists.of(kv_indices, full_kv_indices, elements, schedule, bias)
     arrays = (q, k, v, dout, lse2, delta)
     scratch |= kernel.sums_scratch()
-    dq, parts, *rows = kernel.launch(
+    dq, parts, *sums = kernel.launch(
         arrays, lists, out_type, scratch, config.num_ctas, "jsparse_bwd_dq"
     )
     dq = gradient.merge(dq, parts, schedule)[:, :q_len]
-    if not rows:
-        return dq, None
-    return dq, _biased.merge_sums(*rows, schedule, block_q, q_len)
+    by_row = by_pair = None
+    if sums:
+        by_row = _biased.merge_sums(*sums[:2], schedule, block_q, q_len)
+    if lane_sums:
+        by_pair = _biased.merge_lane_sums(*sums[2:], schedule)
+    return dq, by_row, by_pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +239,7 @@ class _BackwardDq(BiasedWalker):
         logits = self.with_bias(fields, lists, logits, bias)
         p = self.mask_first(fields, mask, seen, probabilities(logits, lse2))
         ds = logits_gradient[self.any_partial](p, dp, delta)
-        rows = self.add_sums(lists, self.no_sums(), p, ds, bias)
+        rows = self.add_sums(fields, lists, self.no_sums(), p, ds, bias, s)
         ds = to_operand(ds)
         self.clean_first(fields, lists, seen, [s["k"].at[slot]])
         dq = plgpu.layout_cast(jnp.zeros((64, dim), jnp.float32), r.ACC)
@@ -257,7 +268,7 @@ class _BackwardDq(BiasedWalker):
             dp = wait((64, tile), 1)(dp)
             plgpu.barrier_arrive(s["v_free"][slot])
             ds = logits_gradient[seen is not None](p, dp, delta)
-            rows = self.add_sums(lists, rows, p, ds, bias)
+            rows = self.add_sums(fields, lists, rows, p, ds, bias, s)
             self.await_operands(n + 1, total, step0, s, ["k", "v"])
             dq, ds = gradient.await_all(dim, tile)(dq, ds)
             plgpu.barrier_arrive(s["k_free"][before])
@@ -278,8 +289,8 @@ class _BackwardDq(BiasedWalker):
     def store(self, result, fields, outs, s):
         """64 rows of dq, or parts of them."""
         result, sums = result
-        self.store_sums(sums, fields, outs, s)
-        dq, parts, *_ = outs
+        dq, parts, *rest = outs
+        self.store_sums(sums, fields, rest, s)
         b, h, row, part = fields[0], fields[1], fields[2], fields[7]
         w = self.row_half()
         rows = self.rows_out(row, w)

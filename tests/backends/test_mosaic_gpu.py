@@ -77,6 +77,16 @@ def test_refuses_wide_heads_beside_a_bias(monkeypatch):
     assert mosaic_gpu.why_not(wide) == reason
 
 
+@pytest.mark.parametrize("form, most", [("table", 64), ("gaussian", 32)])
+def test_refuses_more_weights_than_the_kernels_hold(form, most, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "PROVEN_BIAS", mosaic_gpu.BIAS)
+    fits = dataclasses.replace(TAKEN, bias=form, bias_weights=most)
+    assert mosaic_gpu.why_not(fits) is None
+    more = dataclasses.replace(fits, bias_weights=most + 1)
+    reason = f"a {form} bias with {most + 1} weights a head; expected at most {most}"
+    assert mosaic_gpu.why_not(more) == reason
+
+
 def test_refuses_other_gpus(monkeypatch):
     monkeypatch.setattr(_hopper, "compute_capability", lambda: "8.0")
     assert mosaic_gpu.why_not(TAKEN) == (

@@ -191,6 +191,8 @@ def test_every_bias(kind, bias_dtype):
         ("block", "float32"),
         ("per_key", "float32"),
         ("quadratic", "float32"),
+        ("table", "float32"),
+        ("gaussian", "float32"),
     ],
 )
 def test_bias_in_every_block(kind, bias_dtype, block_q, block_kv):
@@ -199,14 +201,17 @@ def test_bias_in_every_block(kind, bias_dtype, block_q, block_kv):
 
 
 @pytest.mark.parametrize("dtype", mosaic_gpu.DTYPES)
-@pytest.mark.parametrize("kind", ["dense_shared_batch", "per_key", "linear"])
+@pytest.mark.parametrize(
+    "kind", ["dense_shared_batch", "per_key", "linear", "table", "gaussian"]
+)
 @pytest.mark.parametrize("dim", [16, 24, 48, 64, 96, 128])
 def test_every_head_size_beside_a_bias(dim, kind, dtype):
     check(with_bias(pair((500, 645, 128, 128), dim), kind), dtype)
 
 
 @pytest.mark.parametrize(
-    "kind", ["dense", "dense_shared_heads", "per_key", "block", "linear"]
+    "kind",
+    [*("dense", "dense_shared_heads", "per_key", "block"), *("linear", "table")],
 )
 def test_bias_beside_batch_and_head_patterns(kind):
     rng = np.random.default_rng(13)
@@ -222,13 +227,15 @@ def test_bias_beside_rules(pattern):
     check(case, "bfloat16")
 
 
-@pytest.mark.parametrize("kind", ["dense_shared_heads", "block", "per_key", "linear"])
+@pytest.mark.parametrize(
+    "kind", ["dense_shared_heads", "block", "per_key", "linear", "table", "gaussian"]
+)
 def test_bias_beside_items_of_half_a_block(kind, monkeypatch):
     monkeypatch.setattr(fwd_sm90.Config, "choose", lambda *_: NARROW[0])
     check(with_bias(pair((300, 700, 128, 128)), kind), "bfloat16")
 
 
-@pytest.mark.parametrize("kind", ["dense_2d", "per_key", "linear"])
+@pytest.mark.parametrize("kind", ["dense_2d", "per_key", "linear", "table", "gaussian"])
 @pytest.mark.parametrize("static", [True, False])
 def test_split_rows_beside_a_bias(static, kind):
     rng = np.random.default_rng(10)
@@ -239,7 +246,25 @@ def test_split_rows_beside_a_bias(static, kind):
     found = (contract.run_known if static else contract.run_case)("mosaic_gpu", case)
     for x, y in zip(found[:5], contract.expected(case)[:5], strict=True):
         assert contract.error(x, y) < contract.HALF_LIMIT
-    contract.check_sixteen_bit_bias(case, found[5])
+    like = ("reference", *("xla",) * isinstance(case.bias, DistanceBias))
+    contract.check_sixteen_bit_bias(case, found[5], like=like)
+
+
+@pytest.mark.parametrize(
+    "form, count",
+    [("table", n) for n in (2, 32, 33, 64)] + [("gaussian", n) for n in (1, 32)],
+)
+def test_every_number_of_weights(form, count):
+    case, rng = pair((503, 647, 128, 128)), np.random.default_rng(14)
+    points = [3 * rng.standard_normal((n, 3)) for n in (503, 647)]
+    weights = rng.standard_normal((4, count))
+    if form == "table":
+        case.bias = DistanceBias.table(weights, 9.0, *points)
+    else:
+        case.bias = DistanceBias.gaussian(
+            weights, np.linspace(0, 9, count), 0.5, *points
+        )
+    check(case, "bfloat16")
 
 
 @pytest.mark.parametrize("on_blocks", [False, True], ids=["dense", "block"])
@@ -258,7 +283,7 @@ def test_bad_bias_outside_the_mask():
     contract.test_bad_bias_outside_the_mask_is_never_seen("mosaic_gpu")
 
 
-@pytest.mark.parametrize("form", ["linear", "quadratic"])
+@pytest.mark.parametrize("form", ["linear", "quadratic", "table"])
 def test_an_atom_without_a_place(form):
     contract.test_an_atom_without_a_place_reaches_only_who_sees_it("mosaic_gpu", form)
 
@@ -283,7 +308,9 @@ def test_memory_of_a_shared_bias():
     assert memory.temp_size_in_bytes < 0.05 * ends + 64e6
 
 
-@pytest.mark.parametrize("kind", [None, "dense_shared_batch", "block"])
+@pytest.mark.parametrize(
+    "kind", [None, "dense_shared_batch", "block", "table", "gaussian"]
+)
 def test_the_same_bits_a_thousand_times(kind):
     rng = np.random.default_rng(2)
     mask = random_mask(rng, (2000, 3000, 128, 128), 150)

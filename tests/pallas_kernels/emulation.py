@@ -8,6 +8,7 @@ instructions it replaces must compute; the GPU tests hold those to the same resu
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from unittest import mock
 
@@ -22,6 +23,7 @@ from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 from jsparse.pallas_kernels._common import LOG2E
 from jsparse.pallas_kernels.mosaic_gpu import (
     _bias,
+    _distance,
     _elements,
     _gradient,
     _registers,
@@ -290,28 +292,126 @@ def _difference(bias, at, rows, columns):
     return [_tile(a[:, None]) - b[None] for a, b in zip(x, y, strict=True)]
 
 
-def add_distance(columns, scale_log2, squared, rows):
-    def f(s, bias, entry, at):
-        square = sum(x * x for x in _difference(bias, at, rows, columns))
-        slope = bias.slope[tuple(jnp.divmod(entry, bias.slope.shape[1]))]
-        distance = square if squared else jnp.sqrt(square)
-        return s * scale_log2 - slope * distance * LOG2E
+def read_table(count):
+    """Nothing: the table is read where it is used."""
+    del count
+    return lambda bias, entry: jnp.zeros((64, 8), F32)
+
+
+def _weights(bias, entry):
+    count = bias.weights.shape[-1]
+    return [bias.weights[entry.batch, entry.head, n] for n in range(count)]
+
+
+def _hats(d, bias, entry):
+    """Of each entry of a table, which part of it a distance takes."""
+    last = bias.weights.shape[-1] - 1
+    u = jnp.minimum(d * bias.inverse[entry.points], last)
+    return [jnp.maximum(0, 1 - jnp.abs(u - n)) for n in range(last + 1)]
+
+
+def add_distance(columns, scale_log2, form, rows, count):
+    del count
+
+    def f(s, bias, entry, read):
+        d = distances(columns, rows)(bias, read.at)
+        weights = _weights(bias, entry)
+        if form == "table":
+            hats = _hats(d, bias, entry)
+            value = sum(w * x for w, x in zip(weights, hats, strict=True))
+        else:
+            value = -weights[0] * (d * d if form == "quadratic" else d)
+        return s * scale_log2 + value * LOG2E
 
     return f
 
 
-def add_distance_sums(columns, squared, rows, every):
-    def f(sums, p, ds, bias, at):
+def distances(columns, rows):
+    def f(bias, at):
         difference = _difference(bias, at, rows, columns)
+        return jnp.sqrt(sum(x * x for x in difference))
+
+    return f
+
+
+def add_gaussian(columns):
+    del columns
+
+    def f(x, d, weight, center, inverse):
+        u = (d - center) * inverse
+        return x + weight * LOG2E * jnp.exp(-u * u / 2)
+
+    return f
+
+
+def _table_slope(d, bias, entry):
+    """By distance in widths."""
+    weights, u = _weights(bias, entry), d * bias.inverse[entry.points]
+    steps = enumerate(itertools.pairwise(weights))
+    return sum(jnp.where((n <= u) & (u < n + 1), y - x, 0) for n, (x, y) in steps)
+
+
+def add_distance_sums(columns, form, rows, every, count):
+    del count
+
+    def f(sums, p, ds, bias, entry, read, slopes, lanes):
+        difference = _difference(bias, read.at, rows, columns)
         square = sum(x * x for x in difference)
-        inverse = jnp.where(square > 0, 1 / jnp.sqrt(square), 0)
-        factor = 2 if squared else inverse
-        terms = [ds * factor * x for x in difference]
-        if every:
-            distance = square if squared else jnp.sqrt(square)
-            terms += [ds * distance, ds, p * distance]
+        d, more = jnp.sqrt(square), []
+        factor = jnp.where(square > 0, 1 / d, 0)
+        if form == "quadratic":
+            d, factor = square, 2.0
+        elif form == "gaussian":
+            factor *= slopes
+        elif form == "table":
+            factor *= _table_slope(d, bias, entry)
+            for n, hat in enumerate(_hats(d, bias, entry) if every else []):
+                _add_to_lanes(lanes, n, jnp.where(p == 0, 0, ds * hat))
+        if every and form in ("linear", "quadratic"):
+            more = [ds * d, ds, p * d]
+        terms = [ds * factor * x for x in difference] + more
         terms = [jnp.where(p == 0, 0, x).sum(1) for x in terms]
         return [x + y for x, y in zip(sums, terms, strict=True)]
+
+    return f
+
+
+def _add_to_lanes(lanes, n, x):
+    """Some lane's: the first 64 take a row each."""
+    lanes[n, pl.ds(0, 64)] = lanes[n, pl.ds(0, 64)] + x.sum(1)
+
+
+def seen_distances(columns, rows):
+    def f(p, ds, bias, at):
+        d = distances(columns, rows)(bias, at)
+        return jnp.where(p == 0, 0, d), jnp.where(p == 0, 0, ds)
+
+    return f
+
+
+def add_gaussian_slope(columns, count, every):
+    del columns
+
+    def f(slopes, d, ds, scalars, lanes, n):
+        weight, center, inverse = scalars
+        u = (d - center) * inverse
+        e = jnp.exp(-u * u / 2)
+        if every:
+            _add_to_lanes(lanes, n, ds * e)
+            _add_to_lanes(lanes, count + n, ds * e * u)
+            _add_to_lanes(lanes, 2 * count, weight * ds * e * u * u)
+        return slopes - weight * e * u
+
+    return f
+
+
+def store_lane_sums(count):
+    def f(lanes, out, first):
+        place, index = [], first // count
+        for n in reversed(out.shape[:-1]):
+            index, at = jnp.divmod(index, n)
+            place.insert(0, at)
+        out[(*place, slice(None))] = lanes[...].sum(1)
 
     return f
 
@@ -355,9 +455,10 @@ _STAND_INS = {
         *(probabilities_by_column, logits_gradient_by_column),
     ),
     _elements: (fetch, apply, poison, zero_columns),
-    _bias: (
-        *(load_tile, store_tile, add_tile, add_columns, add_rows),
-        *(add_distance, add_distance_sums),
+    _bias: (*(load_tile, store_tile, add_tile, add_columns, add_rows),),
+    _distance: (
+        *(read_table, add_distance, distances, add_gaussian, add_distance_sums),
+        *(seen_distances, add_gaussian_slope, store_lane_sums),
     ),
     fwd_sm90: (start, wait),
     bwd_dbias_sm90: (start,),

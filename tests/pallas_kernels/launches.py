@@ -12,6 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from jsparse.pallas_kernels.mosaic_gpu import (
     _bias,
+    _distance,
     bwd_dbias_sm90,
     bwd_dkv_sm90,
     bwd_dq_sm90,
@@ -38,6 +39,7 @@ KERNELS = {
 }
 TUNED = {name: KERNELS[name] for name in ("forward", "dq", "dkv")}
 """Kernels with a table of measured configs."""
+DISTANCES = ("linear", "quadratic", "table", "gaussian")
 H100 = AbstractDevice(
     device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
 )
@@ -47,8 +49,8 @@ H100 = AbstractDevice(
 class Launch:
     """One kernel on 7 query and 5 key blocks, the last of each ragged.
 
-    ``bias`` is None, ``"key"``, ``"block"``, ``"linear"``, ``"quadratic"`` or the dtype
-    of a dense one.
+    ``bias`` is None, ``"key"``, ``"block"``, a form of `DistanceBias`, or the dtype of
+    a dense one; a table or Gaussians have ``weights``, as many as may be if None.
     """
 
     kernel: str
@@ -62,15 +64,18 @@ class Launch:
     launch: str = "many"
     given: Any = None
     bias: str | None = None
+    weights: int | None = None
 
     def config(self):
         """The given one, or the chosen: what is launched matters to forward only."""
         options: dict[str, Any] = {"bias_dtype": self.bias_dtype}
-        distances = self.bias in ("linear", "quadratic")
+        distances = self.bias in DISTANCES
         if self.kernel == "forward":
             options["launch"] = "distances" if distances else self.launch
+            options["by_distance"] = distances
         elif distances:
-            options["bias_dtype"] = "float32"
+            beside = _bias.beside(self.bias_shape())
+            options = dict(zip(("bias_dtype", "lane_sums"), beside, strict=True))
         return self.given or KERNELS[self.kernel][1](
             *self.dims, *self.blocks, **options
         )
@@ -78,8 +83,9 @@ class Launch:
     @property
     def bias_dtype(self) -> str | None:
         """Of a streamed bias."""
-        streamed = {"block": "float32", "key": None, "linear": None, "quadratic": None}
-        return streamed.get(str(self.bias), self.bias)
+        if self.bias == "key" or self.bias in DISTANCES:
+            return None
+        return "float32" if self.bias == "block" else self.bias
 
     @property
     def rows(self) -> int:
@@ -122,12 +128,20 @@ class Launch:
         if self.bias == "key":
             shape = jax.ShapeDtypeStruct((1, 1, 5 * block_kv), "float32")
             return _bias.KeyBias(shape)
-        if self.bias in ("linear", "quadratic"):
+        if self.bias in DISTANCES:
             sides = (7 * block_q, 5 * block_kv)[:: -1 if self.kernel == "dkv" else 1]
             rows, columns = (jax.ShapeDtypeStruct((1, 3, n), "float32") for n in sides)
-            slope = jax.ShapeDtypeStruct((1, self.heads[0]), "float32")
-            squared = self.bias == "quadratic"
-            return _bias.DistanceBias(rows, columns, slope, squared)
+            most = _distance.MOST.get(self.bias)
+            n = self.weights or most or 1
+            weights, inverse, centers = (
+                jax.ShapeDtypeStruct(shape, "float32")
+                for shape in ((1, self.heads[0], n), (1,), (1, n))
+            )
+            return _distance.DistanceBias(
+                *(rows, columns, weights, self.bias),
+                inverse if most else None,
+                centers if self.bias == "gaussian" else None,
+            )
         if self.bias == "block":
             shape = jax.ShapeDtypeStruct((1, 1, 40, block_q, block_kv), "float32")
             return _bias.BlockBias(shape)

@@ -15,7 +15,9 @@ from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 from jsparse import block_sparse_attention
 from jsparse.backends import mosaic_gpu
 from jsparse.pallas_kernels.mosaic_gpu import (
+    _bias,
     _candidates,
+    _distance,
     _persistent,
     _tables,
     bwd_dbias_sm90,
@@ -23,7 +25,7 @@ from jsparse.pallas_kernels.mosaic_gpu import (
     bwd_dq_sm90,
     fwd_sm90,
 )
-from tests.pallas_kernels.launches import H100, KERNELS, TUNED, Launch
+from tests.pallas_kernels.launches import DISTANCES, H100, KERNELS, TUNED, Launch
 from tests.support.cases import MOVES, random_mask
 
 SIZES = range(16, mosaic_gpu.LARGEST_HEAD + 1, 16)
@@ -100,13 +102,27 @@ def test_lowers_with_bias(kernel, bias):
         assert "mosaic_gpu" in launch.lower()
 
 
-@pytest.mark.parametrize("bias", ["key", "linear", "quadratic"])
+@pytest.mark.parametrize("bias", ["key", *DISTANCES])
 @pytest.mark.parametrize("blocks", [(128, 128), (64, 32)], ids=str)
 @pytest.mark.parametrize("kernel", TUNED)
 def test_lowers_with_a_bias_that_is_not_streamed(kernel, blocks, bias):
     for heads, on_host in (((4, 2), True), ((2, 2), False)):
         launch = Launch(kernel, (128, 64), blocks, heads, on_host=on_host, bias=bias)
         assert "mosaic_gpu" in launch.lower()
+
+
+@pytest.mark.parametrize("bias", _distance.MOST)
+@pytest.mark.parametrize("kernel", TUNED)
+def test_as_many_weights_as_there_may_be_fit_into_shared_memory(kernel, bias):
+    sizes = range(16, mosaic_gpu.LARGEST_HEAD_WITH_BIAS + 1, 16)
+    for dims, blocks in itertools.product(itertools.product(sizes, sizes), BLOCKS):
+        launch = Launch(kernel, (dims[0], dims[1]), blocks, bias=bias)
+        config, room = launch.config(), {}
+        if kernel == "dq":
+            room = {"lane_sums": _bias.lane_sums(launch.bias_shape())}
+            assert room["lane_sums"] > _distance.MOST[bias]
+        scratch = SCRATCH[kernel](config, launch.rows, *dims, "bfloat16", **room)
+        _persistent.check_smem(kernel, config, scratch)
 
 
 CANDIDATE_DIMS = tuple((n, n) for n in (16, 32, 48, 64, 80, 96, 128))
