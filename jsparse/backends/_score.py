@@ -283,13 +283,14 @@ def scores(
 def _scores_jvp(program, primals, tangents):
     counts, place, loaded = primals
     _, (d_score, *_), d_loaded = tangents
-    out = scores(program, counts, place, loaded)
+    out: Any = scores(program, counts, place, loaded)
     slopes: Any = program.slopes.evaluate((*place, *loaded), Numbers(()))
     counts = counts & (out != -jnp.inf)
-    tangents: Any = [d_score, *(d_loaded[n] for n in program.learned)]
     terms = [
-        jnp.where(counts, slope, 0).astype(out.dtype) * x.astype(out.dtype)
-        for slope, x in zip(slopes, tangents, strict=True)
+        jnp.where(counts, slope, 0).astype(out.dtype) * jnp.asarray(x, out.dtype)
+        for slope, x in zip(
+            slopes, [d_score, *(d_loaded[n] for n in program.learned)], strict=True
+        )
     ]
     return out, functools.reduce(jnp.add, terms)
 
@@ -505,7 +506,7 @@ class _Tracer:
         if _varies(x):
             return x
         if _known(x):
-            return _atoms([Constant(y) for y in x.reshape(-1)], x.shape)
+            return _atoms([Constant(np.asarray(y)) for y in x.flat], x.shape)
         if math.prod(x.shape) != 1:
             raise TypeError(
                 f"{self.who} uses an array of shape {x.shape} whole in {what}; "

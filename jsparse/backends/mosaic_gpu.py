@@ -18,11 +18,13 @@ from jsparse.backends._mosaic_bias import (
     distance_gradient,
     launched,
     like,
+    score_gradient,
 )
-from jsparse.bias import Bias, DistanceBias
+from jsparse.bias import Bias, DistanceBias, ScoreFunction
 from jsparse.pallas_kernels._common import LOG2E
 from jsparse.pallas_kernels.mosaic_gpu import (
     _bias,
+    _score,
     bwd_dbias_sm90,
     bwd_dkv_sm90,
     bwd_dq_sm90,
@@ -41,7 +43,7 @@ LARGEST_HEAD = 256
 BLOCKS = {"block_q": (64, 128), "block_kv": (32, 64, 128)}
 PROVEN_BIAS: tuple[str, ...] = ()
 """What has run on a GPU, of what lowers; the rest is refused until it has."""
-BIAS = ("dense", "block", "linear", "quadratic")
+BIAS = ("dense", "block", "linear", "quadratic", "score_fn")
 LARGEST_HEAD_WITH_BIAS = 128
 
 
@@ -68,6 +70,8 @@ def _why_not_bias(problem: Problem) -> str | None:
     if problem.bias not in PROVEN_BIAS:
         kinds = " or ".join(f"a {kind} one" for kind in PROVEN_BIAS)
         return f"a {problem.bias} bias; expected none{kinds and ' or ' + kinds}"
+    if problem.score is not None and (reason := _score.why_not(problem.score)):
+        return reason
     size = max(problem.head_dim, problem.value_dim)
     if size > LARGEST_HEAD_WITH_BIAS:
         return (
@@ -89,7 +93,7 @@ def forward(
     launch = fwd_sm90.launch_of(
         lists_of_all * call.mask.num_q_blocks,
         lists_of_all * (lists.partial.column[0, 0].size + lists.full.column[0, 0].size),
-        isinstance(call.bias, _bias.DistanceBias)
+        isinstance(call.bias, _bias.DistanceBias | _score.Score)
         or any(isinstance(rule, Distance) for rule in call.mask.rules),
         num_ctas,
     )
@@ -198,6 +202,10 @@ def _bias_gradient(
         by_row = sums.by_query, sums.by_key
         dlse = sums.dlse.reshape(sums.by_query.shape[1:])
         return distance_gradient(bias, *by_row, dlse, primal, call.batch)
+    if isinstance(primal, ScoreFunction):
+        by_query, by_key = sums.by_query, sums.by_key
+        dlse = sums.dlse.reshape(-1, *sums.dlse.shape[-2:])
+        return score_gradient(bias, by_query, by_key, dlse, primal, call.batch)
     if sums.by_key is not None:
         return like(jnp.moveaxis(sums.by_key, 0, 2), primal, call.batch)
     sizes = (*call.dims, *call.blocks, _hopper.num_multiprocessors())

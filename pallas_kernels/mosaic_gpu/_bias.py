@@ -26,6 +26,7 @@ from jax.experimental.mosaic.gpu import utils
 from .._common import LOG2E
 from . import _registers as r
 from ._elements import Place
+from ._score import Score
 
 Array = Any
 WIDTH = 128
@@ -128,7 +129,7 @@ class DistanceBias:
 
 
 Streamed = DenseBias | BlockBias
-Bias = Streamed | KeyBias | DistanceBias
+Bias = Streamed | KeyBias | DistanceBias | Score
 
 
 class TilePlace(NamedTuple):
@@ -177,6 +178,8 @@ def row_sums(bias: Bias | None, rows_are_queries: bool) -> int:
     """How many sums of each row the gradient of a bias needs of a dq or dkv kernel."""
     if isinstance(bias, DistanceBias):
         return row_sums_of_distance(rows_are_queries)
+    if isinstance(bias, Score):
+        return bias.row_sums(rows_are_queries)
     return int(isinstance(bias, KeyBias) and not rows_are_queries)
 
 
@@ -193,9 +196,10 @@ def dtype_of(bias: Bias | None) -> Any:
 def beside(bias: Bias | None) -> Any:
     """``bias_dtype`` for the choice of a backward config, which needs narrow tiles.
 
-    A distance bias takes as many registers as a streamed one, though no shared memory.
+    What is computed takes as many registers as a streamed one, though no shared memory.
     """
-    return jnp.float32 if isinstance(bias, DistanceBias) else dtype_of(bias)
+    computed = isinstance(bias, DistanceBias | Score)
+    return jnp.float32 if computed else dtype_of(bias)
 
 
 # -------------------------------------------------------------------- tiles in memory

@@ -2,7 +2,8 @@
 
 A streamed bias has a tile for each warpgroup and step; the others are read by position
 (see `_bias`). Of a bias by key or by distance, the dq and the dk and dv kernel sum up
-for each row what its gradient is made of. Called by the kernels.
+for each row what its gradient is made of. A score function is a bias that also changes
+the gradient of the products (see `_score`). Called by the kernels.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._common import LOG2E
-from . import _bias, _persistent
+from . import _bias, _persistent, _score
 from . import _gradient as gradient
 from . import _registers as r
 from ._bias import DistanceBias, KeyBias
 from ._elements import Position
 from ._persistent import Lists, Walker
 from ._schedule import Schedule
+from ._score import Score
 
 Array = Any
 
@@ -50,7 +52,7 @@ class BiasedWalker(Walker):
         bias = lists.bias
         if bias is None:
             return None
-        if isinstance(bias, DistanceBias):
+        if isinstance(bias, DistanceBias | Score):
             return self.position(fields, lists, n)
         if isinstance(bias, KeyBias):
             b, h = bias.entry(*fields[:2])
@@ -70,6 +72,8 @@ class BiasedWalker(Walker):
         bias, scale = lists.bias, self.scale * LOG2E
         if bias is None:
             return x
+        if isinstance(bias, Score):
+            return _score.new_logits(bias, *self.score_options)(x, fields[1], read)
         if isinstance(bias, DistanceBias):
             add = _bias.add_distance(self.tile, scale, bias.squared, self.rows_tested)
             return add(x, bias, bias.entry(*fields[:2]), read)
@@ -78,6 +82,10 @@ class BiasedWalker(Walker):
         if self.rows_are_queries:
             return _bias.add_columns(self.tile, scale)(x, bias.values, read)
         return _bias.add_rows(self.tile, scale)(x, read)
+
+    @property
+    def score_options(self) -> tuple:
+        return self.tile, self.scale, self.rows_tested, self.rows_are_queries
 
     def position(self, fields, lists: Lists, n) -> Position:
         """Where this warpgroup's tile of step n is, without bits."""
@@ -95,6 +103,16 @@ class BiasedWalker(Walker):
         """The row sums before the first step."""
         zero = jnp.zeros((64,), jnp.float32)
         return [plgpu.layout_cast(zero, r.ROW) for _ in range(self.row_sums)]
+
+    def pass_bias(self, fields, lists: Lists, sums: list, x, p, ds, read):
+        """The row sums with a step's, and the gradient of its products.
+
+        ``x`` and ``read`` are what `with_bias` took; ds is of what it returned.
+        """
+        if not isinstance(lists.bias, Score):
+            return self.add_sums(lists, sums, p, ds, read), ds
+        f = _score.gradient(lists.bias, *self.score_options)
+        return f(sums, x, p, ds, fields[1], read)
 
     def add_sums(self, lists: Lists, sums: list, p, ds, read) -> list:
         """Adds a step, of which `read_bias` returned ``read``, to the row sums."""

@@ -24,6 +24,8 @@ PROBLEMS = [(name, "grouped_query") for name in FUNCTIONS] + [
     ("by_token", pattern)
     for pattern in ("batch_and_head_patterns", "window", "nothing", "long_lists")
 ]
+KERNELS = tuple(name for name in FUNCTIONS if name != "relative")
+"""What the kernels take: no learned array is read by query and by key."""
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 

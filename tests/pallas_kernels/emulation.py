@@ -16,12 +16,14 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from jsparse.backends import _score as programs
 from jsparse.pallas_kernels._common import LOG2E
 from jsparse.pallas_kernels.mosaic_gpu import (
     _bias,
     _elements,
     _gradient,
     _registers,
+    _score,
     _softmax,
     bwd_dbias_sm90,
     bwd_dkv_sm90,
@@ -286,6 +288,51 @@ def add_distance_sums(columns, squared, rows, every):
     return f
 
 
+def _scores(score, x, scale, head, at, rows, rows_are_queries):
+    """The place of a tile's logits, and what the program loads there."""
+    row = at.row + jnp.arange(64, dtype=jnp.int32)[:, None] % rows
+    column = at.column + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    q_kv = (row, column) if rows_are_queries else (column, row)
+    arrays = [x[at.batch if x.shape[0] > 1 else 0] for x in score.arrays]
+    found = programs.load(score.program, arrays, (*q_kv, head))
+    return (x * F32(scale), *q_kv, head), [value for value, _ in found]
+
+
+def new_logits(score, columns, scale, rows, rows_are_queries):
+    del columns
+
+    def f(x, head, at):
+        place, loaded = _scores(score, x, scale, head, at, rows, rows_are_queries)
+        (out,) = score.program.evaluate(place, programs.Numbers(loaded))
+        return jnp.broadcast_to(out, x.shape) * F32(LOG2E)
+
+    return f
+
+
+def score_gradient(score, columns, scale, rows, rows_are_queries):
+    del columns
+
+    def f(sums, x, p, ds, head, at):
+        place, loaded = _scores(score, x, scale, head, at, rows, rows_are_queries)
+        by_score, *by_element = score.program.slopes.evaluate(
+            (*place, *loaded), programs.Numbers(())
+        )
+        slopes = [by_element[n] for n in score.summed(rows_are_queries)]
+        terms = [ds * slope for slope in slopes]
+        if rows_are_queries and slopes:
+            terms += [*(p * slope for slope in slopes), ds]
+        sums = [
+            total + jnp.where(p == 0, 0, term).sum(1)
+            for total, term in zip(sums, terms, strict=True)
+        ]
+        return sums, jnp.where(p == 0, 0, ds * by_score)
+
+    return f
+
+
+score_gradient.__name__ = "gradient"
+
+
 def _tile(x):
     """64 rows: those of a block of 32 twice."""
     return jnp.tile(x, (64 // len(x), 1))
@@ -329,6 +376,7 @@ _STAND_INS = {
         *(load_tile, store_tile, add_tile, add_columns, add_rows),
         *(add_distance, add_distance_sums),
     ),
+    _score: (new_logits, score_gradient),
     fwd_sm90: (start, wait),
     bwd_dbias_sm90: (start,),
     bwd_dq_sm90: (start, wait, operand),

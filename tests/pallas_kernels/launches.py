@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from jsparse.backends import _score as _programs
 from jsparse.pallas_kernels.mosaic_gpu import (
     _bias,
+    _score,
     bwd_dbias_sm90,
     bwd_dkv_sm90,
     bwd_dq_sm90,
@@ -29,6 +31,7 @@ from jsparse.pallas_kernels.mosaic_gpu._schedule import (
     schedule_on_device,
     schedule_on_host,
 )
+from tests.support.scores import FUNCTIONS, shapes_of
 
 KERNELS = {
     "forward": (fwd_sm90.forward, fwd_sm90.Config.choose),
@@ -47,8 +50,8 @@ H100 = AbstractDevice(
 class Launch:
     """One kernel on 7 query and 5 key blocks, the last of each ragged.
 
-    ``bias`` is None, ``"key"``, ``"block"``, ``"linear"``, ``"quadratic"`` or the dtype
-    of a dense one.
+    ``bias`` is None, ``"key"``, ``"block"``, ``"linear"``, ``"quadratic"``, the name of
+    one of `tests.support.scores.FUNCTIONS` or the dtype of a dense one.
     """
 
     kernel: str
@@ -66,7 +69,7 @@ class Launch:
     def config(self):
         """The given one, or the chosen: what is launched matters to forward only."""
         options: dict[str, Any] = {"bias_dtype": self.bias_dtype}
-        distances = self.bias in ("linear", "quadratic")
+        distances = self.bias in ("linear", "quadratic", *FUNCTIONS)
         if self.kernel == "forward":
             options["launch"] = "distances" if distances else self.launch
         elif distances:
@@ -78,6 +81,8 @@ class Launch:
     @property
     def bias_dtype(self) -> str | None:
         """Of a streamed bias."""
+        if self.bias in FUNCTIONS:
+            return None
         streamed = {"block": "float32", "key": None, "linear": None, "quadratic": None}
         return streamed.get(str(self.bias), self.bias)
 
@@ -128,11 +133,30 @@ class Launch:
             slope = jax.ShapeDtypeStruct((1, self.heads[0]), "float32")
             squared = self.bias == "quadratic"
             return _bias.DistanceBias(rows, columns, slope, squared)
+        if self.bias in FUNCTIONS:
+            return self.score()
         if self.bias == "block":
             shape = jax.ShapeDtypeStruct((1, 1, 40, block_q, block_kv), "float32")
             return _bias.BlockBias(shape)
         shape = (1, 1, 7 * block_q - 5, 5 * block_kv - 8)
         return _bias.DenseBias(jax.ShapeDtypeStruct(shape, self.bias))
+
+    def score(self) -> _score.Score:
+        """A score function, of one entry's arrays."""
+        block_q, block_kv = self.blocks
+        lengths = 7 * block_q - 5, 5 * block_kv - 9
+        shapes = shapes_of(str(self.bias), self.heads[0], *lengths)
+        found = []
+
+        def traced(*arrays):
+            program, arrays = _programs.trace(
+                FUNCTIONS[str(self.bias)], "float32", arrays, ""
+            )
+            found.append(program)
+            return [x[None] for x in arrays]
+
+        arrays = jax.eval_shape(traced, *shapes)
+        return _score.Score(tuple(arrays), found[0])
 
     def grid(self) -> tuple[int, int]:
         """Rows and columns in blocks."""

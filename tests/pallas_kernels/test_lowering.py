@@ -23,6 +23,7 @@ from jsparse.pallas_kernels.mosaic_gpu import (
     bwd_dq_sm90,
     fwd_sm90,
 )
+from tests.backends.test_score_function import KERNELS as SCORES
 from tests.pallas_kernels.launches import H100, KERNELS, TUNED, Launch
 from tests.support.cases import random_mask
 
@@ -107,6 +108,13 @@ def test_lowers_with_a_bias_that_is_not_streamed(kernel, blocks, bias):
     for heads, on_host in (((4, 2), True), ((2, 2), False)):
         launch = Launch(kernel, (128, 64), blocks, heads, on_host=on_host, bias=bias)
         assert "mosaic_gpu" in launch.lower()
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("kernel", TUNED)
+def test_lowers_with_a_score_function(kernel, name):
+    launch = Launch(kernel, (64, 32), (64, 32), (4, 2), rules=True, bias=name)
+    assert "mosaic_gpu" in launch.lower()
 
 
 CANDIDATE_DIMS = tuple((n, n) for n in (16, 32, 48, 64, 80, 96, 128))
