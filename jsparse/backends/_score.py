@@ -297,6 +297,8 @@ def _scores_jvp(program, primals, tangents):
 
 def add_at(store: Array, index: tuple[Array, ...], values: Array) -> Array:
     """``store[index] += values``, in the same order on every run."""
+    if not index:
+        return store + values.astype(store.dtype)
     if jax.default_backend() == "cpu":
         return store.at[index].add(values.astype(store.dtype))
     return add_sorted(store, index, values)

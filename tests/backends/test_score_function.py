@@ -273,6 +273,46 @@ def test_checkpoint_and_the_same_bits(implementation):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.parametrize("name", ["by_token", "soft_cap"])
+@pytest.mark.parametrize("implementation", WITH_BIAS)
+def test_shard_map_and_export(implementation, name):
+    devices = jax.devices()[:2]
+    if jax.default_backend() == "cpu" and len(devices) < 2:
+        pytest.skip("needs two devices")
+    rng = np.random.default_rng(16)
+    case = make_case(rng, CASES["plain"](rng).mask, batch=(2,))
+    learned, others = arrays_of(name, case)
+
+    def alone(q, k, v, learned):
+        return block_sparse_attention(
+            *(q, k, v, case.mask),
+            bias=ScoreFunction(FUNCTIONS[name], (*learned, *others)),
+            implementation=implementation,
+        )
+
+    mesh = jax.make_mesh(
+        (len(devices),), ("x",), (jax.sharding.AxisType.Auto,), devices=devices
+    )
+    part = jax.P("x")
+    split = jax.shard_map(
+        alone, mesh=mesh, in_specs=(part, part, part, jax.P()), out_specs=part
+    )
+
+    def gradient(f):
+        def loss(q, learned):
+            return (f(q, case.k, case.v, learned) * case.dout).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1)))
+
+    found, truth = (gradient(f)(case.q, learned) for f in (split, alone))
+    for x, y in zip(*map(jax.tree_util.tree_leaves, (found, truth)), strict=True):
+        assert error(x, y) < 3e-6
+    exported = jax.export.export(gradient(alone))(case.q, learned)
+    again = jax.export.deserialize(exported.serialize()).call(case.q, learned)
+    for x, y in zip(*map(jax.tree_util.tree_leaves, (again, truth)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_the_bias_is_a_pytree_of_its_arrays():
     case = CASES["one_block"](np.random.default_rng(10))
     bias = ScoreFunction(FUNCTIONS["alibi"], (np.ones(2, np.float32),))
