@@ -184,7 +184,7 @@ def score_gradient(
     primal: ScoreFunction,
     batch: tuple[int, ...],
 ) -> ScoreFunction:
-    """From the sums of `_score.gradient`, ``[n, B, H, T]`` and ``[n, B, H, S]``.
+    """From sums of `_score.products_gradient`, ``[n, B, H, T]`` and ``[n, B, H, S]``.
 
     As in `distance_gradient`, what the ds of a row miss of its dlse is taken off.
     """

@@ -382,6 +382,7 @@ class _Tracer:
         self.arrays: list[Array] = []
         self.constant: set[int] = set()  # ids of arrays without a gradient
         self.kept: list[Array] = []  # so that no id is used again
+        self.made: dict[int, Array] = {}  # by ids of NumPy's
         self.instructions: list = []
         self.axes: list[frozenset[str]] = []  # of `PLACE`, what each number depends on
 
@@ -526,8 +527,7 @@ class _Tracer:
                 "table[i][j]."
             )
         if _known(array):
-            array = jnp.asarray(array)
-            self.keep(array, True)
+            array = self.known_array(array)
         numbers = [n for n, x in enumerate(self.arrays) if x is array]
         if not numbers:
             numbers = [len(self.arrays)]
@@ -554,6 +554,15 @@ class _Tracer:
             return found
         fill = Constant(np.asarray(fill, dtype))
         return self.apply(lax.select_n_p, {}, exists, fill, found)
+
+    def known_array(self, values: np.ndarray) -> Array:
+        """An array known before tracing as JAX's, the same at every load."""
+        if id(values) not in self.made:
+            array = jnp.asarray(values)
+            self.kept.append(values)
+            self.keep(array, True)
+            self.made[id(values)] = array
+        return self.made[id(values)]
 
     def slice_index(self, args: list, params: dict) -> tuple[list[Atom]]:
         """The index of a ``dynamic_slice``."""

@@ -111,7 +111,7 @@ class BiasedWalker(Walker):
         """
         if not isinstance(lists.bias, Score):
             return self.add_sums(lists, sums, p, ds, read), ds
-        f = _score.gradient(lists.bias, *self.score_options)
+        f = _score.products_gradient(lists.bias, *self.score_options)
         return f(sums, x, p, ds, fields[1], read)
 
     def add_sums(self, lists: Lists, sums: list, p, ds, read) -> list:

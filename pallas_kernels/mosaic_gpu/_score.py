@@ -64,7 +64,7 @@ class Score:
         ]
 
     def row_sums(self, rows_are_queries: bool) -> int:
-        """How many sums of each row `gradient` adds to."""
+        """How many sums of each row `products_gradient` adds to."""
         count = len(self.summed(rows_are_queries))
         return 2 * count + 1 if count and rows_are_queries else count
 
@@ -120,7 +120,7 @@ def new_logits(
     return lambda x, head, position: f(x, *score.arrays, head, *position)
 
 
-def gradient(
+def products_gradient(
     score: Score, columns: int, scale: float, rows: int, rows_are_queries: bool
 ) -> Callable:
     """``f(sums, x, p, ds, head, position) -> (sums, ds)``: from new logits to products.

@@ -150,7 +150,7 @@ def backward_dkv(
         dk: ``[B, S, K, D]`` in the dtype of k.
         dv: ``[B, S, K, Dv]``.
         sums: ``[n, B, H, S]`` float32, of ds by key, or see `_bias.add_distance_sums`
-            and `_score.gradient`; None where the bias needs none.
+            and `_score.products_gradient`; None where the bias needs none.
 
     Raises:
         ValueError: for a config that does not fit into shared memory.

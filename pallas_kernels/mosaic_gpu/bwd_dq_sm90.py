@@ -134,7 +134,7 @@ def backward_dq(
     Returns:
         dq: ``[B, T, H, D]`` in the dtype of q.
         sums: ``[n, B, H, T]`` float32, see `_bias.add_distance_sums` and
-            `_score.gradient`; None where the bias needs none.
+            `_score.products_gradient`; None where the bias needs none.
 
     Raises:
         ValueError: for a config that does not fit into shared memory.

@@ -309,7 +309,7 @@ def new_logits(score, columns, scale, rows, rows_are_queries):
     return f
 
 
-def score_gradient(score, columns, scale, rows, rows_are_queries):
+def products_gradient(score, columns, scale, rows, rows_are_queries):
     del columns
 
     def f(sums, x, p, ds, head, at):
@@ -328,9 +328,6 @@ def score_gradient(score, columns, scale, rows, rows_are_queries):
         return sums, jnp.where(p == 0, 0, ds * by_score)
 
     return f
-
-
-score_gradient.__name__ = "gradient"
 
 
 def _tile(x):
@@ -376,7 +373,7 @@ _STAND_INS = {
         *(load_tile, store_tile, add_tile, add_columns, add_rows),
         *(add_distance, add_distance_sums),
     ),
-    _score: (new_logits, score_gradient),
+    _score: (new_logits, products_gradient),
     fwd_sm90: (start, wait),
     bwd_dbias_sm90: (start,),
     bwd_dq_sm90: (start, wait, operand),

@@ -223,6 +223,7 @@ SCORES = [
     ("causal", "plain", "128 x 64"),
     ("soft_cap", "plain", "64 x 64"),
     ("computed", "lengths", "64 x 64"),
+    ("fixed", "plain", "64 x 32"),
 ]
 
 

@@ -29,6 +29,11 @@ def relative(s, i, j, h, table):
     return s + table[h, jnp.clip(i - j, -4, 4) + 4]
 
 
+def fixed(s, i, j, h, table):
+    """A table without a gradient."""
+    return relative(s, i, j, h, jax.lax.stop_gradient(table))
+
+
 def by_token(s, i, j, h, a, b, ids):
     """A factor by query and head, a bias by key, and one where labels are equal."""
     same = jnp.where(ids[j % ids.shape[0]] == ids[0], 1, 0).astype(s.dtype)
@@ -43,7 +48,7 @@ def computed(s, i, j, h, w):
 
 FUNCTIONS = {
     f.__name__: f
-    for f in (plain_cap, causal, soft_cap, alibi, relative, by_token, computed)
+    for f in (plain_cap, causal, soft_cap, alibi, relative, fixed, by_token, computed)
 }
 
 
@@ -53,6 +58,7 @@ def shapes_of(name: str, heads: int, q_len: int, kv_len: int) -> list:
         "soft_cap": [()],
         "alibi": [(heads,)],
         "relative": [(heads, 9)],
+        "fixed": [(heads, 9)],
         "by_token": [(heads, q_len), (kv_len,)],
         "computed": [(max(heads, 3), 6)],
     }.get(name, [])
