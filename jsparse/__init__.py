@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jsparse import patterns as patterns
     from jsparse.bias import BlockBias as BlockBias
     from jsparse.bias import DistanceBias as DistanceBias
+    from jsparse.bias import ScoreFunction as ScoreFunction
     from jsparse.ops import block_sparse_attention as block_sparse_attention
     from jsparse.patterns import BlockMask as BlockMask
     from jsparse.patterns import CapacityError as CapacityError
@@ -24,6 +25,7 @@ _HOMES = {
     "BlockMask": "jsparse.patterns",
     "CapacityError": "jsparse.patterns",
     "DistanceBias": "jsparse.bias",
+    "ScoreFunction": "jsparse.bias",
     "block_sparse_attention": "jsparse.ops",
 }
 _MODULES = ("bias", "ops", "patterns")
@@ -33,6 +35,7 @@ __all__ = [
     "BlockMask",
     "CapacityError",
     "DistanceBias",
+    "ScoreFunction",
     "__version__",
     "block_sparse_attention",
     "patterns",

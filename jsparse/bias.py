@@ -1,9 +1,9 @@
 """Biases added to the scaled logits before softmax, beside a plain dense array.
 
 `BlockBias` stores values on the mask's blocks only; `DistanceBias` stores none and is
-computed from coordinates where it is needed. Both are pytrees, so ``jax.grad`` gives a
-gradient of the same type. `jsparse.ops` accepts them; `jsparse.backends` evaluates
-them.
+computed from coordinates where it is needed; `ScoreFunction` is a function of the logit
+and of where it stands. All are pytrees, so ``jax.grad`` gives a gradient of the same
+type. `jsparse.ops` accepts them; `jsparse.backends` evaluates them.
 """
 
 from __future__ import annotations
@@ -376,4 +376,48 @@ def _positive(name: str, value: float) -> float:
     return found
 
 
-Bias = Array | BlockBias | DistanceBias
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScoreFunction:
+    """A function of each logit: ``function(score, index_q, index_kv, head, *arrays)``.
+
+    Its result takes the place of the scaled logit, before the mask is applied; -inf
+    masks the element. The function is traced once, on scalars, and may do any
+    element-wise arithmetic on them and on elements of the arrays. From the arrays alone
+    it may compute anything. Indices beyond the ends of an array mean what they mean in
+    JAX. Arrays it closes over are like those it is given. JAX differentiates it: with
+    respect to the score, so that q and k get their gradients, and to the arrays.
+
+    There is no index of the batch: the arrays serve all batch entries. ``jax.vmap``
+    over them, or over what holds them, gives each entry its own.
+
+    Args:
+        function: ``score`` is ``scale * q . k``, a scalar in float32 (float64 for
+            float64 inputs), as must be the result; ``index_q``, ``index_kv`` and
+            ``head``, the query head, are int32 scalars.
+        arrays: float or integer, of any shapes.
+
+    Example:
+        ALiBi, whose slopes are trained, under a soft cap:
+
+        >>> import jax, jax.numpy as jnp, jsparse
+        >>> def alibi(score, index_q, index_kv, head, slopes):
+        ...     distance = jnp.abs(index_q - index_kv)
+        ...     return 30 * jnp.tanh(score / 30) - slopes[head] * distance
+        >>> mask = jsparse.patterns.window(256, left=16, right=16)
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 256, 4, 32))
+        >>> def loss(slopes):
+        ...     bias = jsparse.ScoreFunction(alibi, (slopes,))
+        ...     return jsparse.block_sparse_attention(q, k, v, mask, bias=bias).sum()
+        >>> jax.grad(loss)(jnp.full(4, 0.5)).shape
+        (4,)
+
+    References:
+        ``score_mod`` of FlexAttention (PyTorch).
+    """
+
+    function: Any = dataclasses.field(metadata=_STATIC)
+    arrays: tuple[Array, ...] = ()
+
+
+Bias = Array | BlockBias | DistanceBias | ScoreFunction

@@ -27,7 +27,8 @@ class Operands(NamedTuple):
     that size or of size 1 where it is shared. ``vmap`` only adds such an axis, so a
     shared bias stays shared. After them follow ``q [T, H, D]``, ``k [S, K, D]``,
     ``v [S, K, Dv]``; the mask's and the bias's leaves without their ``[B or 1]`` axis;
-    a dense bias ``[H or 1, T or 1, S]``.
+    a dense bias ``[H or 1, T or 1, S]``; the arrays of a `ScoreFunction`, whose
+    function is a `_score.Program`.
     """
 
     q: Array
@@ -91,6 +92,8 @@ class Problem:
     platform: str
     bias_weights: int = 0
     """Of each head, of a bias by distance: entries of a table, or Gaussians."""
+    score: Any = None
+    """The `_score.Program` of a `ScoreFunction`."""
 
 
 class Backend(Protocol):

@@ -10,11 +10,13 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.bias import Bias, BlockBias, DistanceBias
-from jsparse.pallas_kernels.mosaic_gpu import _bias, _distance
+from jsparse.backends import _score as programs
+from jsparse.bias import Bias, BlockBias, DistanceBias, ScoreFunction
+from jsparse.pallas_kernels.mosaic_gpu import _bias, _distance, _score
 from jsparse.pallas_kernels.mosaic_gpu.bwd_dbias_sm90 import (
     EMPTY,
     FULL,
@@ -39,6 +41,9 @@ def kernel_bias(
         return None
     if isinstance(bias, DistanceBias):
         return _distance_bias(bias, mask, batch)
+    if isinstance(bias, ScoreFunction):
+        arrays = tuple(_one_batch_axis(x, batch) for x in bias.arrays)
+        return _score.Score(arrays, bias.function)
     values, inner = _join_batch(_values(bias), batch)
     if values.dtype.itemsize > 4:
         values = values.astype(jnp.float32)
@@ -202,6 +207,60 @@ def _weights_gradient(
         width = by_pair[..., 2 * n :].sum(1)
         knots = jnp.append(centers, width, -1) * bias.inverse[:, None]
     return by_pair[..., :n], knots
+
+
+def score_gradient(
+    bias: _score.Score,
+    by_query: Array | None,
+    by_key: Array | None,
+    dlse: Array,
+    primal: ScoreFunction,
+    batch: tuple[int, ...],
+) -> ScoreFunction:
+    """From sums of `_score.products_gradient`, ``[n, B, H, T]`` and ``[n, B, H, S]``.
+
+    As in `distance_gradient`, what the ds of a row miss of its dlse is taken off.
+    """
+    sums, numbers = {}, bias.summed(rows_are_queries=True)
+    if by_query is not None:
+        total, count = by_query[-1] - dlse, len(numbers)
+        for n, x, mean in zip(
+            numbers, by_query[:count], by_query[count:-1], strict=True
+        ):
+            sums[n] = x - total * mean
+    if by_key is not None:
+        sums |= zip(bias.summed(rows_are_queries=False), by_key, strict=True)
+    program: Any = primal.function
+    loads = [(n, program.learned[n], program.loads[program.learned[n]]) for n in sums]
+
+    def entry(arrays, sums):
+        """The gradients of one batch entry's arrays."""
+        grads = [jnp.zeros(x.shape, jnp.float32) for x in arrays]
+        for n, at, one in loads:
+            heads, rows = sums[n].shape
+            place = jnp.arange(rows, dtype=jnp.int32)
+            heads = jnp.arange(heads, dtype=jnp.int32)[:, None]
+            _, index = programs.load(program, arrays, (place, place, heads))[at]
+            shape = jnp.broadcast_shapes((1, 1), *(jnp.shape(x) for x in index))
+            axes = tuple(axis for axis, size in enumerate(shape) if size == 1)
+            values = sums[n].sum(axes, keepdims=True)
+            index = tuple(jnp.broadcast_to(x, shape) for x in index)
+            if not index:
+                values = values.reshape(())
+            grads[one.array] = programs.add_at(grads[one.array], index, values)
+        return tuple(grads)
+
+    count = math.prod(batch)
+    arrays = tuple(jnp.broadcast_to(x, (count, *x.shape[1:])) for x in bias.arrays)
+    grads = jax.vmap(entry, axis_size=count)(arrays, sums)
+
+    def shaped(x, like):
+        x = x.reshape(*batch, *x.shape[1:])
+        axes = tuple(i for i, n in enumerate(like.shape) if n < x.shape[i])
+        return x.sum(axes, keepdims=True).astype(like.dtype)
+
+    arrays = map(shaped, grads, primal.arrays)
+    return ScoreFunction(program, tuple(arrays))
 
 
 def _values(bias: Bias) -> Array:

@@ -3,7 +3,8 @@
 Every bias becomes a `Term`. What a tile needs of it is gathered into `Reads`,
 ``Term.values`` turns that into logits (and is what JAX differentiates), and the
 gradient of what was read is written back once per block (``pairs``), per row (``q``),
-per column (``kv``) or summed over everything (``shared``).
+per column (``kv``) or summed over everything (``shared``). A score function is a term
+that needs the logits themselves: `ScoreTerm`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jsparse.bias import BlockBias, DistanceBias
+from jsparse.backends import _score
+from jsparse.bias import BlockBias, DistanceBias, ScoreFunction
 
 Array = Any
 
@@ -52,6 +54,10 @@ class Term:
         """Arrays ``[S, ...]`` read by key."""
         return ()
 
+    def read_shared(self, place: Any) -> tuple[Array, ...]:
+        """What a tile reads of them; ``place`` is as for `ScoreTerm`."""
+        return self.shared()
+
     def read_pairs(self, i: Array, j: Array, ids: Array | None) -> Array | tuple[()]:
         """Values of blocks ``(i, j)`` (numbers ``ids``), each ``[R, W]``."""
         return ()
@@ -67,6 +73,12 @@ class Term:
     def values(self, reads: Reads, by_column: bool) -> Array | None:
         """Logits ``[H or 1, R, m, n]`` of one tile."""
         return None
+
+    def add_shared(
+        self, total: tuple[Array, ...], grads: tuple[Array, ...], place: Any
+    ) -> tuple[Array, ...]:
+        """Adds one tile's gradient of ``shared``."""
+        return tuple(a + b.astype(a.dtype) for a, b in zip(total, grads, strict=True))
 
     def gradient(self, total: Reads) -> Any:
         """The user's bias type from gradients of shared, q_data, kv_data and pairs."""
@@ -154,6 +166,48 @@ class DistanceTerm(Term):
         )
 
 
+class ScoreTerm(Term):
+    """`ScoreFunction`: its arrays, and last the numbers of the heads ``[H]``.
+
+    ``shared`` of a tile's `Reads` are the elements that it loads; of the whole, the
+    gradients of the arrays.
+
+    ``place`` has a tile's index_q, index_kv and head, which broadcast to the logits.
+    """
+
+    @property
+    def program(self) -> _score.Program:
+        return self.bias.function
+
+    def shared(self):
+        return tuple(self.bias.arrays[n] for n in self.program.learned_arrays)
+
+    def read_shared(self, place):
+        return tuple(value for value, _ in self._load(place))
+
+    def _load(self, place: tuple[Array, ...]) -> list:
+        """Values and indices of the loads of a tile."""
+        return _score.load(self.program, self.bias.arrays, place)
+
+    def scores(self, s, reads, counts, place):
+        """The new scores, in the shape of s and ``counts``."""
+        return _score.scores(self.program, counts, (s, *place), list(reads.shared))
+
+    def add_shared(self, total, grads, place):
+        total = dict(zip(self.program.learned_arrays, total, strict=True))
+        index = [index for _, index in self._load(place)]
+        for n in self.program.learned:
+            array = self.program.loads[n].array
+            total[array] = _score.add_at(total[array], index[n], grads[n])
+        return tuple(total.values())
+
+    def gradient(self, total):
+        grads = [jnp.zeros_like(x) for x in self.bias.arrays]
+        for n, x in zip(self.program.learned_arrays, total.shared, strict=True):
+            grads[n] = x
+        return ScoreFunction(self.program, tuple(grads))
+
+
 def make_term(bias: Any, block_q: int, block_kv: int) -> Term:
     """The term for a bias without batch axes."""
     if bias is None:
@@ -162,6 +216,8 @@ def make_term(bias: Any, block_q: int, block_kv: int) -> Term:
         kind = BlockTerm
     elif isinstance(bias, DistanceBias):
         kind = DistanceTerm
+    elif isinstance(bias, ScoreFunction):
+        kind = ScoreTerm
     else:
         kind = KeyTerm if bias.shape[-2] == 1 else DenseTerm
     return kind(bias, block_q, block_kv)

@@ -21,7 +21,13 @@ from jsparse.backends._contract import (
     matmul_precision,
     vary_like,
 )
-from jsparse.backends._xla_bias import Reads, Term, arrange_pairs, make_term
+from jsparse.backends._xla_bias import (
+    Reads,
+    ScoreTerm,
+    Term,
+    arrange_pairs,
+    make_term,
+)
 
 Array = Any
 
@@ -119,24 +125,43 @@ class Tiles:
     # ------------------------------------------------------------------ one tile
 
     def scores(self, step: Step) -> tuple[Array, Any]:
-        """Logits ``[K, R, G, m, n]``, -inf where unseen, and the bias pullback."""
+        """Logits ``[K, R, G, m, n]``, -inf where unseen, and the bias pullback.
+
+        The pullback, if there is a bias, takes their gradient to that of the products
+        and of the bias's `Reads`.
+        """
         q = _take_heads(self.q, step.i)
         k = _take_heads(self.k, step.j)[:, :, 0]
         s = self.product("krgmd,krnd->krgmn", q, k) * self.scale
+        allowed = self.allowed(step)[:, None]
         pullback = None
         if self.single.operands.bias is not None:
+            place = self.place(step)
             reads = Reads(
-                self.term.shared(),
+                self.term.read_shared(place),
                 tuple(_take(x, step.i) for x in self.q_bias),
                 tuple(_take(x, step.j) for x in self.kv_bias),
                 self.term.read_pairs(step.pair_i, step.pair_j, step.ids),
             )
-            values, pullback = jax.vjp(
-                lambda r: self.all_heads(self.term.values(r, step.by_column), s.shape),
-                reads,
-            )
-            s = s + values
-        return jnp.where(self.allowed(step)[:, None], s, -jnp.inf), pullback
+
+            def biased(s: Array, reads: Reads) -> Array:
+                if isinstance(self.term, ScoreTerm):
+                    counts = jnp.broadcast_to(allowed, s.shape)
+                    return self.term.scores(s, reads, counts, place)
+                values = self.term.values(reads, step.by_column)
+                return s + self.all_heads(values, s.shape)
+
+            s, pullback = jax.vjp(biased, s, reads)
+        return jnp.where(allowed, s, -jnp.inf), pullback
+
+    def place(self, step: Step) -> tuple[Array, ...] | None:
+        """What a `ScoreTerm` must know of a tile: indices and heads of its logits."""
+        if not isinstance(self.term, ScoreTerm):
+            return None
+        i = _positions(step.i, self.block_q)[None, :, None, :, None]
+        j = _positions(step.j, self.block_kv)[None, :, None, None, :]
+        heads = self.term.bias.arrays[-1]
+        return i, j, heads.reshape(self.num_kv_heads, 1, self.group, 1, 1)
 
     def all_heads(self, x: Array, shape: tuple[int, ...]) -> Array:
         """``[H or 1, R, m or 1, n]`` to ``shape``, ``[K, R, G, m, n]``."""
@@ -254,8 +279,8 @@ class Tiles:
         dk, dv = (self.merge_key(x) for x in (dk, dv))
         return dq, dk, dv, self.term.gradient(reads)
 
-    def logit_gradient(self, step: Step) -> tuple[Array, Array, Any]:
-        """``p`` and ``ds``, both ``[K, R, G, m, n]``, and the bias pullback."""
+    def logit_gradient(self, step: Step) -> tuple[Array, Array, Reads | None]:
+        """``p`` and ``ds``, both ``[K, R, G, m, n]``, and what the bias gets of ds."""
         s, pullback = self.scores(step)
         seen = s != -jnp.inf
         lse, delta = (_take_heads(x, step.i) for x in (self.lse, self.delta))
@@ -265,7 +290,8 @@ class Tiles:
         # v has zeros for NaN and infinity: a row that attends to one has out, and so
         # delta, of NaN, whatever dout is.
         ds = jnp.where(seen, p * (dp - delta[..., None]), 0)
-        return jnp.where(seen, p, 0), ds, pullback
+        ds, grads = (ds, None) if pullback is None else pullback(ds)
+        return jnp.where(seen, p, 0), ds, grads
 
     def backward_rows(self) -> tuple[Array, tuple, tuple, Any]:
         """By query block: dq, and the bias's gradients by query, block or shared."""
@@ -273,17 +299,16 @@ class Tiles:
 
         def step_fn(carry, step):
             dq, reads = carry
-            _, ds, pullback = self.logit_gradient(step)
+            _, ds, grads = self.logit_gradient(step)
             k = _take_heads(self.k_clean, step.j)[:, :, 0]
             dq = dq + self.product("krgmn,krnd->krgmd", ds.astype(self.dtype), k)
-            if pullback is None:
+            if grads is None:
                 return dq, reads
-            grads = pullback(ds)[0]
             far = jnp.iinfo(jnp.int32).max
             i = jnp.where(step.valid, step.pair_i, far)
             ids = None if step.ids is None else jnp.where(step.valid, step.ids, far)
             return dq, Reads(
-                _add(reads.shared, grads.shared),
+                self.term.add_shared(reads.shared, grads.shared, self.place(step)),
                 _add(reads.q, grads.q),
                 (),
                 self.term.write_pairs(reads.pairs, i, step.pair_j, ids, grads.pairs),
@@ -325,15 +350,15 @@ class Tiles:
 
         def step_fn(carry, step):
             dk, dv, kv_bias = carry
-            p, ds, pullback = self.logit_gradient(step)
+            p, ds, grads = self.logit_gradient(step)
             q = _take_heads(self.q_clean, step.i)
             dout = _take_heads(self.dout_clean, step.i)
             bad = _take_heads(self.dout_bad, step.i)[..., None]
             p = jnp.where(bad & (p != 0), jnp.nan, p)
             dk = dk + self.product("krgmn,krgmd->krnd", ds.astype(self.dtype), q)
             dv = dv + self.product("krgmn,krgmd->krnd", p.astype(self.dtype), dout)
-            if pullback is not None:
-                kv_bias = _add(kv_bias, pullback(ds)[0].kv)
+            if grads is not None:
+                kv_bias = _add(kv_bias, grads.kv)
             return dk, dv, kv_bias
 
         def rows_fn(rows, store):

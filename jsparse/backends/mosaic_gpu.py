@@ -18,11 +18,13 @@ from jsparse.backends._mosaic_bias import (
     distance_gradient,
     launched,
     like,
+    score_gradient,
 )
-from jsparse.bias import Bias, DistanceBias
+from jsparse.bias import Bias, DistanceBias, ScoreFunction
 from jsparse.pallas_kernels.mosaic_gpu import (
     _bias,
     _distance,
+    _score,
     bwd_dbias_sm90,
     bwd_dkv_sm90,
     bwd_dq_sm90,
@@ -41,7 +43,7 @@ LARGEST_HEAD = 256
 BLOCKS = {"block_q": (64, 128), "block_kv": (32, 64, 128)}
 PROVEN_BIAS: tuple[str, ...] = ()
 """What has run on a GPU, of what lowers; the rest is refused until it has."""
-BIAS = ("dense", "block", "linear", "quadratic", "table", "gaussian")
+BIAS = ("dense", "block", "linear", "quadratic", "table", "gaussian", "score_fn")
 LARGEST_HEAD_WITH_BIAS = 128
 
 
@@ -68,6 +70,8 @@ def _why_not_bias(problem: Problem) -> str | None:
     if problem.bias not in PROVEN_BIAS:
         kinds = " or ".join(f"a {kind} one" for kind in PROVEN_BIAS)
         return f"a {problem.bias} bias; expected none{kinds and ' or ' + kinds}"
+    if problem.score is not None and (reason := _score.why_not(problem.score)):
+        return reason
     size = max(problem.head_dim, problem.value_dim)
     if size > LARGEST_HEAD_WITH_BIAS:
         return (
@@ -92,16 +96,16 @@ def forward(
     call = _hopper.Call.of(operands, scale, pattern)
     lists, num_ctas = call.rows, _hopper.num_multiprocessors()
     lists_of_all = math.prod(call.q.shape[::2])
-    by_distance = isinstance(call.bias, _distance.DistanceBias)
+    computed = isinstance(call.bias, _distance.DistanceBias | _score.Score)
     launch = fwd_sm90.launch_of(
         lists_of_all * call.mask.num_q_blocks,
         lists_of_all * (lists.partial.column[0, 0].size + lists.full.column[0, 0].size),
-        by_distance or any(isinstance(rule, Distance) for rule in call.mask.rules),
+        computed or any(isinstance(rule, Distance) for rule in call.mask.rules),
         num_ctas,
     )
     config = fwd_sm90.Config.choose(
         *(*call.dims, *call.blocks, num_ctas, launch),
-        *(_bias.dtype_of(call.bias), by_distance),
+        *(_bias.dtype_of(call.bias), computed),
     )
     schedule = call.schedule(
         lists,
@@ -201,6 +205,10 @@ def _bias_gradient(
         found = sums.by_query, sums.by_key, sums.by_pair
         dlse = sums.dlse.reshape(sums.by_query.shape[1:])
         return distance_gradient(bias, *found, dlse, primal, call.batch)
+    if isinstance(primal, ScoreFunction):
+        by_query, by_key = sums.by_query, sums.by_key
+        dlse = sums.dlse.reshape(-1, *sums.dlse.shape[-2:])
+        return score_gradient(bias, by_query, by_key, dlse, primal, call.batch)
     if sums.by_key is not None:
         return like(jnp.moveaxis(sums.by_key, 0, 2), primal, call.batch)
     sizes = (*call.dims, *call.blocks, _hopper.num_multiprocessors())

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jsparse.backends import _score
 from jsparse.backends._contract import (
     HostPattern,
     Operands,
@@ -18,7 +19,7 @@ from jsparse.backends._contract import (
     accumulator_dtype,
     matmul_precision,
 )
-from jsparse.bias import BlockBias, DistanceBias
+from jsparse.bias import BlockBias, DistanceBias, ScoreFunction
 from jsparse.patterns import BlockMask
 
 Array = Any
@@ -54,7 +55,9 @@ def forward(
     bad = _head_first(q_bad)[..., :, None] | _head_first(k_bad)[..., None, :]
     logits = jnp.where(bad, jnp.nan, logits * scale)
     elements, block_ids = _elements(mask)
-    if bias is not None:
+    if isinstance(bias, ScoreFunction):
+        logits = _new_scores(bias, logits, elements, operands.batch_shape)
+    elif bias is not None:
         logits = logits + _dense_bias(bias, mask, block_ids).astype(acc)
     logits = jnp.where(elements, logits, -jnp.inf)
     seen = logits != -jnp.inf
@@ -149,6 +152,30 @@ def _place_blocks(blocks: Array, ids: Array, mask: BlockMask) -> Array:
     tiles = tiles.reshape(*lead, nq, nk, mask.block_q, mask.block_kv)
     dense = jnp.swapaxes(tiles, -2, -3).reshape(*lead, nq * mask.block_q, -1)
     return dense[..., : mask.q_len, : mask.kv_len]
+
+
+def _new_scores(
+    bias: ScoreFunction, logits: Array, elements: Array, batch: tuple[int, ...]
+) -> Array:
+    """What a score function makes of the logits ``[*B, H, T, S]``."""
+
+    def one(logits, elements, arrays):
+        heads, rows, columns = (
+            jnp.arange(n, dtype=jnp.int32).reshape(n, *(1,) * after)
+            for n, after in zip(logits.shape, (2, 1, 0), strict=True)
+        )
+        place = rows, columns, heads
+        loaded = [value for value, _ in _score.load(bias.function, arrays, place)]
+        return _score.scores(bias.function, elements, (logits, *place), loaded)
+
+    def flat(x):
+        shape = x.shape[len(batch) :]
+        return jnp.broadcast_to(x, (*batch, *shape)).reshape(-1, *shape)
+
+    elements = jnp.broadcast_to(elements, logits.shape)
+    entries = jax.tree_util.tree_map(flat, (logits, elements, bias.arrays))
+    out = jax.vmap(one)(*entries)
+    return out.reshape(*batch, *out.shape[1:])
 
 
 def _dense_bias(bias: Any, mask: BlockMask, ids: Array) -> Array:

@@ -34,7 +34,7 @@ from jsparse.backends._contract import (
     vary_like,
 )
 from jsparse.backends._xla_tiles import Lists, Single, Tiles
-from jsparse.bias import BlockBias, DistanceBias
+from jsparse.bias import BlockBias, DistanceBias, ScoreFunction
 from jsparse.patterns import BlockMask
 
 Array = Any
@@ -168,6 +168,11 @@ class _Restore(NamedTuple):
             if self.heads is not None:
                 squeeze = (self.rank, self.rank + 1)
                 dbias = BlockBias(jnp.squeeze(dbias.values, squeeze))
+        elif isinstance(bias, ScoreFunction):
+            *arrays, _ = dbias.arrays
+            if self.heads is not None:
+                arrays = [jnp.squeeze(x, (self.rank, self.rank + 1)) for x in arrays]
+            dbias = ScoreFunction(bias.function, tuple(arrays))
         elif bias is not None:
             dbias = self.lse(dbias)[..., : bias.shape[-2], : bias.shape[-1]]
         return dq, dk, dv, dbias
@@ -196,6 +201,12 @@ def _prepare(operands: Operands) -> tuple[Single, _Restore]:
         bias = DistanceBias(restore.split_lse(bias.weights), *rest, form=bias.form)
     elif isinstance(bias, BlockBias):
         bias = restore.split_shared(bias)
+    elif isinstance(bias, ScoreFunction):
+        # Where heads become batch axes, only these numbers tell them apart.
+        heads = jnp.arange(num_heads, dtype=jnp.int32)
+        heads = restore.split_lse(heads.reshape(*(1,) * restore.rank, -1))
+        arrays = restore.split_shared(bias.arrays)
+        bias = ScoreFunction(bias.function, (*arrays, heads))
     elif bias is not None:
         bias = restore.split_lse(_pad_to_blocks(bias, mask))
     operands = Operands(

@@ -183,7 +183,7 @@ class BlockSparseAttention(nnx.Module):
             mask: which blocks and elements are computed, built for T and S. A query
                 that sees nothing gives the bias of ``out``.
             bias: added to the scaled logits: ``[*B or 1, H or 1, T or 1, S]``, a
-                `BlockBias` or a `DistanceBias`.
+                `BlockBias` or a `DistanceBias`; or a `ScoreFunction` of them.
 
         Returns:
             ``[*B, T, out_features]``.

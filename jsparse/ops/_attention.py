@@ -61,7 +61,8 @@ def block_sparse_attention(
 
     ``out[t] = sum_s p[t, s] v[s]`` with ``p[t] = softmax_s(scale * q[t] . k[s] +
     bias[t, s])`` over the keys s that query t sees. Softmax and sums are computed in
-    float32 (float64 for float64 inputs). A query that sees nothing gives 0, with
+    float32 (float64 for float64 inputs). With a `ScoreFunction` the exponents are what
+    it makes of ``scale * q[t] . k[s]``. A query that sees nothing gives 0, with
     ``lse = -inf`` and zero gradients. A NaN or infinity in k or v reaches exactly the
     rows that attend to it. Results are the same bits on every run.
 
@@ -81,7 +82,8 @@ def block_sparse_attention(
             out of capacity, the outputs of that batch entry are NaN (see
             `BlockMask.check`).
         bias: added to the scaled logits: an array ``[*B or 1, H or 1, T or 1, S]``, a
-            `BlockBias` or a `DistanceBias`. An element with bias -inf is masked.
+            `BlockBias` or a `DistanceBias`; or a `ScoreFunction`, which replaces them.
+            An element with bias or score -inf is masked.
         scale: multiplies ``q . k``; ``1 / sqrt(D)`` if not given.
         return_lse: also return the log-sum-exp.
         implementation: ``"auto"`` takes the first backend that can, of the kernels for
@@ -93,7 +95,8 @@ def block_sparse_attention(
         [*B, H, T]``, natural log, float32.
 
     Raises:
-        TypeError: for mixed or non-float dtypes, or a mask that is not a `BlockMask`.
+        TypeError: for mixed or non-float dtypes, a mask that is not a `BlockMask`, or a
+            score function that is not element-wise.
         ValueError: for shapes that do not fit, or an unknown implementation.
         CapacityError: for a concrete mask that ran out of capacity.
         NotImplementedError: if the named implementation cannot take this problem.

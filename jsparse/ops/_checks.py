@@ -15,8 +15,9 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.backends._contract import Operands, Problem
-from jsparse.bias import Bias, BlockBias, DistanceBias
+from jsparse.backends import _score
+from jsparse.backends._contract import Operands, Problem, accumulator_dtype
+from jsparse.bias import Bias, BlockBias, DistanceBias, ScoreFunction
 from jsparse.patterns import BlockMask
 
 Array = Any
@@ -29,7 +30,8 @@ def canonical(
     """Checks the arguments and gives every leaf its batch axes.
 
     Raises:
-        TypeError: for a mask that is not a `BlockMask`, or mixed or non-float dtypes.
+        TypeError: for a mask that is not a `BlockMask`, mixed or non-float dtypes, or a
+            score function that is not element-wise.
         ValueError: for shapes that do not fit together.
     """
     given = (q, k, v)
@@ -51,7 +53,7 @@ def canonical(
 def describe(operands: Operands) -> Problem:
     """The static description that backends judge."""
     q, k, v, mask, bias = operands
-    kinds = {BlockBias: "block", type(None): None}
+    kinds = {BlockBias: "block", ScoreFunction: "score_fn", type(None): None}
     form = getattr(bias, "form", "dense")
     by_distance = isinstance(bias, DistanceBias)
     return Problem(
@@ -72,6 +74,7 @@ def describe(operands: Operands) -> Problem:
         bias=kinds.get(type(bias), form),
         platform=jax.default_backend(),
         bias_weights=bias.weights.shape[-1] if by_distance else 0,
+        score=bias.function if isinstance(bias, ScoreFunction) else None,
     )
 
 
@@ -213,6 +216,11 @@ def _batched_bias(bias: Any, q: Array, k: Array, mask: BlockMask) -> Bias | None
         weights, knots = (_unfold(x[None], batch) for x in (bias.weights, bias.knots))
         x, y = coords
         return DistanceBias(weights, x, y, knots, form=bias.form)
+    if isinstance(bias, ScoreFunction):
+        program, arrays = _score.trace(*_score_function(bias, q))
+        lead = (1,) * len(batch)
+        arrays = tuple(x.reshape(*lead, *x.shape) for x in arrays)
+        return ScoreFunction(program, arrays)
     bias = _as_array("bias", bias)
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         raise TypeError(
@@ -231,6 +239,24 @@ def _batched_bias(bias: Any, q: Array, k: Array, mask: BlockMask) -> Bias | None
             f"{full} ([*B, H, T, S]); expected each axis but the last to be full or 1."
         )
     return bias.reshape(shape)
+
+
+def _score_function(bias: ScoreFunction, q: Array) -> tuple:
+    """The arguments of `_score.trace`."""
+    name = getattr(bias.function, "__name__", repr(bias.function))
+    who = f"{_OP}: the score function {name}"
+    if not callable(bias.function):
+        raise TypeError(
+            f"{_OP}: the score function is {bias.function!r}; expected a function of "
+            "score, index_q, index_kv, head and the arrays."
+        )
+    if not isinstance(bias.arrays, tuple | list):
+        raise TypeError(
+            f"{who} has arrays of type {type(bias.arrays).__name__}; expected a tuple: "
+            "ScoreFunction(function, (array,))."
+        )
+    arrays = [_as_array(f"array {n} of {name}", x) for n, x in enumerate(bias.arrays)]
+    return bias.function, accumulator_dtype(q), arrays, who
 
 
 def _check_block_bias(

@@ -43,6 +43,10 @@ def _attend_bwd(backend, scale, pattern, residuals, cotangents):
     grads = _batched_backward(backend, scale, pattern)(operands, out, lse, *cotangents)
     primals = (operands.q, operands.k, operands.v, operands.bias)
     dq, dk, dv, dbias = jax.tree_util.tree_map(_sum_devices, grads, primals)
+    # Integers of a score function have no gradient, which JAX spells None.
+    dbias = jax.tree_util.tree_map(
+        lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, dbias
+    )
     no_mask: Any = None
     return (Operands(dq, dk, dv, no_mask, dbias),)
 

@@ -26,6 +26,7 @@ from jax.experimental.mosaic.gpu import utils
 from .._common import LOG2E
 from . import _registers as r
 from ._distance import DistanceBias
+from ._score import Score
 
 Array = Any
 WIDTH = 128
@@ -99,7 +100,7 @@ class KeyBias(_Shared):
 
 
 Streamed = DenseBias | BlockBias
-Bias = Streamed | KeyBias | DistanceBias
+Bias = Streamed | KeyBias | DistanceBias | Score
 
 
 class TilePlace(NamedTuple):
@@ -146,7 +147,7 @@ def streamed(bias: Bias | None) -> bool:
 
 def row_sums(bias: Bias | None, rows_are_queries: bool) -> int:
     """How many sums of each row the gradient of a bias needs of a dq or dkv kernel."""
-    if isinstance(bias, DistanceBias):
+    if isinstance(bias, DistanceBias | Score):
         return bias.row_sums(rows_are_queries)
     return int(isinstance(bias, KeyBias) and not rows_are_queries)
 
@@ -164,9 +165,11 @@ def dtype_of(bias: Bias | None) -> Any:
 def beside(bias: Bias | None) -> tuple[Any, int]:
     """``bias_dtype`` and ``lane_sums`` for the choice of a backward config.
 
-    A distance bias takes as many registers as a streamed one, though no shared memory;
-    one with sums of its own in shared memory takes more.
+    What is computed takes as many registers as a streamed one, though no shared memory;
+    what has sums of its own in shared memory takes more.
     """
+    if isinstance(bias, Score):
+        return jnp.float32, 0
     if not isinstance(bias, DistanceBias):
         return dtype_of(bias), 0
     return (None if bias.lane_sums else jnp.float32), bias.lane_sums

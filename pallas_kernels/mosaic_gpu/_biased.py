@@ -3,7 +3,8 @@
 A streamed bias has a tile for each warpgroup and step; the others are read by position
 (see `_bias` and `_distance`). Of a bias by key or by distance, the dq and the dk and dv
 kernel sum up for each row what its gradient is made of, and the dq kernel, for each
-item, what a table's or Gaussians' is. Called by the kernels.
+item, what a table's or Gaussians' is. A score function is a bias that also changes the
+gradient of the products (see `_score`). Called by the kernels.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._common import LOG2E
-from . import _bias, _distance, _persistent
+from . import _bias, _distance, _persistent, _score
 from . import _gradient as gradient
 from . import _registers as r
 from ._bias import KeyBias
@@ -27,6 +28,7 @@ from ._distance import DistanceBias
 from ._elements import Position
 from ._persistent import Lists, Walker
 from ._schedule import Schedule
+from ._score import Score
 
 Array = Any
 
@@ -54,6 +56,8 @@ class BiasedWalker(Walker):
         bias = lists.bias
         if bias is None:
             return None
+        if isinstance(bias, Score):
+            return self.position(fields, lists, n)
         if isinstance(bias, DistanceBias):
             table = None
             if bias.form == "table":
@@ -78,6 +82,8 @@ class BiasedWalker(Walker):
         bias, scale = lists.bias, self.scale * LOG2E
         if bias is None:
             return x
+        if isinstance(bias, Score):
+            return _score.new_logits(bias, *self.score_options)(x, fields[1], read)
         if isinstance(bias, DistanceBias):
             add = _distance.with_bias(self.tile, scale, self.rows_tested)
             return add(x, bias, bias.entry(*fields[:2]), read)
@@ -86,6 +92,10 @@ class BiasedWalker(Walker):
         if self.rows_are_queries:
             return _bias.add_columns(self.tile, scale)(x, bias.values, read)
         return _bias.add_rows(self.tile, scale)(x, read)
+
+    @property
+    def score_options(self) -> tuple:
+        return self.tile, self.scale, self.rows_tested, self.rows_are_queries
 
     def position(self, fields, lists: Lists, n) -> Position:
         """Where this warpgroup's tile of step n is, without bits."""
@@ -103,6 +113,16 @@ class BiasedWalker(Walker):
         """The row sums before the first step."""
         zero = jnp.zeros((64,), jnp.float32)
         return [plgpu.layout_cast(zero, r.ROW) for _ in range(self.row_sums)]
+
+    def pass_bias(self, fields, lists: Lists, sums: list, x, p, ds, read, s: dict):
+        """The sums with a step's, and the gradient of its products.
+
+        ``x`` and ``read`` are what `with_bias` took; ds is of what it returned.
+        """
+        if not isinstance(lists.bias, Score):
+            return self.add_sums(fields, lists, sums, p, ds, read, s), ds
+        f = _score.products_gradient(lists.bias, *self.score_options)
+        return f(sums, x, p, ds, fields[1], read)
 
     def add_sums(self, fields, lists: Lists, sums: list, p, ds, read, s: dict) -> list:
         """Adds a step, of which `read_bias` returned ``read``, to the sums."""

@@ -152,7 +152,8 @@ def backward_dkv(
         dk: ``[B, S, K, D]`` in the dtype of k.
         dv: ``[B, S, K, Dv]``.
         sums: ``[n, B, H, S]`` float32, of ds by key, or see
-            `_distance.add_distance_sums`; None where the bias needs none.
+            `_distance.add_distance_sums` and `_score.products_gradient`; None where the
+            bias needs none.
 
     Raises:
         ValueError: for a config that does not fit into shared memory.
@@ -345,8 +346,8 @@ class _BackwardDkv(BiasedWalker):
             found = _start(products, operands)
             self.pass_turn(s, self.row_half())
             bias = self.read_bias(fields, lists, n, s, slot)
-            logits = wait((64, tile), len(found) - 1)(found["logits"])
-            logits = self.with_bias(fields, lists, logits, bias)
+            x = wait((64, tile), len(found) - 1)(found["logits"])
+            logits = self.with_bias(fields, lists, x, bias)
             p = self.probabilities(logits, lists, s, slot)
             if seen is not None:
                 p = mask(seen, p)
@@ -354,7 +355,7 @@ class _BackwardDkv(BiasedWalker):
             if "dk" in dims:
                 dp = wait((64, tile), 0)(found["dp"])
                 ds = self.logits_gradient(p, dp, s, slot, seen is not None)
-                rows = self.add_sums(fields, lists, rows, p, ds, bias, s)
+                rows, ds = self.pass_bias(fields, lists, rows, x, p, ds, bias, s)
             if "dv" in dims:
                 operands["dv"] = sums["dv"], to_operand(p), dout
             if "dk" in dims:

@@ -137,8 +137,8 @@ def backward_dq(
 
     Returns:
         dq: ``[B, T, H, D]`` in the dtype of q.
-        sums: ``[n, B, H, T]`` float32, see `_distance.add_distance_sums`; None where
-            the bias needs none.
+        sums: ``[n, B, H, T]`` float32, see `_distance.add_distance_sums` and
+            `_score.products_gradient`; None where the bias needs none.
         lane_sums: ``[B, H, n]`` float32, see `DistanceBias`; or None.
 
     Raises:
@@ -234,12 +234,12 @@ class _BackwardDq(BiasedWalker):
         logits, dp = start(qk, dov)(q, s["k"].at[slot], dout, s["v"].at[slot])
         self.pass_turn(s, self.row_half())
         bias = self.read_bias(fields, lists, jnp.int32(0), s, slot)
-        logits, dp = gradient.await_all(tile, tile)(logits, dp)
+        x, dp = gradient.await_all(tile, tile)(logits, dp)
         plgpu.barrier_arrive(s["v_free"][slot])
-        logits = self.with_bias(fields, lists, logits, bias)
+        logits = self.with_bias(fields, lists, x, bias)
         p = self.mask_first(fields, mask, seen, probabilities(logits, lse2))
         ds = logits_gradient[self.any_partial](p, dp, delta)
-        rows = self.add_sums(fields, lists, self.no_sums(), p, ds, bias, s)
+        rows, ds = self.pass_bias(fields, lists, self.no_sums(), x, p, ds, bias, s)
         ds = to_operand(ds)
         self.clean_first(fields, lists, seen, [s["k"].at[slot]])
         dq = plgpu.layout_cast(jnp.zeros((64, dim), jnp.float32), r.ACC)
@@ -256,19 +256,19 @@ class _BackwardDq(BiasedWalker):
             )
             self.pass_turn(s, self.row_half())
             bias = self.read_bias(fields, lists, n, s, slot)
-            logits = wait((64, tile), 2)(logits)
+            x = wait((64, tile), 2)(logits)
             if seen is not None:
                 # Also a branch, which ptxas does not move the test across: with it
                 # before the products, distances took twice as long.
                 self.clean(fields, lists, seen, [s["k"].at[slot]])
-            logits = self.with_bias(fields, lists, logits, bias)
+            logits = self.with_bias(fields, lists, x, bias)
             p = probabilities(logits, lse2)
             if seen is not None:
                 p = mask(seen, p)
             dp = wait((64, tile), 1)(dp)
             plgpu.barrier_arrive(s["v_free"][slot])
             ds = logits_gradient[seen is not None](p, dp, delta)
-            rows = self.add_sums(fields, lists, rows, p, ds, bias, s)
+            rows, ds = self.pass_bias(fields, lists, rows, x, p, ds, bias, s)
             self.await_operands(n + 1, total, step0, s, ["k", "v"])
             dq, ds = gradient.await_all(dim, tile)(dq, ds)
             plgpu.barrier_arrive(s["k_free"][before])

@@ -134,16 +134,16 @@ class Config:
         num_ctas: int = 132,
         launch: str = "many",
         bias_dtype: Any = None,
-        by_distance: bool = False,
+        computed: bool = False,
     ) -> Config:
         """The table's, or the heuristic's: what was fastest on an H100 (see README.md).
 
         For head sizes above 128, what fits. ``bias_dtype`` is that of a streamed bias:
-        then, what leaves room for it. One ``by_distance`` takes registers, of which
+        then, what leaves room for it. A ``computed`` one takes registers, of which
         steps of 128 keys of wide heads leave too few.
         """
         widest = max(head_dim, value_dim)
-        if bias_dtype is not None or (by_distance and widest > 64):
+        if bias_dtype is not None or (computed and widest > 64):
             return cls._beside_bias(
                 head_dim, value_dim, block_q, block_kv, num_ctas, bias_dtype
             )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from jsparse.backends import _hopper, mosaic_gpu
+from jsparse.backends import _hopper, _score, mosaic_gpu
 from jsparse.backends._contract import Problem
 
 TAKEN = Problem(
@@ -85,6 +87,47 @@ def test_refuses_more_weights_than_the_kernels_hold(form, most, monkeypatch):
     more = dataclasses.replace(fits, bias_weights=most + 1)
     reason = f"a {form} bias with {most + 1} weights a head; expected at most {most}"
     assert mosaic_gpu.why_not(more) == reason
+
+
+def judged(function, *shapes, dtype="float32"):
+    """What the backend says to a score function once they are proven."""
+    found = []
+
+    def trace(*arrays):
+        found.append(_score.trace(function, "float32", arrays, "")[0])
+
+    jax.eval_shape(trace, *(jax.ShapeDtypeStruct(x, dtype) for x in shapes))
+    problem = dataclasses.replace(TAKEN, bias="score_fn", score=found[0])
+    return str(mosaic_gpu.why_not(problem))
+
+
+def relative(s, i, j, h, table):
+    return s + table[h, jnp.abs(i - j)]
+
+
+def constant(s, i, j, h, table):
+    return relative(s, i, j, h, jax.lax.stop_gradient(table))
+
+
+def test_score_functions(monkeypatch):
+    expected = "a score_fn bias; expected none"
+    assert judged(lambda s, i, j, h: s) == expected
+    monkeypatch.setattr(mosaic_gpu, "PROVEN_BIAS", ("score_fn",))
+    taken = [
+        (lambda s, i, j, h: jnp.where(i >= j, jax.nn.softplus(s), -jnp.inf),),
+        (lambda s, i, j, h, a, b: s * a[h] * b[h, i] + a[j % 4], (4,), (4, 256)),
+        (lambda s, i, j, h, cap: cap * jnp.tanh(s / cap), ()),
+        (constant, (2, 256)),
+    ]
+    assert [judged(*x) for x in taken] == ["None"] * len(taken)
+    assert "learned array that is read by query and by key" in judged(
+        relative, (2, 256)
+    )
+    assert judged(lambda s, i, j, h: jnp.sin(s)).startswith(
+        "a score function with sin of float; expected float32, int32 and bool"
+    )
+    half = judged(lambda s, i, j, h, a: s + a[h].astype("float32"), (4,), dtype="half")
+    assert half.startswith("a score function with an array of float16")
 
 
 def test_refuses_other_gpus(monkeypatch):

@@ -20,6 +20,7 @@ from jsparse import BlockMask, DistanceBias, block_sparse_attention
 from jsparse.backends import mosaic_gpu
 from jsparse.pallas_kernels.mosaic_gpu import fwd_sm90
 from tests.backends import test_contract as contract
+from tests.backends import test_score_function as score_function
 from tests.support.cases import (
     CASES,
     Case,
@@ -277,6 +278,36 @@ def test_bad_bias(value, on_blocks):
             contract.test_bad_bias_reaches_only_its_row, value=value
         )
     test("mosaic_gpu", on_blocks=on_blocks)
+
+
+@pytest.mark.parametrize("block_kv", mosaic_gpu.BLOCKS["block_kv"])
+@pytest.mark.parametrize("block_q", mosaic_gpu.BLOCKS["block_q"])
+@pytest.mark.parametrize("name", score_function.KERNELS)
+def test_score_functions(name, block_q, block_kv):
+    case = pair((block_q * 4 - 9, block_kv * 5 + 7, block_q, block_kv))
+    check_score_function(name, case)
+
+
+@pytest.mark.parametrize("pattern", ["batch_and_head_patterns", "distance", "window"])
+@pytest.mark.parametrize("name", score_function.KERNELS)
+def test_score_functions_beside_patterns(name, pattern):
+    case = CASES[pattern](np.random.default_rng(14), (300, 500, 128, 64))
+    check_score_function(name, case)
+
+
+def check_score_function(name: str, case: Case) -> None:
+    """Against float64; ``xla`` may be half as wrong."""
+    case = case.cast("bfloat16")
+    found = score_function.run("mosaic_gpu", name, case)
+    with jax.default_device(jax.devices("cpu")[0]):
+        plain = score_function.run("xla", name, case)
+        truth = score_function.expected(name, case)
+    for n, (x, y, z) in enumerate(zip(found, truth, plain, strict=True)):
+        limit = max(2 * contract.error(z, y), 2e-6 if n == 1 else contract.HALF_LIMIT)
+        assert contract.error(x, y) <= limit, n
+    again = score_function.run("mosaic_gpu", name, case)
+    for x, y in zip(found, again, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_bad_bias_outside_the_mask():

@@ -20,6 +20,7 @@ import numpy as np
 from jax._src import callback as jax_callback
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
+from jsparse.backends import _score as programs
 from jsparse.pallas_kernels._common import LOG2E
 from jsparse.pallas_kernels.mosaic_gpu import (
     _bias,
@@ -27,6 +28,7 @@ from jsparse.pallas_kernels.mosaic_gpu import (
     _elements,
     _gradient,
     _registers,
+    _score,
     _softmax,
     bwd_dbias_sm90,
     bwd_dkv_sm90,
@@ -405,6 +407,27 @@ def add_gaussian_slope(columns, count, every):
     return f
 
 
+def _scores(score, x, scale, head, at, rows, rows_are_queries):
+    """The place of a tile's logits, and what the program loads there."""
+    row = at.row + jnp.arange(64, dtype=jnp.int32)[:, None] % rows
+    column = at.column + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    q_kv = (row, column) if rows_are_queries else (column, row)
+    arrays = [x[at.batch if x.shape[0] > 1 else 0] for x in score.arrays]
+    found = programs.load(score.program, arrays, (*q_kv, head))
+    return (x * F32(scale), *q_kv, head), [value for value, _ in found]
+
+
+def new_logits(score, columns, scale, rows, rows_are_queries):
+    del columns
+
+    def f(x, head, at):
+        place, loaded = _scores(score, x, scale, head, at, rows, rows_are_queries)
+        (out,) = score.program.evaluate(place, programs.Numbers(loaded))
+        return jnp.broadcast_to(out, x.shape) * F32(LOG2E)
+
+    return f
+
+
 def store_lane_sums(count):
     def f(lanes, out, first):
         place, index = [], first // count
@@ -412,6 +435,27 @@ def store_lane_sums(count):
             index, at = jnp.divmod(index, n)
             place.insert(0, at)
         out[(*place, slice(None))] = lanes[...].sum(1)
+
+    return f
+
+
+def products_gradient(score, columns, scale, rows, rows_are_queries):
+    del columns
+
+    def f(sums, x, p, ds, head, at):
+        place, loaded = _scores(score, x, scale, head, at, rows, rows_are_queries)
+        by_score, *by_element = score.program.slopes.evaluate(
+            (*place, *loaded), programs.Numbers(())
+        )
+        slopes = [by_element[n] for n in score.summed(rows_are_queries)]
+        terms = [ds * slope for slope in slopes]
+        if rows_are_queries and slopes:
+            terms += [*(p * slope for slope in slopes), ds]
+        sums = [
+            total + jnp.where(p == 0, 0, term).sum(1)
+            for total, term in zip(sums, terms, strict=True)
+        ]
+        return sums, jnp.where(p == 0, 0, ds * by_score)
 
     return f
 
@@ -460,6 +504,7 @@ _STAND_INS = {
         *(read_table, add_distance, distances, add_gaussian, add_distance_sums),
         *(seen_distances, add_gaussian_slope, store_lane_sums),
     ),
+    _score: (new_logits, products_gradient),
     fwd_sm90: (start, wait),
     bwd_dbias_sm90: (start,),
     bwd_dq_sm90: (start, wait, operand),

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from jsparse.backends import _score as _programs
 from jsparse.pallas_kernels.mosaic_gpu import (
     _bias,
     _distance,
+    _score,
     bwd_dbias_sm90,
     bwd_dkv_sm90,
     bwd_dq_sm90,
@@ -30,6 +32,7 @@ from jsparse.pallas_kernels.mosaic_gpu._schedule import (
     schedule_on_device,
     schedule_on_host,
 )
+from tests.support.scores import FUNCTIONS, shapes_of
 
 KERNELS = {
     "forward": (fwd_sm90.forward, fwd_sm90.Config.choose),
@@ -49,8 +52,9 @@ H100 = AbstractDevice(
 class Launch:
     """One kernel on 7 query and 5 key blocks, the last of each ragged.
 
-    ``bias`` is None, ``"key"``, ``"block"``, a form of `DistanceBias`, or the dtype of
-    a dense one; a table or Gaussians have ``weights``, as many as may be if None.
+    ``bias`` is None, ``"key"``, ``"block"``, a form of `DistanceBias`, the name of one
+    of `tests.support.scores.FUNCTIONS`, or the dtype of a dense one; a table or
+    Gaussians have ``weights``, as many as may be if None.
     """
 
     kernel: str
@@ -69,11 +73,11 @@ class Launch:
     def config(self):
         """The given one, or the chosen: what is launched matters to forward only."""
         options: dict[str, Any] = {"bias_dtype": self.bias_dtype}
-        distances = self.bias in DISTANCES
+        computed = self.bias in (*DISTANCES, *FUNCTIONS)
         if self.kernel == "forward":
-            options["launch"] = "distances" if distances else self.launch
-            options["by_distance"] = distances
-        elif distances:
+            options["launch"] = "distances" if computed else self.launch
+            options["computed"] = computed
+        elif computed:
             beside = _bias.beside(self.bias_shape())
             options = dict(zip(("bias_dtype", "lane_sums"), beside, strict=True))
         return self.given or KERNELS[self.kernel][1](
@@ -83,7 +87,7 @@ class Launch:
     @property
     def bias_dtype(self) -> str | None:
         """Of a streamed bias."""
-        if self.bias == "key" or self.bias in DISTANCES:
+        if self.bias == "key" or self.bias in (*DISTANCES, *FUNCTIONS):
             return None
         return "float32" if self.bias == "block" else self.bias
 
@@ -142,11 +146,30 @@ class Launch:
                 inverse if most else None,
                 centers if self.bias == "gaussian" else None,
             )
+        if self.bias in FUNCTIONS:
+            return self.score()
         if self.bias == "block":
             shape = jax.ShapeDtypeStruct((1, 1, 40, block_q, block_kv), "float32")
             return _bias.BlockBias(shape)
         shape = (1, 1, 7 * block_q - 5, 5 * block_kv - 8)
         return _bias.DenseBias(jax.ShapeDtypeStruct(shape, self.bias))
+
+    def score(self) -> _score.Score:
+        """A score function, of one entry's arrays."""
+        block_q, block_kv = self.blocks
+        lengths = 7 * block_q - 5, 5 * block_kv - 9
+        shapes = shapes_of(str(self.bias), self.heads[0], *lengths)
+        found = []
+
+        def traced(*arrays):
+            program, arrays = _programs.trace(
+                FUNCTIONS[str(self.bias)], "float32", arrays, ""
+            )
+            found.append(program)
+            return [x[None] for x in arrays]
+
+        arrays = jax.eval_shape(traced, *shapes)
+        return _score.Score(tuple(arrays), found[0])
 
     def grid(self) -> tuple[int, int]:
         """Rows and columns in blocks."""

@@ -17,6 +17,7 @@ from jsparse import block_sparse_attention
 from jsparse.backends import _hopper, mosaic_gpu
 from jsparse.pallas_kernels.mosaic_gpu import _schedule, fwd_sm90
 from tests.backends import test_contract as contract
+from tests.backends import test_score_function as score_function
 from tests.pallas_kernels.emulation import emulated
 from tests.support.cases import (
     CASES,
@@ -49,8 +50,11 @@ def kernels(monkeypatch, capsys):
         pytest.skip("the contract suite runs the kernels themselves")
     monkeypatch.setattr(mosaic_gpu, "why_not", lambda problem: None)
     monkeypatch.setattr(_hopper, "num_multiprocessors", lambda: 3)
-    for name in ("run_case", "run_known"):
-        monkeypatch.setattr(contract, name, to_the_end(getattr(contract, name)))
+    for module, name in (
+        *((contract, "run_case"), (contract, "run_known")),
+        (score_function, "run"),
+    ):
+        monkeypatch.setattr(module, name, to_the_end(getattr(module, name)))
     # Most of the time is compilation.
     jax.config.update("jax_disable_most_optimizations", True)
     with emulated(), capsys.disabled():
@@ -220,6 +224,27 @@ def test_sums_of_split_rows(kind, monkeypatch):
     # comes from the rounded output, in xla too.
     like = ("reference", "xla")
     contract.check_sixteen_bit_bias(case.cast("bfloat16"), found[5], like=like)
+
+
+SCORES = [
+    ("alibi", "grouped_query", "64 x 64"),
+    ("by_token", "batch_and_head_patterns", "64 x 32"),
+    ("by_token", "window", "64 x 128"),
+    ("causal", "plain", "128 x 64"),
+    ("soft_cap", "plain", "64 x 64"),
+    ("computed", "lengths", "64 x 64"),
+    ("fixed", "plain", "64 x 32"),
+]
+
+
+@pytest.mark.parametrize("name, pattern, sizes", SCORES)
+def test_score_function(name, pattern, sizes):
+    case = CASES[pattern](np.random.default_rng(9), SIZES[sizes]).cast("bfloat16")
+    found, plain = (score_function.run(x, name, case) for x in ("mosaic_gpu", "xla"))
+    truth = score_function.expected(name, case)
+    for n, (x, y, z) in enumerate(zip(found, truth, plain, strict=True)):
+        limit = 2 * contract.error(z, y) + (2e-6 if n < 5 else contract.HALF_LIMIT)
+        assert contract.error(x, y) <= limit, (n, contract.error(x, y), limit)
 
 
 @pytest.mark.parametrize("teams", [2, 3])

@@ -25,6 +25,7 @@ from jsparse.pallas_kernels.mosaic_gpu import (
     bwd_dq_sm90,
     fwd_sm90,
 )
+from tests.backends.test_score_function import KERNELS as SCORES
 from tests.pallas_kernels.launches import DISTANCES, H100, KERNELS, TUNED, Launch
 from tests.support.cases import MOVES, random_mask
 
@@ -123,6 +124,13 @@ def test_as_many_weights_as_there_may_be_fit_into_shared_memory(kernel, bias):
             assert room["lane_sums"] > _distance.MOST[bias]
         scratch = SCRATCH[kernel](config, launch.rows, *dims, "bfloat16", **room)
         _persistent.check_smem(kernel, config, scratch)
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("kernel", TUNED)
+def test_lowers_with_a_score_function(kernel, name):
+    launch = Launch(kernel, (64, 32), (64, 32), (4, 2), rules=True, bias=name)
+    assert "mosaic_gpu" in launch.lower()
 
 
 CANDIDATE_DIMS = tuple((n, n) for n in (16, 32, 48, 64, 80, 96, 128))
