@@ -13,6 +13,7 @@ namespace jsparse {
 namespace {
 
 unsigned seed = 0;
+std::mutex one_at_a_time;
 
 // As forward_sm90, without what only a GPU has.
 template <class Element, TileConfig kConfig>
@@ -165,7 +166,6 @@ CUtensorMap map_of(const Args &args, const void *array, int tokens, int heads,
 // What `launch` returns, one launch at a time: 0, or 1 after what went wrong in a CTA.
 template <class Launch>
 int simulate(Launch launch, char *message, size_t message_size) {
-  static std::mutex one_at_a_time;
   std::lock_guard lock(one_at_a_time);
   try {
     launch();

@@ -77,3 +77,16 @@ def test_split_rows(on_cpu, monkeypatch, static, side):
 @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
 def test_nan_stays_where_attention_carries_it(on_cpu, where):
     contract.test_nan_stays_where_attention_carries_it("cutlass", where)
+
+
+@pytest.mark.parametrize("split", ["batch", "heads"])
+def test_shard_map(on_cpu, split):
+    contract.test_shard_map("cutlass", split)
+
+
+def test_export(on_cpu):
+    contract.test_export("cutlass")
+
+
+def test_vmap_over_masks(on_cpu):
+    contract.test_vmap_over_masks("cutlass")

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from unittest import mock
 
 import jax
+import jax.core
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
