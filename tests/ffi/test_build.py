@@ -122,6 +122,7 @@ def test_the_c_interface_says_what_is_wrong(library):
         ({"num_split_rows": -1}, "num_split_rows=-1; expected at least 0"),
         ({"num_rules": 5}, "num_rules=5; expected at most JSPARSE_MAX_RULES"),
         ({"q": None}, "q is NULL; expected an array"),
+        ({"item_count": None}, "item_count is NULL; expected an array"),
         ({"out": 1 << 20 | 8}, "out is not aligned; expected a multiple of 16 bytes"),
     ],
     ids=str,
@@ -134,6 +135,7 @@ def test_the_c_interface_refuses(library, change, reason):
         schedule=Schedule(
             num_workers=library.jsparse_forward_walkers(64, 128, 128, 0),
             items_per_worker=1,
+            item_count=1 << 20,
             items=1 << 20,
         ),
     )

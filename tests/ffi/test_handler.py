@@ -123,10 +123,8 @@ REFUSED = {
     "k has shape [1, 200, 64]; expected 4 axes": {"k": (1, 200, 64)},
     "k has shape [2, 200, 1, 64]; expected [1, 200, 1, 64]": {"k": (2, 200, 1, 64)},
     "v is float32; expected bfloat16": {"v": np.zeros((1, 200, 1, 64), np.float32)},
-    "kv_indices has shape [2, 3]; expected [any]": {"kv_indices": (2, 3)},
-    "full_kv_indices is float32; expected int32": {
-        "full_kv_indices": np.zeros(4, np.float32)
-    },
+    "partial has shape [2, 3]; expected [any]": {"partial": (2, 3)},
+    "full is float32; expected int32": {"full": np.zeros(4, np.float32)},
     "item_count is float32; expected int32": {"item_count": np.zeros(2, np.float32)},
     "item_count has shape [2, 1]; expected [any]": {"item_count": (2, 1)},
     "items has shape [3, 1, 12]; expected [2, any, 12]": {"items": (3, 1, 12)},
