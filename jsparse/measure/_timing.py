@@ -60,7 +60,9 @@ def in_background(function: Callable[..., Any], *args: Any) -> Any:
 
     thread = threading.Thread(target=work, name="jsparse-call", daemon=True)
     thread.start()
-    thread.join()
+    # Not once: an interrupt between the last instruction and the wait does not end it.
+    while thread.is_alive():
+        thread.join(0.1)
     if "error" in outcome:
         raise outcome["error"]
     return outcome["value"]

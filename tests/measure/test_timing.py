@@ -38,12 +38,13 @@ def test_errors_are_raised_in_the_caller():
 
 
 def test_interrupt_does_not_wait_for_the_call():
-    started, release = threading.Event(), threading.Event()
+    started, release, ended = (threading.Event() for _ in range(3))
     main = threading.get_ident()
 
     def work():
         started.set()
         release.wait(60)
+        ended.set()
 
     def interrupt():
         started.wait(60)
@@ -55,7 +56,7 @@ def test_interrupt_does_not_wait_for_the_call():
     try:
         with pytest.raises(KeyboardInterrupt):
             in_background(work)
-        assert not release.is_set()
+        assert not ended.is_set()
     finally:
         signal.signal(signal.SIGINT, before)
         release.set()
