@@ -12,9 +12,11 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from jsparse import ScoreFunction
 from jsparse.backends import cutlass, mosaic_gpu
 from tests.backends import test_contract as contract
 from tests.support.cases import CASES, Case, biases, make_case, random_mask, uneven_rows
+from tests.support.scores import alibi
 
 SIZES = (300, 400, 128, 128)
 
@@ -29,10 +31,14 @@ def problems(with_bias: bool) -> Iterator[tuple[str, Case]]:
         yield name, CASES[name](rng, SIZES)
     mask = uneven_rows(rng, (1, 12), (200, 1500, 128, 128))
     yield "split rows", make_case(rng, mask, heads=(1, 1))
-    for kind in ("dense_shared_batch", "block", "per_key", "linear") * with_bias:
+    kinds = ("dense_shared_batch", "block", "per_key", "linear", "table", "gaussian")
+    for kind in kinds * with_bias:
         mask = random_mask(rng, SIZES, 8)
         bias = biases(rng, mask, 2, 2)[kind]
         yield f"bias {kind}", make_case(rng, mask, batch=(2,), bias=bias)
+    if with_bias:
+        bias = ScoreFunction(alibi, (np.ones(2, np.float32),))
+        yield "score function", make_case(rng, random_mask(rng, SIZES, 8), bias=bias)
 
 
 def main(implementations: list[str]) -> None:
