@@ -166,13 +166,8 @@ def distance_gradient(
         whole = jnp.broadcast_to(factor, of_head)
         return jnp.einsum("abhn,bh->bna", sums, whole, precision="highest")
 
-    def shaped(x, like):
-        x = x.reshape(*batch, *x.shape[1:])
-        axes = tuple(i for i, n in enumerate(like.shape) if n < x.shape[i])
-        return x.sum(axes, keepdims=True).astype(like.dtype)
-
     weights, q_coords, kv_coords, knots = (
-        shaped(x, like)
+        _shaped(x, like, batch)
         for x, like in (
             (weights, primal.weights),
             (points(by_query[:3]), primal.q_coords),
@@ -254,13 +249,15 @@ def score_gradient(
     arrays = tuple(jnp.broadcast_to(x, (count, *x.shape[1:])) for x in bias.arrays)
     grads = jax.vmap(entry, axis_size=count)(arrays, sums)
 
-    def shaped(x, like):
-        x = x.reshape(*batch, *x.shape[1:])
-        axes = tuple(i for i, n in enumerate(like.shape) if n < x.shape[i])
-        return x.sum(axes, keepdims=True).astype(like.dtype)
+    found = zip(grads, primal.arrays, strict=True)
+    return ScoreFunction(program, tuple(_shaped(x, like, batch) for x, like in found))
 
-    arrays = map(shaped, grads, primal.arrays)
-    return ScoreFunction(program, tuple(arrays))
+
+def _shaped(grad: Array, primal: Array, batch: tuple[int, ...]) -> Array:
+    """``grad [B, ...]`` in the shape of its primal: what is shared is summed."""
+    grad = grad.reshape(*batch, *grad.shape[1:])
+    axes = tuple(i for i, n in enumerate(primal.shape) if n < grad.shape[i])
+    return grad.sum(axes, keepdims=True).astype(primal.dtype)
 
 
 def _values(bias: Bias) -> Array:
