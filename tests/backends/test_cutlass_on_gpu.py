@@ -28,7 +28,6 @@ from tests.support.cases import (
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cutlass_on_gpu")]
-LIMITS = {"bfloat16": contract.HALF_LIMIT, "float16": 1e-3}
 
 
 def check(case: Case, dtype: str, results: int = 5) -> None:
@@ -37,7 +36,7 @@ def check(case: Case, dtype: str, results: int = 5) -> None:
     run = functools.partial(contract.run_case, "cutlass", case)
     poison(jax.eval_shape(run))
     found = run()
-    contract.check_sixteen_bit(found[:results], case, LIMITS[dtype])
+    contract.check_sixteen_bit(found[:results], case, contract.LIMITS[dtype])
     poison(found)
     for x, y in zip(run(), found, strict=True):
         np.testing.assert_array_equal(x, y)

@@ -36,11 +36,10 @@ run = jax.jit(attend)
 
 def check(case: Case, dtype: str = "bfloat16") -> None:
     case = case.cast(dtype)
-    limit = 1e-3 if dtype == "float16" else contract.HALF_LIMIT
     found = run(case.q, case.k, case.v, case.mask)
     truth = contract.expected(case)
     assert found[0].dtype == dtype
-    assert contract.error(found[0], truth[0]) <= limit
+    assert contract.error(found[0], truth[0]) <= contract.LIMITS[dtype]
     assert contract.error(found[1], truth[1]) <= 2e-6
 
 

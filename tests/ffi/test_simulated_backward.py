@@ -14,13 +14,11 @@ from jsparse.backends import _hopper, cutlass
 from tests.backends import test_contract as contract
 from tests.support.cases import CASES, Case, make_case, random_mask, uneven_rows
 
-LIMITS = {"bfloat16": contract.HALF_LIMIT, "float16": 1e-3}
-
 
 def check(case: Case, dtype: str = "bfloat16") -> None:
     case = case.cast(dtype)
     found = contract.run_case("cutlass", case)
-    contract.check_sixteen_bit(found, case, LIMITS[dtype])
+    contract.check_sixteen_bit(found, case, contract.LIMITS[dtype])
 
 
 @pytest.mark.parametrize("blocks", [(128, 64), (64, 128)], ids=str)
