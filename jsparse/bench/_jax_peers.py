@@ -123,6 +123,24 @@ class Ours(JaxPeer):
         return block_sparse_attention(q, k, v, pattern, implementation=implementation)
 
 
+class Rival(Ours):
+    """Ours with another implementation than the one that the record is about.
+
+    Args:
+        implementation: its name.
+        traced: see `Ours`.
+        refusal: why it cannot take the problem, or None if it can.
+    """
+
+    def __init__(self, implementation: str, traced: bool, refusal: str | None):
+        super().__init__(implementation, traced)
+        self._refusal = refusal
+
+    def available(self) -> str | None:
+        """Runs what it does not refuse."""
+        return self._refusal
+
+
 class Dense(JaxPeer):
     """Plain dense attention in jnp with the same mask as a boolean ``[T, S]`` array."""
 

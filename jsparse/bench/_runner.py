@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jsparse import measure
 from jsparse._job import check_channels, check_inputs
 from jsparse.backends import IMPLEMENTATIONS
+from jsparse.backends._measured import RIVALS
 from jsparse.bench._builds import build_on_device, build_on_host
 from jsparse.bench._cases import all_cases
 from jsparse.bench._contest import WORK, Contest
@@ -32,7 +33,7 @@ from jsparse.bench._contract import (
     Peer,
     Task,
 )
-from jsparse.bench._jax_peers import Ours, no_gpu
+from jsparse.bench._jax_peers import Ours, Rival, no_gpu
 from jsparse.bench._kinds import (
     AttentionCase,
     Case,
@@ -68,7 +69,7 @@ class Options:
     """What to run, and what to demand.
 
     Attributes:
-        against: names of peers; None for all that are available and fit in memory.
+        against: names of peers and of our other kernels; None for all that are available and fit in memory.
         backward: whether to measure forward + backward.
         repeats: timed rounds.
         kind: of record: ``"attention"`` compares, ``"latency"`` measures how times are
@@ -103,8 +104,9 @@ class Options:
         if self.against == ("none",):
             object.__setattr__(self, "against", ())
         for name in self.against or ():
-            if name not in PEERS and name not in MODEL_PEERS:
-                known = ", ".join(dict.fromkeys((*PEERS, *MODEL_PEERS)))
+            names = dict.fromkeys((*PEERS, *RIVALS, *MODEL_PEERS))
+            if name not in names:
+                known = ", ".join(names)
                 raise BadInput(f"unknown peer {name!r}; expected {known} or none.")
         for name in ("repeats", "heads", "head_dim"):
             value = getattr(self, name)
@@ -230,7 +232,8 @@ def _run_attention(
             *(options.backward, options.repeats, progress),
         )
         return
-    peers, strict = _peers(options, PEERS, mask, record)
+    known = PEERS | _rivals(ours, options, sets[0], mask)
+    peers, strict = _peers(options, known, mask, record)
     with Contest(record, pattern, task, [ours, *peers], strict, progress) as contest:
         _compete(contest, options, _directions(options, kernels), kernels)
     _conclude(record, options, strict)
@@ -403,6 +406,19 @@ def _implementation(options: Options, arrays: Any, mask: BlockMask) -> str:
             f"{', '.join(able)}."
         )
     return name
+
+
+def _rivals(
+    ours: Ours, options: Options, arrays: Any, mask: BlockMask
+) -> dict[str, Peer]:
+    """Our other kernels, to be timed in the same rounds."""
+    q, k, v, _ = arrays
+    refused = support(q, k, v, mask)
+    return {
+        name: Rival(name, options.traced, refused[name])
+        for name in RIVALS
+        if name != ours.name
+    }
 
 
 def _peers(

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from jsparse.bench._records import DIRECTIONS, Record, wrong
 from jsparse.measure import BadInput
 from jsparse.report import Facts
@@ -162,7 +164,8 @@ def _judge(target: Target, records: Sequence[Record]) -> Outcome:
         if not _is_about(target, record):
             continue
         results = record[target.direction]
-        ratio = results[target.peer]["ours_over_peer"]["median"]
+        ours, peer = (results[who]["rounds"] for who in (target.ours, target.peer))
+        ratio = float(np.median(np.divide(ours, peer)))
         missed = wrong(results[target.ours])
         if missed:
             note = f"{', '.join(missed)} wrong"
@@ -174,14 +177,14 @@ def _judge(target: Target, records: Sequence[Record]) -> Outcome:
 
 def _is_about(target: Target, record: Record) -> bool:
     """Whether the record has the ratio, and of a peer that computed the right thing."""
-    peer = record.get(target.direction, {}).get(target.peer, {})
+    if record["kind"] != "attention" or record["case"] != target.case:
+        return False
+    results = record.get(target.direction, {})
     return (
-        record["kind"] == "attention"
-        and record["case"] == target.case
-        and record["ours"] == target.ours
-        and DEVICE in record["device"]["device"]
-        and "ours_over_peer" in peer
-        and not wrong(peer)
+        DEVICE in record["device"]["device"]
+        and target.ours in results
+        and target.peer in results
+        and not wrong(results[target.peer])
     )
 
 

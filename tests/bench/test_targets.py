@@ -30,8 +30,8 @@ def record(ratio: float, **changes: Any) -> dict[str, Any]:
         "device": {"device": "NVIDIA H100 80GB HBM3"},
         "ours": "mosaic_gpu",
         "forward": {
-            "mosaic_gpu": {"errors": {"out": check}},
-            "fa4": {"ours_over_peer": {"median": ratio}, "errors": {"out": check}},
+            "mosaic_gpu": {"rounds": [ratio, 1.0, ratio], "errors": {"out": check}},
+            "fa4": {"rounds": [1.0, 1.0, 1.0], "errors": {"out": check}},
         },
         **changes,
     }
@@ -70,7 +70,7 @@ def test_targets_are_of_cases_and_peers_that_exist():
         ([record(0.5)], "met", 0.5),
         ([record(0.51)], "missed", 0.51),
         ([record(0.9), record(0.4)], "met", 0.4),
-        ([record(0.4), record(0.9, ours="xla")], "met", 0.4),
+        ([record(0.9), record(0.4, ours="cutlass")], "met", 0.4),
         ([record(0.4), record(0.9, forward={"mosaic_gpu": {}})], "met", 0.4),
         ([record(0.4), record(0.9, kind="latency")], "met", 0.4),
         ([record(0.4, device={"device": "NVIDIA H200"})], "no record", None),
