@@ -124,6 +124,34 @@ def bias_blocks(bias: _bias.Streamed, mask: BlockMask) -> Blocks:
     return Blocks(state, row, col)
 
 
+def zero_unlisted(grad: Array, bias: _bias.Streamed, mask: BlockMask) -> Array:
+    """A gradient as ``bias.values``, 0 in blocks that the mask does not list.
+
+    A pattern that is known to list all of them costs nothing.
+    """
+    if _lists_every_block(bias, mask):
+        return grad
+    state = bias_blocks(bias, mask).state
+    listed = jnp.broadcast_to(state != EMPTY, (*grad.shape[:2], state.shape[-1]))
+    if isinstance(bias, _bias.BlockBias):
+        return jnp.where(listed[..., None, None], grad, 0)
+    listed = listed.reshape(*grad.shape[:2], mask.num_q_blocks, mask.num_kv_blocks)
+    listed = jnp.repeat(listed, mask.block_q, 2)[:, :, : grad.shape[2]]
+    listed = jnp.repeat(listed, mask.block_kv, 3)[..., : grad.shape[3]]
+    return jnp.where(listed, grad, 0)
+
+
+def _lists_every_block(bias: _bias.Streamed, mask: BlockMask) -> bool:
+    """Whether it is known, before anything is computed, that no block is missing."""
+    lists = mask.kv_num_blocks, mask.full_kv_num_blocks
+    if any(isinstance(count, jax.core.Tracer) for count in lists):
+        return False
+    count = sum(np.asarray(count) for count in lists)
+    if isinstance(bias, _bias.DenseBias):
+        return bool((count == mask.num_kv_blocks).all())
+    return bool((count.sum((1, 2)) == bias.values.shape[2]).all())
+
+
 def like(grad: Array, primal: Bias, batch: tuple[int, ...]) -> Bias:
     """A gradient in the shape of its bias: padding off, the rest summed.
 

@@ -19,6 +19,7 @@ from jsparse.backends._mosaic_bias import (
     launched,
     like,
     score_gradient,
+    zero_unlisted,
 )
 from jsparse.bias import Bias, DistanceBias, ScoreFunction
 from jsparse.pallas_kernels.mosaic_gpu import (
@@ -151,7 +152,7 @@ def backward(
     arrays = (q, k, v, dout, of_queries.lse2, of_queries.delta)
 
     bad_keys = call.bad_keys(k)
-    dq, by_query, by_pair = bwd_dq_sm90.backward_dq(
+    dq, of_bias = bwd_dq_sm90.backward_dq(
         *arrays,
         *call.entries(lists, bad_keys, call.blocks[1]),
         call.elements(bad_keys),
@@ -178,23 +179,29 @@ def backward(
     grads = (
         call.sum_shared(g, x) for g, x in zip((dq, dk, dv), operands[:3], strict=True)
     )
-    sums = _Sums(by_query, by_key, by_pair, jnp.where(of_queries.blind, 0, dlse))
-    return (*grads, _bias_gradient(call, arrays, sums, operands.bias))
+    dlse = jnp.where(of_queries.blind, 0, dlse)
+    found = _Found(of_bias.by_row, by_key, of_bias.by_pair, of_bias.values, dlse)
+    return (*grads, _bias_gradient(call, arrays, found, operands.bias))
 
 
-class _Sums(NamedTuple):
-    """Of rows of the dq and of the dk and dv kernel, of pairs, and ``[*B, H, T]``."""
+class _Found(NamedTuple):
+    """What the kernels found of a bias's gradient, and dlse ``[*B, H, T]``.
 
-    by_query: Any
-    by_key: Any
-    by_pair: Any
+    By row of the dq and of the dk and dv kernel, by pair, and values: see
+    `bwd_dq_sm90.BiasGradient`.
+    """
+
+    by_query: Array | None
+    by_key: Array | None
+    by_pair: Array | None
+    values: Array | None
     dlse: Array
 
 
 def _bias_gradient(
-    call: _hopper.Call, arrays: _SixArrays, sums: _Sums, primal: Bias | None
+    call: _hopper.Call, arrays: _SixArrays, found: _Found, primal: Bias | None
 ) -> Bias | None:
-    """The gradient of a bias: from the sums if there are any, else by a kernel.
+    """The gradient of a bias: from what was found if it suffices, else by a kernel.
 
     ``arrays`` are q, k, v, dout, lse2 and delta.
     """
@@ -202,19 +209,20 @@ def _bias_gradient(
     if primal is None:
         return None
     if isinstance(primal, DistanceBias):
-        found = sums.by_query, sums.by_key, sums.by_pair
-        dlse = sums.dlse.reshape(sums.by_query.shape[1:])
-        return distance_gradient(bias, *found, dlse, primal, call.batch)
+        dlse = found.dlse.reshape(found.by_query.shape[1:])
+        return distance_gradient(bias, *found[:3], dlse, primal, call.batch)
     if isinstance(primal, ScoreFunction):
-        by_query, by_key = sums.by_query, sums.by_key
-        dlse = sums.dlse.reshape(-1, *sums.dlse.shape[-2:])
-        return score_gradient(bias, by_query, by_key, dlse, primal, call.batch)
-    if sums.by_key is not None:
-        return like(jnp.moveaxis(sums.by_key, 0, 2), primal, call.batch)
+        dlse = found.dlse.reshape(-1, *found.dlse.shape[-2:])
+        return score_gradient(bias, *found[:2], dlse, primal, call.batch)
+    if found.by_key is not None:
+        return like(jnp.moveaxis(found.by_key, 0, 2), primal, call.batch)
+    if found.values is not None:
+        values = zero_unlisted(found.values, bias, call.mask)
+        return like(values, primal, call.batch)
     sizes = (*call.dims, *call.blocks, _hopper.num_multiprocessors())
     config = bwd_dbias_sm90.choose(*sizes, _bias.dtype_of(bias))
     any_partial = call.rows.partial.column.shape[-1] > 0
-    found = bwd_dbias_sm90.backward_dbias(
+    values = bwd_dbias_sm90.backward_dbias(
         *arrays,
         bias_blocks(bias, call.mask),
         call.elements(call.bad_keys(call.k)) if any_partial else None,
@@ -223,4 +231,4 @@ def _bias_gradient(
         scale=call.scale,
         config=config,
     )
-    return like(found, primal, call.batch)
+    return like(values, primal, call.batch)

@@ -69,7 +69,8 @@ class Options:
     """What to run, and what to demand.
 
     Attributes:
-        against: names of peers and of our other kernels; None for all that are available and fit in memory.
+        against: names of peers and of our other kernels; None for all that are
+            available and fit in memory.
         backward: whether to measure forward + backward.
         repeats: timed rounds.
         kind: of record: ``"attention"`` compares, ``"latency"`` measures how times are

@@ -1,9 +1,10 @@
 """Pair bias in the kernels: how its tiles lie in memory, are read and are added.
 
-Logits with a bias are ``s * scale + bias`` in base 2, before the element test. Tiles of
-a dense or block bias are streamed to shared memory by TMA, in swizzled parts 128 bytes
-wide, so that no array needs more alignment than the 16 bytes a row that TMA asks for.
-Axes of size 1 are shared: index 0 serves every batch entry or head.
+A bias is added to the products, divided by the scale of the logits: one multiply-add an
+element, and what follows scales both. Tiles of a dense or block bias are streamed to
+shared memory by TMA, in swizzled parts 128 bytes wide, so that no array needs more
+alignment than the 16 bytes a row that TMA asks for. Axes of size 1 are shared: index 0
+serves every batch entry or head.
 
 May assume: the last axis of a streamed bias fills 16 bytes. Called by the kernels.
 """
@@ -23,7 +24,6 @@ from jax._src.lib.mlir.dialects import arith
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
 
-from .._common import LOG2E
 from . import _registers as r
 from ._distance import DistanceBias
 from ._score import Score
@@ -121,6 +121,13 @@ class TilePlace(NamedTuple):
     block: Array | int = 0
 
 
+class Tile(NamedTuple):
+    """What a step knows of a streamed bias: its values, and where its gradient goes."""
+
+    values: Array
+    place: TilePlace | None
+
+
 def fetch(bias: Streamed, place: TilePlace, tile: Array, full: Array) -> None:
     """Copies a tile to shared memory, part by part."""
     for part, at in _parts_of(bias, place, tile):
@@ -128,9 +135,11 @@ def fetch(bias: Streamed, place: TilePlace, tile: Array, full: Array) -> None:
 
 
 def write(bias: Streamed, out: Array, place: TilePlace, tile: Array) -> None:
-    """Copies a tile of the gradient of a bias from shared memory, part by part."""
+    """Copies a tile of the gradient of a bias from shared memory, in one group."""
+    last = tile.shape[0] - 1
     for part, at in _parts_of(bias, place, tile):
-        plgpu.copy_smem_to_gmem(tile.at[part], out.at[at])
+        source, to = tile.at[part], out.at[at]
+        plgpu.copy_smem_to_gmem(source, to, commit_group=part == last)
 
 
 def _parts_of(bias: Streamed, place: TilePlace, tile: Array):
@@ -240,32 +249,30 @@ def store_tile(keys: int, dtype: Any) -> Callable:
     return f
 
 
-# ------------------------------------------------------------------- logits in base 2
+# ------------------------------------------------------------------ added to products
 
 
-def _logits(columns: int) -> plgpu.ShapeDtypeStruct:
+def _products(columns: int) -> plgpu.ShapeDtypeStruct:
     return plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=r.ACC)
 
 
-def add_tile(columns: int, scale_log2: float, dtype: Any) -> Callable:
-    """``f(s, values) -> logits`` with the values of `load_tile`."""
+def add_tile(columns: int, scale: float, dtype: Any) -> Callable:
+    """``f(s, values) -> s`` with the values of `load_tile` over the scale."""
     layout = r.ACC if jnp.dtype(dtype).itemsize == 4 else r.OPERAND
 
-    @plgpu.inline_mgpu(arg_types=(r.ACC, layout), return_type=_logits(columns))
+    @plgpu.inline_mgpu(arg_types=(r.ACC, layout), return_type=_products(columns))
     def f(_, s, values):
-        bias = r.scalars(values)
-        if layout is r.OPERAND:
-            bias = [arith.extf(r.f32(), x) for x in bias]
-        return _sum(s, bias, scale_log2, columns)
+        bias = (r.widened if layout is r.OPERAND else r.scalars)(values)
+        return _sum(s, bias, scale, columns)
 
     return f
 
 
-def add_columns(columns: int, scale_log2: float) -> Callable:
-    """``f(s, values, first) -> logits``: one value a column, from global memory."""
+def add_columns(columns: int, scale: float) -> Callable:
+    """``f(s, values, first) -> s``: one value a column, from global memory."""
 
     @plgpu.inline_mgpu(
-        arg_types=(r.ACC, plgpu.RefType(), r.SCALAR), return_type=_logits(columns)
+        arg_types=(r.ACC, plgpu.RefType(), r.SCALAR), return_type=_products(columns)
     )
     def f(_, s, values, first):
         first = arith.addi(first.registers.item(), r.first_column())
@@ -274,23 +281,23 @@ def add_columns(columns: int, scale_log2: float) -> Callable:
             for pair in range(columns // 8)
         ]
         bias = [pairs[i >> 2][i & 1] for i in range(len(pairs) * 4)]
-        return _sum(s, bias, scale_log2, columns)
+        return _sum(s, bias, scale, columns)
 
     return f
 
 
-def add_rows(columns: int, scale_log2: float) -> Callable:
-    """``f(s, values) -> logits`` with one value a row."""
+def add_rows(columns: int, scale: float) -> Callable:
+    """``f(s, values) -> s`` with one value a row."""
 
-    @plgpu.inline_mgpu(arg_types=(r.ACC, r.ROW), return_type=_logits(columns))
+    @plgpu.inline_mgpu(arg_types=(r.ACC, r.ROW), return_type=_products(columns))
     def f(_, s, values):
         rows = r.scalars(values)
         bias = [rows[(i >> 1) & 1] for i in range(columns // 2)]
-        return _sum(s, bias, scale_log2, columns)
+        return _sum(s, bias, scale, columns)
 
     return f
 
 
-def _sum(s: fa.FragmentedArray, bias: list, scale_log2: float, columns: int):
-    values = r.scaled_sum(r.scalars(s), scale_log2, bias, LOG2E)
+def _sum(s: fa.FragmentedArray, bias: list, scale: float, columns: int):
+    values = r.multiples_added(r.scalars(s), bias, 1 / scale)
     return r.accumulator(values, (64, columns))

@@ -1,10 +1,12 @@
 """What a walker does with a bias: reads it, adds it, sums its gradient by row.
 
 A streamed bias has a tile for each warpgroup and step; the others are read by position
-(see `_bias` and `_distance`). Of a bias by key or by distance, the dq and the dk and dv
-kernel sum up for each row what its gradient is made of, and the dq kernel, for each
-item, what a table's or Gaussians' is. A score function is a bias that also changes the
-gradient of the products (see `_score`). Called by the kernels.
+(see `_bias` and `_distance`). The gradient of a streamed bias that nobody shares is the
+dq kernel's ds: it takes the place of the tile in shared memory, and leaves from there.
+Of a bias by key or by distance, the dq and the dk and dv kernel sum up for each row
+what its gradient is made of, and the dq kernel, for each item, what a table's or
+Gaussians' is. A score function is a bias that also changes the gradient of the products
+(see `_score`). Called by the kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from .._common import LOG2E
 from . import _bias, _distance, _persistent, _score
 from . import _gradient as gradient
 from . import _registers as r
-from ._bias import KeyBias
+from ._bias import BlockBias, KeyBias, TilePlace
 from ._distance import DistanceBias
 from ._elements import Position
 from ._persistent import Lists, Walker
@@ -41,17 +43,20 @@ class BiasedWalker(Walker):
         scale: factor of the logits.
         row_sums: sums of each row that the gradient of the bias needs.
         lane_sums: sums over all pairs that it needs.
+        writes_bias: whether the last output is the gradient of a streamed bias.
     """
 
     scale: float
     row_sums: int = dataclasses.field(default=0, kw_only=True)
     lane_sums: int = dataclasses.field(default=0, kw_only=True)
+    writes_bias: bool = dataclasses.field(default=False, kw_only=True)
 
     def read_bias(self, fields, lists: Lists, n, s: dict, slot):
         """What step n needs of the bias: its values, or where they stand.
 
         Called while the step's products are in flight, which do not touch those
-        registers. The tile of a streamed bias is free then.
+        registers. The tile of a streamed bias is free then, unless its gradient shall
+        take its place: see `free_bias`.
         """
         bias = lists.bias
         if bias is None:
@@ -74,12 +79,22 @@ class BiasedWalker(Walker):
         shape = (64, self.tile) if self.rows_are_queries else (self.tile, 64)
         load = _bias.load_tile(*shape, bias.values.dtype, not self.rows_are_queries)
         values = load(s["bias"].at[slot, self.row_half()])
+        if self.writes_bias:
+            return _bias.Tile(values, self.bias_place(fields, lists, n))
         plgpu.barrier_arrive(s["bias_free"][slot])
-        return values
+        return _bias.Tile(values, None)
+
+    def bias_place(self, fields, lists: Lists, n) -> TilePlace:
+        """Where the tile of step n stands in a streamed bias."""
+        at, bias, number = self.position(fields, lists, n), lists.bias, 0
+        if isinstance(bias, BlockBias):
+            nth = lax.div(n, jnp.int32(self.steps_per_block))
+            number = self.listed(fields, bias.numbers, nth)
+        return TilePlace(*bias.entry(*fields[:2]), at.row, at.column, number)
 
     def with_bias(self, fields, lists: Lists, x, read):
-        """A step's logits in base 2; without a bias ``x``, yet to be scaled."""
-        bias, scale = lists.bias, self.scale * LOG2E
+        """A step's products ``x``, with the bias over the scale of the logits."""
+        bias, scale = lists.bias, self.scale
         if bias is None:
             return x
         if isinstance(bias, Score):
@@ -88,7 +103,7 @@ class BiasedWalker(Walker):
             add = _distance.with_bias(self.tile, scale, self.rows_tested)
             return add(x, bias, bias.entry(*fields[:2]), read)
         if not isinstance(bias, KeyBias):
-            return _bias.add_tile(self.tile, scale, bias.values.dtype)(x, read)
+            return _bias.add_tile(self.tile, scale, bias.values.dtype)(x, read.values)
         if self.rows_are_queries:
             return _bias.add_columns(self.tile, scale)(x, bias.values, read)
         return _bias.add_rows(self.tile, scale)(x, read)
@@ -114,15 +129,28 @@ class BiasedWalker(Walker):
         zero = jnp.zeros((64,), jnp.float32)
         return [plgpu.layout_cast(zero, r.ROW) for _ in range(self.row_sums)]
 
-    def pass_bias(self, fields, lists: Lists, sums: list, x, p, ds, read, s: dict):
+    def pass_bias(
+        self, fields, lists: Lists, sums: list, x, p, ds, read, s: dict, slot
+    ):
         """The sums with a step's, and the gradient of its products.
 
         ``x`` and ``read`` are what `with_bias` took; ds is of what it returned.
         """
+        if self.writes_bias:
+            tile = s["bias"].at[slot, self.row_half()]
+            _bias.store_tile(self.tile, lists.bias.values.dtype)(tile, ds)
+            plgpu.commit_smem()
+            _bias.write(lists.bias, s["bias_gradient"], read.place, tile)
         if not isinstance(lists.bias, Score):
             return self.add_sums(fields, lists, sums, p, ds, read, s), ds
         f = _score.products_gradient(lists.bias, *self.score_options)
         return f(sums, x, p, ds, fields[1], read)
+
+    def free_bias(self, s: dict, slot, pending: int) -> None:
+        """Frees the tile of a step once at most ``pending`` gradients have not left."""
+        if self.writes_bias:
+            plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
+            plgpu.barrier_arrive(s["bias_free"][slot])
 
     def add_sums(self, fields, lists: Lists, sums: list, p, ds, read, s: dict) -> list:
         """Adds a step, of which `read_bias` returned ``read``, to the sums."""
@@ -186,6 +214,8 @@ class BiasedWalker(Walker):
 
     def compute(self, arrays, lists: Lists, outs, s: dict) -> None:
         self.clear_lane_sums(s)
+        if self.writes_bias:
+            s = s | dict(bias_gradient=outs[-1])
         super().compute(arrays, lists, outs, s)
 
     def sums_type(self, batch: int, heads: int, length: int, slots: int) -> list:
@@ -206,9 +236,10 @@ class BiasedWalker(Walker):
         lanes = lane_sums_scratch(self.teams, self.wgs, self.lane_sums)
         return dict(sums=plgpu.SMEM(shape, jnp.float32)) | lanes
 
-    def scale_left(self, lists: Lists) -> float:
+    @property
+    def scale_log2(self) -> float:
         """What makes logits in base 2 of what `with_bias` returns."""
-        return self.scale * LOG2E if lists.bias is None else 1.0
+        return self.scale * LOG2E
 
 
 def first_fit(configs: Iterable, scratch: Callable) -> Any:

@@ -112,24 +112,27 @@ class DistanceBias:
         return 6 if rows_are_queries and not self.lane_sums else 3
 
 
-# ------------------------------------------------------------------- logits in base 2
+# ------------------------------------------------------------------ added to products
 
 
-def with_bias(columns: int, scale_log2: float, rows: int) -> Callable:
-    """``f(s, bias, entry, read) -> logits``; see `_elements.apply` for rows."""
+def with_bias(columns: int, scale: float, rows: int) -> Callable:
+    """``f(s, bias, entry, read) -> s`` with the bias over the scale of the logits.
+
+    See `_elements.apply` for rows.
+    """
 
     def f(s, bias, entry, read):
         if bias.form != "gaussian":
             count = bias.weights.shape[-1]
-            add = add_distance(columns, scale_log2, bias.form, rows, count)
+            add = add_distance(columns, scale, bias.form, rows, count)
             return add(s, bias, entry, read)
         d = distances(columns, rows)(bias, read.at)
-        add, inverse = add_gaussian(columns), bias.inverse[entry.points]
+        add, inverse = add_gaussian(columns, scale), bias.inverse[entry.points]
 
         def one(n, x):
             return add(x, d, *_gaussian(bias, entry, n), inverse)
 
-        return lax.fori_loop(0, bias.weights.shape[-1], one, s * scale_log2)
+        return lax.fori_loop(0, bias.weights.shape[-1], one, s)
 
     return f
 
@@ -161,9 +164,9 @@ def read_table(count: int) -> Callable:
 
 
 def add_distance(
-    columns: int, scale_log2: float, form: str, rows: int, count: int
+    columns: int, scale: float, form: str, rows: int, count: int
 ) -> Callable:
-    """``f(s, bias, entry, read) -> logits`` for all forms but Gaussians."""
+    """``f(s, bias, entry, read) -> s``, as `with_bias`, for all forms but Gaussians."""
     is_table = form == "table"
 
     @plgpu.inline_mgpu(
@@ -174,17 +177,18 @@ def add_distance(
         *position, table = args if is_table else (*args, None)
         at = _place(position, columns, rows)
         number = r.global_word(numbers, index.registers.item(), 0, r.f32())
-        values, slope = [], r.mul(number, r.number(-1.0))
-        for _, square in _differences(at, points, others, columns):
+        factor, slope = r.number(1 / scale), r.mul(number, r.number(-1 / scale))
+        found = _differences(at, points, others, columns)
+        out = []
+        for x, (_, square) in zip(r.scalars(s), found, strict=True):
             if is_table:
                 cell = _Cell(r.sqrt(square), number, count, r.minimum)
                 value, step = (cell.look_up(x) for x in _lanes(table, count))
-                values.append(r.fma(cell.fraction, step, value))
+                out.append(r.fma(r.fma(cell.fraction, step, value), factor, x))
             else:
                 distance = square if form == "quadratic" else r.sqrt(square)
-                values.append(r.mul(slope, distance))
-        values = r.scaled_sum(r.scalars(s), scale_log2, values, LOG2E)
-        return r.accumulator(values, (64, columns))
+                out.append(r.fma(slope, distance, x))
+        return r.accumulator(out, (64, columns))
 
     def add(s, bias, entry, read):
         points = bias.rows, bias.columns
@@ -208,15 +212,15 @@ def distances(columns: int, rows: int) -> Callable:
     return lambda bias, position: f(bias.rows, bias.columns, *position)
 
 
-def add_gaussian(columns: int) -> Callable:
-    """``f(x, d, weight, center, inverse) -> x`` with one more Gaussian, in base 2."""
+def add_gaussian(columns: int, scale: float) -> Callable:
+    """``f(x, d, weight, center, inverse) -> x`` with a Gaussian over the scale."""
 
     @plgpu.inline_mgpu(
         arg_types=(r.ACC, r.ACC, *[r.SCALAR] * 3), return_type=_tile(columns)
     )
     def f(_, x, d, *scalars):
         weight, center, inverse = (x.registers.item() for x in scalars)
-        weight = r.mul(weight, r.number(LOG2E))
+        weight = r.mul(weight, r.number(1 / scale))
         values = [
             r.fma(weight, _exponential(r.mul(r.sub(distance, center), inverse)), value)
             for value, distance in zip(r.scalars(x), r.scalars(d), strict=True)

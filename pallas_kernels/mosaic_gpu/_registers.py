@@ -19,7 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import llvm, vector
+from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
 
@@ -80,6 +80,22 @@ def scalars(array: fa.FragmentedArray) -> list[ir.Value]:
     for reg in array.registers.flat:
         (size,) = ir.VectorType(reg.type).shape
         out += [llvm.extractelement(reg, integer(i)) for i in range(size)]
+    return out
+
+
+def widened(array: fa.FragmentedArray) -> list[ir.Value]:
+    """The registers of a 16-bit array, which hold two values each, as float32.
+
+    A bfloat16 is the upper half of a float32: one instruction a value.
+    """
+    if not isinstance(array.mlir_dtype, ir.BF16Type):
+        return [arith.extf(f32(), x) for x in scalars(array)]
+    out = []
+    for reg in array.registers.flat:
+        word = llvm.bitcast(i32(), reg)
+        low = arith.shli(word, integer(16))
+        high = arith.andi(word, integer(-(1 << 16)))
+        out += [arith.bitcast(f32(), x) for x in (low, high)]
     return out
 
 
@@ -206,12 +222,12 @@ def fma_of_minus(x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
     return asm(f32(), [x, y, z], text, "=f,f,f,f")
 
 
-def scaled_sum(
-    xs: Sequence[ir.Value], a: float, ys: Sequence[ir.Value], b: float
+def multiples_added(
+    xs: Sequence[ir.Value], ys: Sequence[ir.Value], factor: float
 ) -> list[ir.Value]:
-    """``a * x + b * y``, one by one."""
-    a_, b_ = number(a), number(b)
-    return [fma(x, a_, mul(y, b_)) for x, y in zip(xs, ys, strict=True)]
+    """``x + factor * y``, one by one."""
+    times = number(factor)
+    return [fma(y, times, x) for x, y in zip(xs, ys, strict=True)]
 
 
 def exp2(x: ir.Value) -> ir.Value:

@@ -104,7 +104,7 @@ def _types(score: Score) -> tuple:
 def new_logits(
     score: Score, columns: int, scale: float, rows: int, rows_are_queries: bool
 ) -> Callable:
-    """``f(x, head, position) -> logits`` in base 2, of products yet to be scaled.
+    """``f(x, head, position) -> x``: new logits over their scale, of products.
 
     See `_elements.apply` for ``rows``.
     """
@@ -114,7 +114,7 @@ def new_logits(
         machine = _Registers(score, args, columns, rows, rows_are_queries)
         place = machine.place(x, scale)
         (out,) = score.program.evaluate(place, machine)
-        logits = _each(r.mul, machine.number(out), _one(r.number(LOG2E)))
+        logits = _each(r.mul, machine.number(out), _one(r.number(1 / scale)))
         return machine.tile(logits)
 
     return lambda x, head, position: f(x, *score.arrays, head, *position)

@@ -2,8 +2,10 @@
 
 A team computes ``ds = p (dp - delta)`` of its tile for one batch entry and head after
 another of those that share it, adds them up in registers and writes the sum once: no
-atomics, and zeros where the mask has no block. Two products a visit, ``s = q k^T`` and
-``dp = dout v^T``; each element is its own, so a NaN needs no care here.
+atomics, and zeros where the mask has no block. Where tiles are too few to keep all
+teams busy, the visits of each are divided into shares, whose sums are added up after.
+Two products a visit, ``s = q k^T`` and ``dp = dout v^T``; each element is its own, so a
+NaN needs no care here. A bias that nobody shares has its gradient from the dq kernel.
 May assume what `fwd_sm90` does; called by the adapter.
 """
 
@@ -33,6 +35,9 @@ from ._wgmma import Product, start
 Array = Any
 CHUNK = 64
 """Most columns of one product."""
+MOST_SHARES = 8
+IDLE = 1.08
+"""Longer than with perfect balance by this factor, a launch is divided further."""
 EMPTY, FULL, PARTIAL = 0, 1, 2
 """States of a block; the n-th partial block of a batch entry is ``PARTIAL + n``."""
 
@@ -166,7 +171,12 @@ def backward_dbias(
     state = bias_blocks.state
     order = _longest_first(state, bias, batch)
     q, k, v, dout = (_persistent.pad_rows(x) for x in (q, k, v, dout))
+    per_entry = batch // bias.values.shape[0]
+    visits_of_a_tile = per_entry * (heads if bias.values.shape[1] == 1 else 1)
+    tiles = order.shape[0] * (blocks[1] // config.tile)
+    shares = num_shares(tiles, visits_of_a_tile, config.num_workers)
     kernel = _BackwardDbias(
+        shares=shares,
         block_rows=blocks[0],
         teams=config.teams,
         block_columns=blocks[1],
@@ -187,10 +197,43 @@ def backward_dbias(
     visits = Visits(order, flat, elements, bias)
     arrays = (q, k, v, dout, lse2, delta)
     out_type = [jax.ShapeDtypeStruct(bias.values.shape, dtype)]
+    if shares > 1:
+        parts = (shares, *bias.values.shape[:2], state.shape[-1], *blocks)
+        out_type = [jax.ShapeDtypeStruct(parts, jnp.float32)]
     (found,) = kernel.launch(
         arrays, visits, out_type, scratch, config.num_ctas, "jsparse_bwd_dbias"
     )
-    return found
+    return found if shares == 1 else _sum_of_shares(found, bias, kernel.columns)
+
+
+def num_shares(tiles: int, visits: int, workers: int) -> int:
+    """Parts that the visits of each tile are divided into; few, each costs memory.
+
+    Args:
+        tiles: of the bias.
+        visits: of a tile.
+        workers: teams of the launch.
+    """
+
+    def length(shares: int) -> float:
+        """Over that of perfect balance."""
+        return -(-tiles * shares // workers) * workers / (tiles * shares)
+
+    choices = range(1, min(visits, MOST_SHARES) + 1)
+    good = [n for n in choices if length(n) < IDLE]
+    return good[0] if good else min(choices, key=length)
+
+
+def _sum_of_shares(parts: Array, bias: Streamed, columns: int) -> Array:
+    """The gradient of ``bias.values``, from ``[shares, b, H, n, rows, columns]``."""
+    found = parts.sum(0).astype(bias.values.dtype)
+    if not isinstance(bias, DenseBias):
+        return found
+    b, h, blocks, height, width = found.shape
+    found = found.reshape(b, h, blocks // columns, columns, height, width)
+    found = found.swapaxes(3, 4).reshape(b, h, -1, columns * width)
+    _, _, q_len, kv_len = bias.values.shape
+    return found[:, :, :q_len, :kv_len]
 
 
 def _longest_first(state: Array, bias: Streamed, batch: int) -> Array:
@@ -206,12 +249,21 @@ def _longest_first(state: Array, bias: Streamed, batch: int) -> Array:
 
 
 class _Item(NamedTuple):
-    """Entry, head and block of the bias, and the tile's first column in the block."""
+    """A tile, and which share of its visits.
+
+    Attributes:
+        entry: into the first axis of the bias.
+        head: into the second.
+        block: into the third, or of a dense bias the block's number.
+        part: first column in the block.
+        share: of the visits.
+    """
 
     entry: Array
     head: Array
     block: Array
     part: Array
+    share: Array
 
 
 class _Seen(NamedTuple):
@@ -226,6 +278,7 @@ class _Seen(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _BackwardDbias(Teams):
+    shares: int
     block_columns: int
     tile: int
     num_stages: int
@@ -253,18 +306,17 @@ class _BackwardDbias(Teams):
     def walk(self, visits: Visits, s: dict, item, carry):
         """``item(at, carry)`` for every tile of this team, part by part of a block."""
         per_block = self.block_columns // self.tile
-        total = len_of(visits.order) * per_block
+        total = len_of(visits.order) * per_block * self.shares
         worker = lax.axis_index("cta") * self.teams + s["team"]
         turns = lax.div(total - 1 - worker + self.workers, jnp.int32(self.workers))
         heads, blocks = visits.bias.values.shape[1], self.pattern[2]
 
         def step(n, carry):
-            n = worker + n * self.workers
-            block = visits.order[lax.div(n, jnp.int32(per_block))]
-            part = lax.rem(n, jnp.int32(per_block)) * self.tile
-            rest, block = _divmod(block, blocks)
+            n, share = _divmod(worker + n * self.workers, self.shares)
+            n, part = _divmod(n, per_block)
+            rest, block = _divmod(visits.order[n], blocks)
             entry, head = _divmod(rest, heads)
-            return item(_Item(entry, head, block, part), carry)
+            return item(_Item(entry, head, block, part * self.tile, share), carry)
 
         return lax.fori_loop(0, turns, step, carry)
 
@@ -292,7 +344,9 @@ class _BackwardDbias(Teams):
 
             return lax.cond(state != EMPTY, see, lambda carry: carry, carry)
 
-        return lax.fori_loop(0, count, step, carry)
+        first = at.share * count // self.shares
+        last = (at.share + 1) * count // self.shares
+        return lax.fori_loop(first, last, step, carry)
 
     def place(self, visits: Visits, at: _Item, b):
         """Row and column of a block of the bias in batch entry b's grid of blocks."""
@@ -378,18 +432,29 @@ class _BackwardDbias(Teams):
                 return count + 1, sums
 
             count, sums = self.visit(visits, at, one, (count, sums))
-            places = self.chunk_places(visits, at, w)
-            for c, (place, x) in enumerate(zip(places, sums, strict=True)):
-                tile = s["bias"].at[w, c]
-                store(tile, x)
-                plgpu.commit_smem()
-                _bias.write(visits.bias, out, place, tile)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if self.shares > 1:
+                self.write_share(at, out, sums)
+            else:
+                places = self.chunk_places(visits, at, w)
+                for c, (place, x) in enumerate(zip(places, sums, strict=True)):
+                    tile = s["bias"].at[w, c]
+                    store(tile, x)
+                    plgpu.commit_smem()
+                    _bias.write(visits.bias, out, place, tile)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(s["bias_free"][0])
             return count
 
         self.walk(visits, s, item, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
+
+    def write_share(self, at: _Item, out, sums: list) -> None:
+        """Writes a share's sums, which need no rounding, straight from registers."""
+        for c, x in enumerate(sums):
+            columns = pl.ds(at.part + c * self.chunk, self.chunk)
+            rows = pl.ds(self.row_half() * 64, 64)
+            place = out.at[at.share, at.entry, at.head, at.block, rows, columns]
+            r.store(place, gradient.scaled(self.chunk, 1.0, jnp.float32)(x))
 
     def add(self, visits: Visits, seen: _Seen, s: dict, slot, sums: list) -> list:
         """Adds the logits' gradient of a visit to the sums, chunk by chunk."""
@@ -401,8 +466,8 @@ class _BackwardDbias(Teams):
             Product(chunk, qk_tiling, qk_tiling), Product(chunk, v_tiling, v_tiling)
         )
         load_bias = _bias.load_tile(64, chunk, self.bias_dtype, transposed=False)
-        add_bias = _bias.add_tile(chunk, self.scale * LOG2E, self.bias_dtype)
-        probabilities = gradient.probabilities_by_row(chunk, 1.0)
+        add_bias = _bias.add_tile(chunk, self.scale, self.bias_dtype)
+        probabilities = gradient.probabilities_by_row(chunk, self.scale * LOG2E)
         logits_gradient = gradient.logits_gradient_by_row(chunk, partial=True)
         q, dout = s["q"].at[slot, w], s["dout"].at[slot, w]
         lse2, delta = (

@@ -311,7 +311,7 @@ class _BackwardDkv(BiasedWalker):
 
     def probabilities(self, logits, lists, s, slot):
         """The step's p."""
-        f = gradient.probabilities_by_column(self.tile, self.scale_left(lists))
+        f = gradient.probabilities_by_column(self.tile, self.scale_log2)
         return f(logits, s["lse2"].at[slot])
 
     def logits_gradient(self, p, dp, s, slot, partial):
@@ -355,7 +355,7 @@ class _BackwardDkv(BiasedWalker):
             if "dk" in dims:
                 dp = wait((64, tile), 0)(found["dp"])
                 ds = self.logits_gradient(p, dp, s, slot, seen is not None)
-                rows, ds = self.pass_bias(fields, lists, rows, x, p, ds, bias, s)
+                rows, ds = self.pass_bias(fields, lists, rows, x, p, ds, bias, s, slot)
             if "dv" in dims:
                 operands["dv"] = sums["dv"], to_operand(p), dout
             if "dk" in dims:

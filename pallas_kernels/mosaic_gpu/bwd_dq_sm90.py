@@ -9,7 +9,7 @@ May assume what `fwd_sm90` does; called by the adapter.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -30,6 +30,22 @@ from ._softmax import operand
 from ._wgmma import Product, start, wait
 
 Array = Any
+
+
+class BiasGradient(NamedTuple):
+    """What the gradient of a bias is made of; None what it is not.
+
+    Attributes:
+        by_row: ``[n, B, H, T]`` float32 sums, see `_distance.add_distance_sums` and
+            `_score.products_gradient`.
+        by_pair: ``[B, H, n]`` float32 sums, see `DistanceBias`.
+        values: as ``bias.values``, of a streamed one that no two heads or batch entries
+            share; undefined in blocks that the lists do not have.
+    """
+
+    by_row: Array | None
+    by_pair: Array | None
+    values: Array | None
 
 
 def choose(
@@ -115,8 +131,8 @@ def backward_dq(
     scale: float,
     config: BackwardConfig,
     bias: Bias | None = None,
-) -> tuple[Array, Array | None, Array | None]:
-    """Computes dq, and sums for dbias, over the blocks of a schedule.
+) -> tuple[Array, BiasGradient]:
+    """Computes dq, and what makes dbias, over the blocks of a schedule.
 
     Args:
         q: ``[B, T, H, D]`` float16 or bfloat16.
@@ -137,9 +153,7 @@ def backward_dq(
 
     Returns:
         dq: ``[B, T, H, D]`` in the dtype of q.
-        sums: ``[n, B, H, T]`` float32, see `_distance.add_distance_sums` and
-            `_score.products_gradient`; None where the bias needs none.
-        lane_sums: ``[B, H, n]`` float32, see `DistanceBias`; or None.
+        of_bias: see `BiasGradient`.
 
     Raises:
         ValueError: for a config that does not fit into shared memory.
@@ -178,8 +192,11 @@ def backward_dq(
         dtype=q.dtype,
         row_sums=_bias.row_sums(bias, rows_are_queries=True),
         lane_sums=lane_sums,
+        writes_bias=_bias.streamed(bias) and not any(bias.shared(q.shape[0], heads)),
     )
     out_type += kernel.sums_type(q.shape[0], heads, q_len, slots)
+    if kernel.writes_bias:
+        out_type.append(jax.ShapeDtypeStruct(bias.values.shape, bias.values.dtype))
     lists = Lists.of(kv_indices, full_kv_indices, elements, schedule, bias)
     arrays = (q, k, v, dout, lse2, delta)
     scratch |= kernel.sums_scratch()
@@ -187,12 +204,13 @@ def backward_dq(
         arrays, lists, out_type, scratch, config.num_ctas, "jsparse_bwd_dq"
     )
     dq = gradient.merge(dq, parts, schedule)[:, :q_len]
+    values = sums.pop() if kernel.writes_bias else None
     by_row = by_pair = None
     if sums:
         by_row = _biased.merge_sums(*sums[:2], schedule, block_q, q_len)
     if lane_sums:
         by_pair = _biased.merge_lane_sums(*sums[2:], schedule)
-    return dq, by_row, by_pair
+    return dq, BiasGradient(by_row, by_pair, values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +232,7 @@ class _BackwardDq(BiasedWalker):
         qk = Product(tile, k_tiling, k_tiling)
         dov = Product(tile, v_tiling, v_tiling)
         dsk = Product(dim, k_tiling, accumulate=True)
-        probabilities = gradient.probabilities_by_row(tile, self.scale_left(lists))
+        probabilities = gradient.probabilities_by_row(tile, self.scale_log2)
         logits_gradient = [
             gradient.logits_gradient_by_row(tile, partial) for partial in (False, True)
         ]
@@ -239,7 +257,8 @@ class _BackwardDq(BiasedWalker):
         logits = self.with_bias(fields, lists, x, bias)
         p = self.mask_first(fields, mask, seen, probabilities(logits, lse2))
         ds = logits_gradient[self.any_partial](p, dp, delta)
-        rows, ds = self.pass_bias(fields, lists, self.no_sums(), x, p, ds, bias, s)
+        rows = self.no_sums()
+        rows, ds = self.pass_bias(fields, lists, rows, x, p, ds, bias, s, slot)
         ds = to_operand(ds)
         self.clean_first(fields, lists, seen, [s["k"].at[slot]])
         dq = plgpu.layout_cast(jnp.zeros((64, dim), jnp.float32), r.ACC)
@@ -268,7 +287,8 @@ class _BackwardDq(BiasedWalker):
             dp = wait((64, tile), 1)(dp)
             plgpu.barrier_arrive(s["v_free"][slot])
             ds = logits_gradient[seen is not None](p, dp, delta)
-            rows, ds = self.pass_bias(fields, lists, rows, x, p, ds, bias, s)
+            rows, ds = self.pass_bias(fields, lists, rows, x, p, ds, bias, s, slot)
+            self.free_bias(s, before, pending=1)
             self.await_operands(n + 1, total, step0, s, ["k", "v"])
             dq, ds = gradient.await_all(dim, tile)(dq, ds)
             plgpu.barrier_arrive(s["k_free"][before])
@@ -276,6 +296,7 @@ class _BackwardDq(BiasedWalker):
 
         carry = dq, ds, slot, rows
         dq, ds, last, rows = self.steps(fields, lists, step, carry, 1)
+        self.free_bias(s, last, pending=0)
         plgpu.barrier_arrive(s["fixed_free"][stage])
         dq = start(dsk)(dq, ds, s["k"].at[last])
         dq = wait((64, dim), 0)(dq)

@@ -348,7 +348,7 @@ class _Forward(BiasedWalker):
         qk = Product(tile, k_tiling, None if in_regs else k_tiling)
         pv = Product(dim, v_tiling, accumulate=True)
         start_qk, start_pv, start_both = start(qk), start(pv), start(qk, pv)
-        softmax_step = softmax.softmax_step(tile, self.scale_left(lists), c.lazy)
+        softmax_step = softmax.softmax_step(tile, self.scale_log2, c.lazy)
         guesses = c.guess and lists.bias is None
         end_step = softmax.end_step(tile, dim, self.dtype, c.lazy > 0)
         total = self.total_steps(fields)
@@ -417,7 +417,7 @@ class _Forward(BiasedWalker):
 
         Its own maximum is found only where the sums show that m was too low.
         """
-        sizes = self.config.tile_kv, self.scale_left(lists), self.config.lazy
+        sizes = self.config.tile_kv, self.scale_log2, self.config.lazy
         rows = lambda x: plgpu.layout_cast(jnp.full((64,), x, jnp.float32), r.ROW)
         barrier = _persistent.FIRST_VOTE_BARRIER + lax.axis_index("wg")
         p, total, low = softmax.guessed_step(*sizes)(logits, m, barrier)

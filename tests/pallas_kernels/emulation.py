@@ -22,7 +22,6 @@ from jax._src import callback as jax_callback
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
 from jsparse.backends import _score as programs
-from jsparse.pallas_kernels._common import LOG2E
 from jsparse.pallas_kernels.mosaic_gpu import (
     _bias,
     _distance,
@@ -264,23 +263,23 @@ def store_tile(keys, dtype):
     return f
 
 
-def add_tile(columns, scale_log2, dtype):
+def add_tile(columns, scale, dtype):
     del columns, dtype
-    return lambda s, values: s * scale_log2 + values.astype(F32) * LOG2E
+    return lambda s, values: s + values.astype(F32) / scale
 
 
-def add_columns(columns, scale_log2):
+def add_columns(columns, scale):
     def f(s, values, first):
         head, column = jnp.divmod(first, values.shape[-1])
         b, h = jnp.divmod(head, values.shape[1])
-        return s * scale_log2 + values[b, h, pl.ds(column, columns)] * LOG2E
+        return s + values[b, h, pl.ds(column, columns)] / scale
 
     return f
 
 
-def add_rows(columns, scale_log2):
+def add_rows(columns, scale):
     del columns
-    return lambda s, values: s * scale_log2 + values[:, None] * LOG2E
+    return lambda s, values: s + values[:, None] / scale
 
 
 def _difference(bias, at, rows, columns):
@@ -313,7 +312,7 @@ def _hats(d, bias, entry):
     return [jnp.maximum(0, 1 - jnp.abs(u - n)) for n in range(last + 1)]
 
 
-def add_distance(columns, scale_log2, form, rows, count):
+def add_distance(columns, scale, form, rows, count):
     del count
 
     def f(s, bias, entry, read):
@@ -324,7 +323,7 @@ def add_distance(columns, scale_log2, form, rows, count):
             value = sum(w * x for w, x in zip(weights, hats, strict=True))
         else:
             value = -weights[0] * (d * d if form == "quadratic" else d)
-        return s * scale_log2 + value * LOG2E
+        return s + value / scale
 
     return f
 
@@ -337,12 +336,12 @@ def distances(columns, rows):
     return f
 
 
-def add_gaussian(columns):
+def add_gaussian(columns, scale):
     del columns
 
     def f(x, d, weight, center, inverse):
         u = (d - center) * inverse
-        return x + weight * LOG2E * jnp.exp(-u * u / 2)
+        return x + weight / scale * jnp.exp(-u * u / 2)
 
     return f
 
@@ -424,7 +423,7 @@ def new_logits(score, columns, scale, rows, rows_are_queries):
     def f(x, head, at):
         place, loaded = _scores(score, x, scale, head, at, rows, rows_are_queries)
         (out,) = score.program.evaluate(place, programs.Numbers(loaded))
-        return jnp.broadcast_to(out, x.shape) * F32(LOG2E)
+        return jnp.broadcast_to(out, x.shape) / F32(scale)
 
     return f
 

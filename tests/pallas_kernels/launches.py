@@ -54,7 +54,8 @@ class Launch:
 
     ``bias`` is None, ``"key"``, ``"block"``, a form of `DistanceBias`, the name of one
     of `tests.support.scores.FUNCTIONS`, or the dtype of a dense one; a table or
-    Gaussians have ``weights``, as many as may be if None.
+    Gaussians have ``weights``, as many as may be if None. Heads share a dense or block
+    bias unless ``shared`` is False.
     """
 
     kernel: str
@@ -69,6 +70,7 @@ class Launch:
     given: Any = None
     bias: str | None = None
     weights: int | None = None
+    shared: bool = True
 
     def config(self):
         """The given one, or the chosen: what is launched matters to forward only."""
@@ -125,7 +127,7 @@ class Launch:
         )
 
     def bias_shape(self):
-        """Shared by all heads; of a block bias, values of 40 blocks."""
+        """Of one batch entry; of a block bias, values of 40 blocks."""
         block_q, block_kv = self.blocks
         if self.bias is None:
             return None
@@ -148,10 +150,11 @@ class Launch:
             )
         if self.bias in FUNCTIONS:
             return self.score()
+        heads = 1 if self.shared else self.heads[0]
         if self.bias == "block":
-            shape = jax.ShapeDtypeStruct((1, 1, 40, block_q, block_kv), "float32")
+            shape = jax.ShapeDtypeStruct((1, heads, 40, block_q, block_kv), "float32")
             return _bias.BlockBias(shape)
-        shape = (1, 1, 7 * block_q - 5, 5 * block_kv - 8)
+        shape = (1, heads, 7 * block_q - 5, 5 * block_kv - 8)
         return _bias.DenseBias(jax.ShapeDtypeStruct(shape, self.bias))
 
     def score(self) -> _score.Score:

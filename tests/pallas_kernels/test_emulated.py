@@ -15,7 +15,8 @@ import pytest
 
 from jsparse import block_sparse_attention
 from jsparse.backends import _hopper, mosaic_gpu
-from jsparse.pallas_kernels.mosaic_gpu import _schedule, fwd_sm90
+from jsparse.bias import BlockBias
+from jsparse.pallas_kernels.mosaic_gpu import _schedule, bwd_dbias_sm90, fwd_sm90
 from tests.backends import test_contract as contract
 from tests.backends import test_score_function as score_function
 from tests.pallas_kernels.emulation import emulated
@@ -173,6 +174,52 @@ def test_bias_beside_batch_and_head_patterns(kind):
     case.bias = biases(rng, case.mask, 2, 2)[kind]
     found = check(case)
     contract.check_sixteen_bit_bias(case.cast("bfloat16"), found[5])
+
+
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("kind, dtype", [("dense", "float32"), ("block", "bfloat16")])
+def test_bias_that_nobody_shares(kind, dtype, static, monkeypatch):
+    monkeypatch.setattr(bwd_dbias_sm90, "backward_dbias", None)
+    rng = np.random.default_rng(7)
+    mask = random_mask(rng, SIZES["64 x 64"], 5)
+    case = make_case(rng, mask, heads=(2, 1))
+    case.bias = cast_bias(biases(rng, mask, 2, 1)[kind], dtype)
+    if kind == "dense":
+        case.bias = case.bias[0]  # there is no batch
+    elif not static:
+        # A block that no list has: its gradient is 0, whatever memory holds.
+        more = ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0))
+        case.bias = BlockBias(np.pad(case.bias.values, more))
+    found = check(case, static)
+    contract.check_sixteen_bit_bias(case.cast("bfloat16"), found[5])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(
+    "kind", ["dense_shared_batch", "dense_shared_heads", "block_shared_heads"]
+)
+def test_shares_of_a_bias(kind, count, monkeypatch):
+    monkeypatch.setattr(bwd_dbias_sm90, "num_shares", lambda *_: count)
+    rng = np.random.default_rng(8)
+    mask = random_mask(rng, SIZES["64 x 64"], 5)
+    case = make_case(rng, mask, batch=(3,), heads=(2, 1))
+    case.bias = biases(rng, mask, 2, 3)[kind]
+    found = check(case)
+    contract.check_sixteen_bit_bias(case.cast("bfloat16"), found[5])
+
+
+@pytest.mark.parametrize(
+    "tiles, visits, workers, expected",
+    [
+        (144, 768, 132, 6),  # triangle attention: two rounds for 1.09 of work
+        (144, 1, 132, 1),
+        (4096, 128, 132, 1),
+        (8, 768, 132, 8),
+        (132, 5, 132, 1),
+    ],
+)
+def test_number_of_shares(tiles, visits, workers, expected):
+    assert bwd_dbias_sm90.num_shares(tiles, visits, workers) == expected
 
 
 @pytest.mark.parametrize("lead", [(3, 1), (1, 2)], ids=str)

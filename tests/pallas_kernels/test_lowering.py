@@ -71,7 +71,7 @@ def test_every_config_fits_into_shared_memory(kernel):
 
 
 BIASED = [
-    Launch(kernel, (dim, value_dim), blocks, rules=True, bias=bias)
+    Launch(kernel, (dim, value_dim), blocks, rules=True, bias=bias, shared=False)
     for kernel, blocks in itertools.product(KERNELS, BLOCKS)
     for dim, value_dim in itertools.product(
         range(16, mosaic_gpu.LARGEST_HEAD_WITH_BIAS + 1, 16), repeat=2
