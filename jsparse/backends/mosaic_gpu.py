@@ -97,7 +97,7 @@ def forward(
     call = _hopper.Call.of(operands, scale, pattern)
     lists, num_ctas = call.rows, _hopper.num_multiprocessors()
     lists_of_all = math.prod(call.q.shape[::2])
-    computed = isinstance(call.bias, _distance.DistanceBias | _score.Score)
+    computed = _bias.kind(call.bias) in _bias.COMPUTED
     launch = fwd_sm90.launch_of(
         lists_of_all * call.mask.num_q_blocks,
         lists_of_all * (lists.partial.column[0, 0].size + lists.full.column[0, 0].size),
@@ -105,8 +105,7 @@ def forward(
         num_ctas,
     )
     config = fwd_sm90.Config.choose(
-        *(*call.dims, *call.blocks, num_ctas, launch),
-        *(_bias.dtype_of(call.bias), computed),
+        *(*call.dims, *call.blocks, num_ctas, launch, _bias.kind(call.bias)),
     )
     schedule = call.schedule(
         lists,
@@ -143,7 +142,7 @@ def backward(
     call = _hopper.Call.of(operands, scale, pattern)
     q, k, v = call.q, call.k, call.v
     sizes = (*call.dims, *call.blocks, _hopper.num_multiprocessors())
-    beside = _bias.beside(call.bias)
+    beside = _bias.kind(call.bias), _bias.lane_sums(call.bias)
     config = bwd_dq_sm90.choose(*sizes, *beside)
     lists = call.rows
     schedule = call.schedule(lists, config.num_workers)

@@ -99,6 +99,10 @@ class KeyBias(_Shared):
     """``values [b, H or 1, S]`` float32, of whole blocks: the same for all queries."""
 
 
+STREAMED = {"16 bits": jnp.bfloat16, "32 bits": jnp.float32}
+"""Kinds of a streamed bias, and a dtype of each."""
+COMPUTED = ("linear", "quadratic", "table", "gaussian", "score")
+"""Kinds of a bias that takes registers."""
 Streamed = DenseBias | BlockBias
 Bias = Streamed | KeyBias | DistanceBias | Score
 
@@ -171,17 +175,18 @@ def dtype_of(bias: Bias | None) -> Any:
     return bias.values.dtype if bias is not None and streamed(bias) else None
 
 
-def beside(bias: Bias | None) -> tuple[Any, int]:
-    """``bias_dtype`` and ``lane_sums`` for the choice of a backward config.
+def kind(bias: Bias | None) -> str | None:
+    """What a config depends on: one of `STREAMED` or `COMPUTED`, or ``"key"``.
 
-    What is computed takes as many registers as a streamed one, though no shared memory;
-    what has sums of its own in shared memory takes more.
+    A bias by key takes next to nothing of what configs divide.
     """
+    if isinstance(bias, DistanceBias):
+        return bias.form
     if isinstance(bias, Score):
-        return jnp.float32, 0
-    if not isinstance(bias, DistanceBias):
-        return dtype_of(bias), 0
-    return (None if bias.lane_sums else jnp.float32), bias.lane_sums
+        return "score"
+    if bias is None or not streamed(bias):
+        return None if bias is None else "key"
+    return f"{8 * jnp.dtype(bias.values.dtype).itemsize} bits"
 
 
 # -------------------------------------------------------------------- tiles in memory

@@ -242,6 +242,17 @@ class BiasedWalker(Walker):
         return self.scale * LOG2E
 
 
+def room(bias: str) -> Any:
+    """A dtype for whose tiles a backward config leaves room beside a kind of bias.
+
+    One that is computed takes as many registers as a streamed one of 32 bits; a table
+    or Gaussians take more, and sums in shared memory in place of tiles.
+    """
+    if bias in ("table", "gaussian"):
+        return None
+    return _bias.STREAMED.get(bias, jnp.float32)
+
+
 def first_fit(configs: Iterable, scratch: Callable) -> Any:
     """The first config whose ``scratch(config)`` fits, or the last."""
     for config in configs:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from . import _persistent, bwd_dkv_sm90, bwd_dq_sm90, fwd_sm90
+from . import _bias, _persistent, bwd_dkv_sm90, bwd_dq_sm90, fwd_sm90
 from ._gradient import BackwardConfig
 from ._tables import Key
 from .fwd_sm90 import Config
@@ -23,12 +23,15 @@ FORWARD = (
     Config(num_stages=4, num_q_stages=2),
     Config(num_stages=4, num_q_stages=2, guess=True),
     Config(num_stages=4, num_q_stages=2, lazy=0.0),
+    Config(tile_kv=64, num_stages=2),
     Config(tile_kv=64, num_stages=4),
     Config(tile_kv=64, num_stages=4, q_in_registers=True),
     Config(tile_kv=64, num_stages=2, ping_pong=False, teams=2),
+    Config(tile_kv=64, num_stages=3, ping_pong=False, teams=2),
     Config(tile_kv=64, num_stages=4, ping_pong=False, teams=2),
     Config(tile_kv=64, num_stages=4, ping_pong=False, teams=2, guess=True),
     Config(64, tile_kv=64, num_stages=4, ping_pong=False, teams=2),
+    Config(64, tile_kv=64, num_stages=3, ping_pong=False, teams=3),
     Config(64, tile_kv=64, num_stages=3, ping_pong=False, teams=4),
     Config(64, num_stages=3, num_q_stages=2, ping_pong=False, lazy=0.0),
     Config(64, num_stages=2, num_q_stages=2, ping_pong=False, lazy=0.0, teams=2),
@@ -47,6 +50,9 @@ DQ = (
     BackwardConfig(tile=64, num_stages=4, num_fixed_stages=2),
     BackwardConfig(tile=64, num_stages=3, teams=2),
     BackwardConfig(tile=64, num_stages=4, teams=2),
+    BackwardConfig(tile=64, num_stages=3, teams=3),
+    BackwardConfig(tile=32, num_stages=3),
+    BackwardConfig(tile=32, num_stages=4, teams=2),
 )
 DKV = (
     BackwardConfig(tile=128, num_stages=2),
@@ -57,6 +63,9 @@ DKV = (
     BackwardConfig(tile=64, num_stages=3),
     BackwardConfig(tile=64, num_stages=2, teams=2),
     BackwardConfig(tile=64, num_stages=3, teams=2),
+    BackwardConfig(tile=64, num_stages=2, teams=3),
+    BackwardConfig(tile=32, num_stages=2),
+    BackwardConfig(tile=32, num_stages=3, teams=2),
 )
 _LISTS = {"forward": FORWARD, "dq": DQ, "dkv": DKV}
 _MODULES = {"forward": fwd_sm90, "dq": bwd_dq_sm90, "dkv": bwd_dkv_sm90}
@@ -66,8 +75,8 @@ def chosen(key: Key) -> Any:
     """What the kernel's ``choose`` returns: the table's, or the heuristic's."""
     sizes = key.head_dim, key.value_dim, key.block_q, key.block_kv
     if key.kernel == "forward":
-        return Config.choose(*sizes, launch=key.launch or "many")
-    return _MODULES[key.kernel].choose(*sizes)
+        return Config.choose(*sizes, launch=key.launch or "many", bias=key.bias)
+    return _MODULES[key.kernel].choose(*sizes, bias=key.bias)
 
 
 def candidates(key: Key, dtype: Any) -> list[Any]:
@@ -103,7 +112,10 @@ def _runs(key: Key, config: Any, dtype: Any) -> bool:
         _persistent.check_smem(
             key.kernel,
             config,
-            scratch(config, rows, key.head_dim, key.value_dim, dtype),
+            scratch(
+                *(config, rows, key.head_dim, key.value_dim),
+                *(dtype, _bias.STREAMED.get(key.bias)),
+            ),
         )
     except ValueError:
         return False

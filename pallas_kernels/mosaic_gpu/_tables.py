@@ -34,6 +34,7 @@ class Key(NamedTuple):
         block_q: queries of a block.
         block_kv: keys of a block.
         launch: of the forward kernel, one of `fwd_sm90.LAUNCHES`.
+        bias: what is known of the bias, see `_bias.kind`; None without one.
     """
 
     family: str
@@ -43,21 +44,25 @@ class Key(NamedTuple):
     block_q: int
     block_kv: int
     launch: str | None = None
+    bias: str | None = None
 
 
 Answer = Callable[[Key], Fields | None]
 _trying: list[Answer] = []
 
 
-def find(kernel: str, *sizes: int, launch: str | None = None) -> Fields | None:
+def find(
+    kernel: str, *sizes: int, launch: str | None = None, bias: str | None = None
+) -> Fields | None:
     """The fields of the measured config, or None where the heuristic decides.
 
     Args:
         kernel: see `Key`.
         sizes: head_dim, value_dim, block_q, block_kv.
         launch: see `Key`.
+        bias: see `Key`.
     """
-    key = Key("sm90", kernel, *sizes, launch=launch)
+    key = Key("sm90", kernel, *sizes, launch=launch, bias=bias)
     for answer in (*_trying, shipped().get):
         fields = answer(key)
         if fields is not None:

@@ -45,21 +45,22 @@ def choose(
     block_q: int = 128,
     block_kv: int = 128,
     num_ctas: int = 132,
-    bias_dtype: Any = None,
+    bias: str | None = None,
     lane_sums: int = 0,
 ) -> BackwardConfig:
     """The table's, or the heuristic's: what was fastest on an H100 (see README.md).
 
-    For head sizes above 128, what fits; beside a streamed bias of ``bias_dtype``, or
-    one that has ``lane_sums`` in the dq kernel, too.
+    For head sizes above 128, what fits; beside a bias (see `_bias.kind`) that is
+    streamed or computed, or one that has ``lane_sums`` in the dq kernel, too.
     """
-    if bias_dtype is not None or lane_sums:
-        sizes = block_kv, head_dim, value_dim, jnp.bfloat16, bias_dtype
-        configs = gradient.beside_bias(block_kv, block_q, num_ctas, lane_sums > 0)
-        return _biased.first_fit(configs, lambda c: scratch_spec(c, *sizes))
-    measured = _tables.find("dkv", head_dim, value_dim, block_q, block_kv)
+    sizes = head_dim, value_dim, block_q, block_kv
+    measured = None if lane_sums else _tables.find("dkv", *sizes, bias=bias)
     if measured is not None:
         return BackwardConfig(**measured, num_ctas=num_ctas)
+    if bias in (*_bias.STREAMED, *_bias.COMPUTED):
+        dims = block_kv, head_dim, value_dim, jnp.bfloat16, _biased.room(bias)
+        configs = gradient.beside_bias(block_kv, block_q, num_ctas, lane_sums > 0)
+        return _biased.first_fit(configs, lambda c: scratch_spec(c, *dims))
     widest = max(head_dim, value_dim)
     narrow = widest <= 64
     if widest > 128:

@@ -54,21 +54,23 @@ def choose(
     block_q: int = 128,
     block_kv: int = 128,
     num_ctas: int = 132,
-    bias_dtype: Any = None,
+    bias: str | None = None,
     lane_sums: int = 0,
 ) -> BackwardConfig:
     """The table's, or the heuristic's: what was fastest on an H100 (see README.md).
 
-    For head sizes above 128, what fits; beside a streamed bias of ``bias_dtype``, or
-    the ``lane_sums`` of another, too.
+    For head sizes above 128, what fits; beside a bias (see `_bias.kind`) that is
+    streamed or computed, or the ``lane_sums`` of another, too.
     """
-    if bias_dtype is not None or lane_sums:
-        sizes = block_q, head_dim, value_dim, jnp.bfloat16, bias_dtype, lane_sums
-        configs = gradient.beside_bias(block_q, block_kv, num_ctas, lane_sums > 0)
-        return _biased.first_fit(configs, lambda c: scratch_spec(c, *sizes))
-    measured = _tables.find("dq", head_dim, value_dim, block_q, block_kv)
+    sizes = head_dim, value_dim, block_q, block_kv
+    measured = None if lane_sums else _tables.find("dq", *sizes, bias=bias)
     if measured is not None:
         return BackwardConfig(**measured, num_ctas=num_ctas)
+    if bias in (*_bias.STREAMED, *_bias.COMPUTED):
+        dims = block_q, head_dim, value_dim, jnp.bfloat16
+        room = _biased.room(bias), lane_sums
+        configs = gradient.beside_bias(block_q, block_kv, num_ctas, lane_sums > 0)
+        return _biased.first_fit(configs, lambda c: scratch_spec(c, *dims, *room))
     widest = max(head_dim, value_dim)
     if widest > 128:
         found = BackwardConfig(tile=32, num_stages=3)

@@ -133,24 +133,21 @@ class Config:
         block_kv: int = 128,
         num_ctas: int = 132,
         launch: str = "many",
-        bias_dtype: Any = None,
-        computed: bool = False,
+        bias: str | None = None,
     ) -> Config:
         """The table's, or the heuristic's: what was fastest on an H100 (see README.md).
 
-        For head sizes above 128, what fits. ``bias_dtype`` is that of a streamed bias:
-        then, what leaves room for it. A ``computed`` one takes registers, of which
-        steps of 128 keys of wide heads leave too few.
+        For head sizes above 128, what fits. Beside a bias (see `_bias.kind`) that is
+        streamed, what leaves room for it. One that is computed takes registers, of
+        which steps of 128 keys of wide heads leave too few.
         """
         widest = max(head_dim, value_dim)
-        if bias_dtype is not None or (computed and widest > 64):
-            return cls._beside_bias(
-                head_dim, value_dim, block_q, block_kv, num_ctas, bias_dtype
-            )
         sizes = head_dim, value_dim, block_q, block_kv
-        measured = _tables.find("forward", *sizes, launch=launch)
+        measured = _tables.find("forward", *sizes, launch=launch, bias=bias)
         if measured is not None:
             return cls(**measured, num_ctas=num_ctas)
+        if bias in _bias.STREAMED or (bias in _bias.COMPUTED and widest > 64):
+            return cls._beside_bias(*sizes, num_ctas, _bias.STREAMED.get(bias))
         if widest > 128:
             turns = block_q == 128
             found = cls(tile_q=block_q, tile_kv=64, num_stages=2, ping_pong=turns)

@@ -74,14 +74,15 @@ class Launch:
 
     def config(self):
         """The given one, or the chosen: what is launched matters to forward only."""
-        options: dict[str, Any] = {"bias_dtype": self.bias_dtype}
-        computed = self.bias in (*DISTANCES, *FUNCTIONS)
+        bias = self.bias_shape()
+        options: dict[str, Any] = {"bias": _bias.kind(bias)}
         if self.kernel == "forward":
+            computed = options["bias"] in _bias.COMPUTED
             options["launch"] = "distances" if computed else self.launch
-            options["computed"] = computed
-        elif computed:
-            beside = _bias.beside(self.bias_shape())
-            options = dict(zip(("bias_dtype", "lane_sums"), beside, strict=True))
+        elif self.kernel == "dbias":
+            options = {"bias_dtype": self.bias_dtype}
+        else:
+            options["lane_sums"] = _bias.lane_sums(bias)
         return self.given or KERNELS[self.kernel][1](
             *self.dims, *self.blocks, **options
         )

@@ -12,8 +12,9 @@ from jsparse.pallas_kernels.mosaic_gpu.fwd_sm90 import LAUNCHES, Config, launch_
 from tests.pallas_kernels.launches import KERNELS, TUNED
 
 KEYS = [
-    _tables.Key("sm90", kernel, dim, dim, *blocks, launch)
+    _tables.Key("sm90", kernel, dim, dim, *blocks, launch, bias)
     for kernel in TUNED
+    for bias in (None, "16 bits", "linear")
     for dim in (32, 64, 128)
     for blocks in ((128, 128), (64, 64))
     for launch in (LAUNCHES if kernel == "forward" else [None])
@@ -59,7 +60,7 @@ def test_the_table_comes_before_the_heuristic(key, monkeypatch):
     assert _candidates.chosen(key) == dataclasses.replace(measured, num_ctas=132)
     choose = KERNELS[key.kernel][1]
     sizes = key.head_dim, key.value_dim, key.block_q, key.block_kv
-    options = {"launch": key.launch} if key.launch else {}
+    options = {"bias": key.bias} | ({"launch": key.launch} if key.launch else {})
     assert choose(*sizes, num_ctas=114, **options) == measured
     other = key._replace(head_dim=16)
     assert _candidates.chosen(other).num_stages < 7
