@@ -38,12 +38,6 @@ FP16_LIMIT = 1e-3
 attend = functools.partial(block_sparse_attention, implementation="mosaic_gpu")
 
 
-@pytest.fixture(autouse=True)
-def everything_that_lowers(monkeypatch):
-    """What these tests show is what the backend may then take."""
-    monkeypatch.setattr(mosaic_gpu, "PROVEN_BIAS", mosaic_gpu.BIAS)
-
-
 def check(case: Case, dtype: str) -> None:
     case = case.cast(dtype)
     found, truth = contract.run_case("mosaic_gpu", case), contract.expected(case)
@@ -156,13 +150,6 @@ def test_items_of_half_a_block(name, config, monkeypatch):
     check(CASES[name](np.random.default_rng(6), (300, 700, 128, 128)), "bfloat16")
 
 
-KINDS = [
-    kind
-    for kind in contract.KINDS
-    if kind.startswith(mosaic_gpu.BIAS) or kind == "per_key"
-]
-
-
 def with_bias(case: Case, kind: str, dtype: str = "float32") -> Case:
     rng = np.random.default_rng(8)
     made = biases(rng, case.mask, case.q.shape[-2], 2)[kind]
@@ -177,7 +164,7 @@ def pair(sizes: tuple[int, int, int, int], dim: int = 32) -> Case:
 
 
 @pytest.mark.parametrize("bias_dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", contract.KINDS)
 def test_every_bias(kind, bias_dtype):
     check(with_bias(pair((503, 647, 128, 128)), kind, bias_dtype), "bfloat16")
 
