@@ -51,7 +51,8 @@ class Outcome:
         verdict: whether it is met.
         ratio: ours / peer, or None without a record.
         date: of the record.
-        note: why a ratio that is small enough does not count.
+        note: why a ratio that is small enough does not count, or what a record of
+            another GPU says where there is none of an H100.
     """
 
     target: Target
@@ -160,19 +161,25 @@ def judge_targets(
 
 
 def _judge(target: Target, records: Sequence[Record]) -> Outcome:
-    for record in reversed(records):
-        if not _is_about(target, record):
-            continue
-        results = record[target.direction]
-        ours, peer = (results[who]["rounds"] for who in (target.ours, target.peer))
-        ratio = float(np.median(np.divide(ours, peer)))
-        missed = wrong(results[target.ours])
-        if missed:
-            note = f"{', '.join(missed)} wrong"
-            return Outcome(target, "missed", ratio, record["date"], note)
-        verdict = "met" if ratio <= target.limit else "missed"
-        return Outcome(target, verdict, ratio, record["date"])
-    return Outcome(target, "no record")
+    found = [record for record in records if _is_about(target, record)]
+    if not found:
+        return Outcome(target, "no record")
+    counting = [record for record in found if DEVICE in _device(record)]
+    record = (counting or found)[-1]
+    results = record[target.direction]
+    ours, peer = (results[who]["rounds"] for who in (target.ours, target.peer))
+    ratio = float(np.median(np.divide(ours, peer)))
+    missed = wrong(results[target.ours])
+    note = f"{', '.join(missed)} wrong" if missed else ""
+    if not counting:
+        note = f"{note or f'{ratio:.2f}'} on {_device(record)}"
+        return Outcome(target, "no record", note=note)
+    verdict = "met" if ratio <= target.limit and not missed else "missed"
+    return Outcome(target, verdict, ratio, record["date"], note)
+
+
+def _device(record: Record) -> str:
+    return record["device"]["device"]
 
 
 def _is_about(target: Target, record: Record) -> bool:
@@ -181,8 +188,7 @@ def _is_about(target: Target, record: Record) -> bool:
         return False
     results = record.get(target.direction, {})
     return (
-        DEVICE in record["device"]["device"]
-        and target.ours in results
+        target.ours in results
         and target.peer in results
         and not wrong(results[target.peer])
     )
@@ -208,7 +214,7 @@ def _group_table(group: str, outcomes: list[Outcome]) -> Facts:
                 DIRECTIONS[target.direction],
                 target.peer,
                 f"{found} <= {target.limit:g}",
-                outcome.verdict + (f": {outcome.note}" if outcome.note else ""),
+                outcome.verdict + (f" ({outcome.note})" if outcome.note else ""),
             )
         )
     title = f"{group}, {DEVICE}: {met} of {len(rows)} met"

@@ -42,8 +42,6 @@ from ._schedule import Schedule
 Array = Any
 FIRST_NAMED_BARRIER = 8
 """Mosaic numbers its own barriers from 0."""
-FIRST_VOTE_BARRIER = 12
-"""Of the compute warpgroups, after those of the turns; the hardware has 16."""
 LOAD_REGISTERS = 24
 FLAGGED = 1 << 30
 """Added to the list entry of a partial block with a column that is not finite."""

@@ -115,14 +115,6 @@ def accumulator(values: Sequence[ir.Value], shape: tuple[int, ...]):
     return from_scalars(values, shape, fa.WGMMA_LAYOUT_ACC_32BIT)
 
 
-def scalar(value: ir.Value) -> fa.FragmentedArray:
-    """An int32 that is the same in all threads of a warpgroup."""
-    registers = np.array(value, dtype=object)
-    return fa.FragmentedArray(
-        _registers=registers, _layout=fa.WGSplatFragLayout(()), _is_signed=True
-    )
-
-
 def pairs(values: Sequence[ir.Value], shape: tuple[int, ...]) -> fa.FragmentedArray:
     """A float32 array in the ordinary wgmma layout, two columns a register."""
     ty = ir.VectorType.get((2,), f32())

@@ -72,45 +72,6 @@ def softmax_step(tile_kv: int, scale_log2: float, lazy: float) -> Callable:
     return f
 
 
-def guessed_step(tile_kv: int, scale_log2: float, lazy: float) -> Callable:
-    """``f(s, m, barrier) -> (p, total, low)``: a step that takes m as it is.
-
-    That saves finding the maximum of a tile. Where m was too low, so that a sum is
-    above ``2**lazy`` or is no number, ``low`` is 1 for all of the warpgroup, which
-    votes at the named barrier; then p is not to be used. So it is where m is -inf.
-    ``total`` is this lane's part of the sum of p.
-    """
-    limit = r.immediate(2.0**lazy)
-
-    @plgpu.inline_mgpu(
-        arg_types=(r.ACC, r.ROW, r.SCALAR),
-        return_type=(
-            plgpu.ShapeDtypeStruct((64, tile_kv), jnp.float32, layout=r.ACC),
-            _rows(),
-            plgpu.ShapeDtypeStruct((), jnp.int32, layout=r.SCALAR),
-        ),
-    )
-    def f(_, s, m, barrier):
-        regs, scale = r.scalars(s), r.number(scale_log2)
-        halves, totals = [], []
-        for h, m_h in enumerate(r.scalars(m)):
-            minus_m = r.asm(r.f32(), [m_h], "neg.f32 $0, $1;", "=f,f")
-            ps = [r.exp2(r.fma(v, scale, minus_m)) for v in r.row_half(regs, h)]
-            halves.append(ps)
-            totals.append(r.tree(r.add, ps, 4))
-        text = (
-            "{ .reg .pred p, q; "
-            f"setp.gtu.f32 p, $1, {limit}; setp.gtu.or.f32 p, $2, {limit}, p; "
-            "barrier.cta.red.or.pred q, $3, 128, p; selp.s32 $0, 1, 0, q; }"
-        )
-        number = barrier.registers.item()
-        low = r.asm(r.i32(), [*totals, number], text, "=r,f,f,r", effects=True)
-        p = r.accumulator(r.interleave(halves), (64, tile_kv))
-        return p, r.from_scalars(totals, (64,), m.layout), r.scalar(low)
-
-    return f
-
-
 def operand(columns: int, dtype) -> Callable:
     """``f(x) -> x`` as a 16-bit operand of wgmma."""
 

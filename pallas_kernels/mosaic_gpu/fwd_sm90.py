@@ -67,8 +67,6 @@ class Config:
         ping_pong: whether two compute warpgroups take turns on the tensor core.
         lazy: powers of two by which a row maximum must grow before the sums are
             rescaled; 0 rescales at every step.
-        guess: whether a step of a full block first takes the row maxima as they are,
-            and finds its own only where sums show that these were too low.
         q_in_registers: whether queries are kept in registers, not read from shared
             memory by every product.
         teams: teams of a CTA, each with a load warp of its own.
@@ -82,7 +80,6 @@ class Config:
     num_q_stages: int = 1
     ping_pong: bool = True
     lazy: float = 8.0
-    guess: bool = False
     q_in_registers: bool = False
     teams: int = 1
     share: bool = False
@@ -113,11 +110,6 @@ class Config:
             raise ValueError(f"num_q_stages={self.num_q_stages}; expected 1 or 2.")
         if self.teams not in (1, 2, 3, 4):
             raise ValueError(f"teams={self.teams}; expected 1 to 4.")
-        if self.guess and self.lazy <= 0:
-            raise ValueError(
-                f"lazy={self.lazy}; with guess expected above 0, by how much a maximum "
-                "may be too low."
-            )
         if self.share and (self.tile_q != 64 or self.teams == 1):
             raise ValueError(
                 f"tile_q={self.tile_q}, teams={self.teams}; with share expected "
@@ -346,7 +338,6 @@ class _Forward(BiasedWalker):
         pv = Product(dim, v_tiling, accumulate=True)
         start_qk, start_pv, start_both = start(qk), start(pv), start(qk, pv)
         softmax_step = softmax.softmax_step(tile, self.scale_log2, c.lazy)
-        guesses = c.guess and lists.bias is None
         end_step = softmax.end_step(tile, dim, self.dtype, c.lazy > 0)
         total = self.total_steps(fields)
         mask = self.masked(fields, lists, fill=-math.inf)
@@ -383,16 +374,11 @@ class _Forward(BiasedWalker):
             self.pass_turn(s, w)
             bias = self.read_bias(fields, lists, n, s, slot)
             logits = wait((64, tile), 1)(logits)
-            if seen is None and guesses:
-                redo = lambda: wait((64, tile), 0)(start_qk(q, s["k"].at[slot]))
-                p, m, l, alpha = self.guessed(lists, logits, redo, m, l)
-                plgpu.barrier_arrive(s["k_free"][slot])
-            else:
-                plgpu.barrier_arrive(s["k_free"][slot])
-                logits = self.with_bias(fields, lists, logits, bias)
-                if seen is not None:
-                    logits = mask(seen, logits)
-                p, m, l, alpha = softmax_step(logits, m, l)
+            plgpu.barrier_arrive(s["k_free"][slot])
+            logits = self.with_bias(fields, lists, logits, bias)
+            if seen is not None:
+                logits = mask(seen, logits)
+            p, m, l, alpha = softmax_step(logits, m, l)
             self.await_operands(n + 1, total, step0, s, ["k"])
             plgpu.barrier_wait(s["v_full"][slot])
             if seen is not None:
@@ -408,20 +394,6 @@ class _Forward(BiasedWalker):
         acc = wait((64, dim), 0)(acc)
         plgpu.barrier_arrive(s["v_free"][last])
         return acc, m, l
-
-    def guessed(self, lists, logits, redo, m, l):
-        """A softmax step that takes m as it is; ``redo()`` computes the logits again.
-
-        Its own maximum is found only where the sums show that m was too low.
-        """
-        sizes = self.config.tile_kv, self.scale_log2, self.config.lazy
-        rows = lambda x: plgpu.layout_cast(jnp.full((64,), x, jnp.float32), r.ROW)
-        barrier = _persistent.FIRST_VOTE_BARRIER + lax.axis_index("wg")
-        p, total, low = softmax.guessed_step(*sizes)(logits, m, barrier)
-        found = lambda: softmax.softmax_step(*sizes)(redo(), m, rows(0.0))
-        guess = lambda: (p, m, total, rows(1.0))
-        p, m, total, alpha = lax.cond(low > 0, found, guess)
-        return p, m, l * alpha + total, alpha
 
     def nothing(self):
         zero = jnp.zeros((64, self.value_dim), jnp.float32)

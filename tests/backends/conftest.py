@@ -1,4 +1,4 @@
-"""Lets the tests use the CUDA kernels, which a user gets only once the tests passed."""
+"""Skips tests of the CUDA kernels where they are not built; items of half a block."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from jsparse.backends import cutlass
 
 
 @pytest.fixture(autouse=True)
-def cutlass_under_test(request, monkeypatch):
-    """For a test whose parameter ``implementation`` is ``"cutlass"``; skips if unbuilt.
+def cutlass_under_test(request):
+    """For a test whose parameter ``implementation`` is ``"cutlass"``.
 
     A test that names the backend itself takes ``cutlass_on_gpu``.
     """
     call = getattr(request.node, "callspec", None)
     if call is not None and call.params.get("implementation") == "cutlass":
-        _allow(monkeypatch)
+        request.getfixturevalue("cutlass_on_gpu")
 
 
 @pytest.fixture
-def cutlass_on_gpu(monkeypatch):
-    """Lets ``implementation="cutlass"`` run; skips if it is not built."""
-    _allow(monkeypatch)
+def cutlass_on_gpu():
+    """Skips a test of ``implementation="cutlass"`` where it is not built."""
+    if cutlass._library_file() is None:
+        pytest.skip("needs the built CUDA kernels: make cuda")
 
 
 @pytest.fixture(params=["halves", "share"])
@@ -35,9 +36,3 @@ def half_rows(request, monkeypatch) -> Iterator[None]:
     jax.clear_caches()
     yield
     jax.clear_caches()
-
-
-def _allow(monkeypatch: pytest.MonkeyPatch) -> None:
-    if cutlass._library_file() is None:
-        pytest.skip("needs the built CUDA kernels: make cuda")
-    monkeypatch.setattr(cutlass, "PROVEN", True)

@@ -53,11 +53,10 @@ def _install_at(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 @pytest.fixture
 def hopper(monkeypatch, tmp_path):
-    """As on an H100 with a library that has passed its tests."""
+    """As on an H100 with the library built."""
     monkeypatch.setattr(_hopper, "compute_capability", lambda: "9.0")
     monkeypatch.setattr(cutlass, "_library_file", lambda: tmp_path / cutlass.LIBRARY)
     monkeypatch.setattr(cutlass, "_library", Library)
-    monkeypatch.setattr(cutlass, "PROVEN", True)
 
 
 @pytest.fixture
@@ -90,16 +89,6 @@ def test_takes_what_its_kernels_take(hopper, change):
 @pytest.mark.parametrize("reason", REFUSED)
 def test_refuses(hopper, reason):
     assert cutlass.why_not(dataclasses.replace(TAKEN, **REFUSED[reason])) == reason
-
-
-def test_refuses_what_no_gpu_has_run(hopper, monkeypatch):
-    monkeypatch.setattr(cutlass, "PROVEN", False)
-    reason = "not all tests of its kernels have run on a GPU yet"
-    assert cutlass.why_not(TAKEN) == reason
-
-
-def test_kernels_that_no_gpu_has_run_are_not_enabled():
-    assert not cutlass.PROVEN
 
 
 def test_not_built(monkeypatch, tmp_path):

@@ -35,7 +35,10 @@ REFUSED = {
     "head size 272; expected at most 256": {"value_dim": 272},
     "block_q=32; expected 64 or 128": {"block_q": 32},
     "block_kv=16; expected 32, 64 or 128": {"block_kv": 16},
-    "a table bias; expected none": {"bias": "table"},
+    "head size 144 with a bias; expected at most 128": {
+        "head_dim": 144,
+        "bias": "dense",
+    },
 }
 
 
@@ -52,6 +55,10 @@ def hopper(monkeypatch):
         {"head_dim": 24, "value_dim": 96},
         {"head_dim": 256, "value_dim": 256},
         {"block_q": 64, "block_kv": 32},
+        {"bias": "dense"},
+        {"bias": "block"},
+        {"bias": "linear", "bias_weights": 1},
+        {"bias": "quadratic", "bias_weights": 1, "head_dim": 128},
     ],
     ids=str,
 )
@@ -64,24 +71,8 @@ def test_refuses(reason):
     assert mosaic_gpu.why_not(dataclasses.replace(TAKEN, **REFUSED[reason])) == reason
 
 
-def test_takes_a_bias_that_has_been_proven(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "PROVEN_BIAS", ("dense", "block"))
-    dense, table = (dataclasses.replace(TAKEN, bias=x) for x in ("dense", "table"))
-    assert mosaic_gpu.why_not(dense) is None
-    reason = "a table bias; expected none or a dense one or a block one"
-    assert mosaic_gpu.why_not(table) == reason
-
-
-def test_refuses_wide_heads_beside_a_bias(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "PROVEN_BIAS", ("dense",))
-    wide = dataclasses.replace(TAKEN, head_dim=144, bias="dense")
-    reason = "head size 144 with a bias; expected at most 128"
-    assert mosaic_gpu.why_not(wide) == reason
-
-
 @pytest.mark.parametrize("form, most", [("table", 64), ("gaussian", 32)])
-def test_refuses_more_weights_than_the_kernels_hold(form, most, monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "PROVEN_BIAS", mosaic_gpu.BIAS)
+def test_refuses_more_weights_than_the_kernels_hold(form, most):
     fits = dataclasses.replace(TAKEN, bias=form, bias_weights=most)
     assert mosaic_gpu.why_not(fits) is None
     more = dataclasses.replace(fits, bias_weights=most + 1)
@@ -90,7 +81,7 @@ def test_refuses_more_weights_than_the_kernels_hold(form, most, monkeypatch):
 
 
 def judged(function, *shapes, dtype="float32"):
-    """What the backend says to a score function once they are proven."""
+    """What the backend says to a score function."""
     found = []
 
     def trace(*arrays):
@@ -109,10 +100,7 @@ def constant(s, i, j, h, table):
     return relative(s, i, j, h, jax.lax.stop_gradient(table))
 
 
-def test_score_functions(monkeypatch):
-    expected = "a score_fn bias; expected none"
-    assert judged(lambda s, i, j, h: s) == expected
-    monkeypatch.setattr(mosaic_gpu, "PROVEN_BIAS", ("score_fn",))
+def test_score_functions():
     taken = [
         (lambda s, i, j, h: jnp.where(i >= j, jax.nn.softplus(s), -jnp.inf),),
         (lambda s, i, j, h, a, b: s * a[h] * b[h, i] + a[j % 4], (4,), (4, 256)),

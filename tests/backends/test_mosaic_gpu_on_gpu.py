@@ -38,12 +38,6 @@ FP16_LIMIT = 1e-3
 attend = functools.partial(block_sparse_attention, implementation="mosaic_gpu")
 
 
-@pytest.fixture(autouse=True)
-def everything_that_lowers(monkeypatch):
-    """What these tests show is what the backend may then take."""
-    monkeypatch.setattr(mosaic_gpu, "PROVEN_BIAS", mosaic_gpu.BIAS)
-
-
 def check(case: Case, dtype: str) -> None:
     case = case.cast(dtype)
     found, truth = contract.run_case("mosaic_gpu", case), contract.expected(case)
@@ -156,13 +150,6 @@ def test_items_of_half_a_block(name, config, monkeypatch):
     check(CASES[name](np.random.default_rng(6), (300, 700, 128, 128)), "bfloat16")
 
 
-KINDS = [
-    kind
-    for kind in contract.KINDS
-    if kind.startswith(mosaic_gpu.BIAS) or kind == "per_key"
-]
-
-
 def with_bias(case: Case, kind: str, dtype: str = "float32") -> Case:
     rng = np.random.default_rng(8)
     made = biases(rng, case.mask, case.q.shape[-2], 2)[kind]
@@ -177,7 +164,7 @@ def pair(sizes: tuple[int, int, int, int], dim: int = 32) -> Case:
 
 
 @pytest.mark.parametrize("bias_dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", contract.KINDS)
 def test_every_bias(kind, bias_dtype):
     check(with_bias(pair((503, 647, 128, 128)), kind, bias_dtype), "bfloat16")
 
@@ -251,20 +238,38 @@ def test_split_rows_beside_a_bias(static, kind):
     contract.check_sixteen_bit_bias(case, found[5], like=like)
 
 
+def redraw_at_entries(
+    rng: np.random.Generator, queries: np.ndarray, keys: np.ndarray, width: float
+) -> None:
+    """Moves queries until no key is at the distance of a table's entry.
+
+    There the slope jumps, and distances that are rounded differently are on different
+    sides: one such pair of 325,000 was 1 % of the gradient of the points.
+    """
+
+    def at_entries() -> np.ndarray:
+        distance = np.linalg.norm(queries[:, None] - keys, axis=-1)
+        entry = width * np.round(distance / width)
+        return (np.abs(distance - entry) < 1e-5).any(1)
+
+    while (moved := at_entries()).any():
+        queries[moved] = 3 * rng.standard_normal((moved.sum(), 3))
+
+
 @pytest.mark.parametrize(
     "form, count",
     [("table", n) for n in (2, 32, 33, 64)] + [("gaussian", n) for n in (1, 32)],
 )
 def test_every_number_of_weights(form, count):
     case, rng = pair((503, 647, 128, 128)), np.random.default_rng(14)
-    points = [3 * rng.standard_normal((n, 3)) for n in (503, 647)]
+    queries, keys = (3 * rng.standard_normal((n, 3)) for n in (503, 647))
     weights = rng.standard_normal((4, count))
     if form == "table":
-        case.bias = DistanceBias.table(weights, 9.0, *points)
+        redraw_at_entries(rng, queries, keys, 9 / (count - 1))
+        case.bias = DistanceBias.table(weights, 9.0, queries, keys)
     else:
-        case.bias = DistanceBias.gaussian(
-            weights, np.linspace(0, 9, count), 0.5, *points
-        )
+        centers = np.linspace(0, 9, count)
+        case.bias = DistanceBias.gaussian(weights, centers, 0.5, queries, keys)
     check(case, "bfloat16")
 
 

@@ -73,7 +73,6 @@ def test_targets_are_of_cases_and_peers_that_exist():
         ([record(0.9), record(0.4, ours="cutlass")], "met", 0.4),
         ([record(0.4), record(0.9, forward={"mosaic_gpu": {}})], "met", 0.4),
         ([record(0.4), record(0.9, kind="latency")], "met", 0.4),
-        ([record(0.4, device={"device": "NVIDIA H200"})], "no record", None),
         ([record(0.4, case="seed800-h2-d64-float16")], "no record", None),
     ],
 )
@@ -89,7 +88,21 @@ def test_wrong_results_miss():
     assert (found.verdict, found.note) == ("missed", "out wrong")
     (table,) = targets_tables([found])
     assert table.title == "mosaic_forward, H100: 0 of 1 met"
-    assert table.rows[0][3:] == ("0.100 <= 0.5", "missed: out wrong")
+    assert table.rows[0][3:] == ("0.100 <= 0.5", "missed (out wrong)")
+
+
+def test_what_another_gpu_says_is_a_note():
+    older, newer = (record(x, device={"device": "NVIDIA H200"}) for x in (0.9, 0.4))
+    (found,) = judge_targets([LINE], [older, newer])
+    assert (found.verdict, found.ratio) == ("no record", None)
+    (table,) = targets_tables([found])
+    assert table.title == "mosaic_forward, H100: 0 of 1 met"
+    assert table.rows[0][3:] == ("? <= 0.5", "no record (0.40 on NVIDIA H200)")
+    (found,) = judge_targets([LINE], [record(0.6), newer])
+    assert (found.verdict, found.ratio, found.note) == ("missed", 0.6, "")
+    newer["forward"]["mosaic_gpu"]["errors"]["out"] = {"ok": False}
+    (found,) = judge_targets([LINE], [newer])
+    assert (found.verdict, found.note) == ("no record", "out wrong on NVIDIA H200")
 
 
 def test_a_peer_that_is_wrong_gives_no_ratio():

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from jsparse import BlockBias, DistanceBias
-from jsparse.backends import mosaic_gpu
 from jsparse.nn import functional
 from jsparse.patterns import device
 from tests.nn import test_functional as formulas
@@ -19,12 +18,6 @@ from tests.nn.test_functional import normal, qkv
 pytestmark = pytest.mark.gpu
 
 check = functools.partial(formulas.check, dtype="bfloat16")
-
-
-@pytest.fixture(autouse=True)
-def every_bias(monkeypatch):
-    """What these tests show is what the backend may then take."""
-    monkeypatch.setattr(mosaic_gpu, "PROVEN_BIAS", mosaic_gpu.BIAS)
 
 
 def on_kernels(function, *args, **options):

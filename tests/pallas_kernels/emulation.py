@@ -96,19 +96,6 @@ def softmax_step(tile_kv, scale_log2, lazy):
     return f
 
 
-def guessed_step(tile_kv, scale_log2, lazy):
-    del tile_kv
-
-    def f(s, m, barrier):
-        del barrier
-        p = jnp.exp2(s * scale_log2 - m[:, None])
-        total = p.sum(1)
-        # A NaN is too low as well.
-        return p, total, (~(total <= 2.0**lazy)).any().astype(jnp.int32)
-
-    return f
-
-
 def operand(columns, dtype):
     del columns
     return lambda x: x.astype(dtype)
@@ -492,7 +479,7 @@ def _allows(rule, at, row, column):
 
 
 _STAND_INS = {
-    _softmax: (softmax_step, guessed_step, operand, end_step, finish),
+    _softmax: (softmax_step, operand, end_step, finish),
     _gradient: (
         *(await_all, rows, scaled, sum_of, add_to_rows, whole_rows),
         *(probabilities_by_row, logits_gradient_by_row),
