@@ -42,6 +42,8 @@ class JaxPeer:
     packages: tuple[str, ...] = ()
     static = False
     """Whether the mask is closed over: the pattern is known when it is compiled."""
+    part = slice(None)
+    """Which gradients a backward pass has, of those of all inputs."""
 
     def available(self) -> str | None:
         """Runs wherever JAX does."""
@@ -84,8 +86,8 @@ class JaxPeer:
         return out, *pull(dout)
 
     def gradients(self, pull: Any, dout: Array) -> Any:
-        """Those of all inputs, from the pullback of `forward`; traced under ``jit``."""
-        return pull(dout)
+        """Those of inputs, from the pullback of `forward`; traced under ``jit``."""
+        return pull(dout)[self.part]
 
     def enter(self, task: Task) -> JaxContender:
         """See `Peer.enter`."""
@@ -103,7 +105,7 @@ class Ours(JaxPeer):
     """
 
     def __init__(self, implementation: str, traced: bool = True):
-        self.name = implementation
+        self.name, self.traced = implementation, traced
         self.static = implementation in _PLANNED and not traced
 
     def describe(self, mask: BlockMask) -> BlockMask:

@@ -207,9 +207,7 @@ def _run_attention(
     if (heads, head_dim, dtype) != (case.heads, case.head_dim, case.dtype):
         record["case"] = f"{case.name}-h{heads}-d{head_dim}-{dtype}"
     check_channels(heads, head_dim)
-    reason = no_gpu() if options.kind in ("profile", "tune") else None
-    if reason is not None:
-        raise BadInput(f"--{options.kind} cannot run here: {reason}.")
+    _check_gpu(options)
     with progress.stage(f"{case.name}: pattern"):
         pattern = case.load()
     mask = pattern.mask
@@ -228,16 +226,20 @@ def _run_attention(
         return
     task = Task(mask, sets)
     if options.kind == "tune":
-        tune(
-            *(record, task, options.traced),
-            *(options.backward, options.repeats, progress),
-        )
+        tune(record, task, ours, options.backward, options.repeats, progress)
         return
     known = PEERS | _rivals(ours, options, sets[0], mask)
     peers, strict = _peers(options, known, mask, record)
     with Contest(record, pattern, task, [ours, *peers], strict, progress) as contest:
         _compete(contest, options, _directions(options, kernels), kernels)
     _conclude(record, options, strict)
+
+
+def _check_gpu(options: Options) -> None:
+    """Refuses what reads a GPU where there is none."""
+    reason = no_gpu() if options.kind in ("profile", "tune") else None
+    if reason is not None:
+        raise BadInput(f"--{options.kind} cannot run here: {reason}.")
 
 
 def _describe(
@@ -275,11 +277,12 @@ def _run_model(
             raise BadInput(
                 f"case {case.name!r} has the {name} of a model; expected none other."
             )
-    if options.kind in ("profile", "tune") or options.traced:
+    if options.kind == "profile" or options.traced:
         what = "traced" if options.traced else options.kind
         raise BadInput(
             f"case {case.name!r} is of a model; expected a case of blocks for --{what}."
         )
+    _check_gpu(options)
     with progress.stage(f"{case.name}: pattern"):
         model = case.load()
     mask = model.pattern.mask
@@ -297,9 +300,13 @@ def _run_model(
         drawn = "uniform slopes, normal coordinates, else standard normal"
     static = not model.data
     _describe(record, options, ours.name, model.pattern, static, sizes, drawn)
+    task = Task(mask, sets)
+    if options.kind == "tune":
+        tune(record, task, ours, options.backward, options.repeats, progress)
+        return
     known = {peer.name: peer for peer in model.peers}
     peers, strict = _peers(options, known, mask, record)
-    task, contenders = Task(mask, sets), [ours, *peers]
+    contenders = [ours, *peers]
     directions = _directions(options, kernels and case.alone)
     with Contest(record, model.pattern, task, contenders, strict, progress) as contest:
         _compete(contest, options, directions, kernels)

@@ -8,6 +8,7 @@ faster in each pass. Called by ``_runner.py`` and by ``jsparse bench``.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from jsparse import measure
 from jsparse.backends import _measured
 from jsparse.bench._contest import reason_of, spread
 from jsparse.bench._contract import CALLS, Array, Task
-from jsparse.bench._jax_peers import JaxCall, JaxContender, Ours
+from jsparse.bench._jax_peers import JaxCall, JaxContender, JaxPeer, Ours
 from jsparse.measure import BadInput, Progress
 from jsparse.ops import support
 from jsparse.ops._checks import canonical, describe
@@ -170,21 +171,16 @@ def difference(found: Sequence[Array], expected: Sequence[Array]) -> float:
 # ------------------------------------------------------------------------ on a GPU
 
 
-class OneKernel(Ours):
+def one_kernel(ours: JaxPeer, kernel: str) -> JaxPeer:
     """Ours; of its backward pass only the gradients that one kernel computes.
 
     Args:
+        ours: with the implementation `TUNED`.
         kernel: ``"forward"``, ``"dq"`` or ``"dkv"``.
-        traced: see `Ours`.
     """
-
-    def __init__(self, kernel: str, traced: bool):
-        super().__init__(TUNED, traced)
-        self._part = slice(1, 3) if kernel == "dkv" else slice(0, 1)
-
-    def gradients(self, pull: Any, dout: Array) -> Any:
-        """See `JaxPeer.gradients`."""
-        return pull(dout)[self._part]
+    peer = copy.copy(ours)
+    peer.part = slice(1, 3) if kernel == "dkv" else slice(0, 1)
+    return peer
 
 
 @dataclass(frozen=True)
@@ -204,7 +200,7 @@ class KernelTrial:
 
 
 def build(contender: JaxContender, key: Any, config: Any) -> Trial:
-    """Compiles the pass of `OneKernel` with a config of that kernel."""
+    """Compiles the pass of `one_kernel` with a config of that kernel."""
     from jsparse.pallas_kernels.mosaic_gpu import _tables
 
     direction = "forward" if key.kernel == "forward" else "backward"
@@ -215,7 +211,7 @@ def build(contender: JaxContender, key: Any, config: Any) -> Trial:
 def tune(
     record: dict[str, Any],
     task: Task,
-    traced: bool,
+    ours: JaxPeer,
     backward: bool,
     repeats: int,
     progress: Progress,
@@ -229,7 +225,7 @@ def tune(
     Args:
         record: of the case.
         task: its mask and inputs.
-        traced: whether the mask is an argument of the compiled calls.
+        ours: with the implementation `TUNED`.
         backward: whether to search the configs of the backward kernels as well.
         repeats: timed rounds.
         progress: told about each stage.
@@ -237,8 +233,8 @@ def tune(
     from jsparse.pallas_kernels.mosaic_gpu import _candidates, _tables
 
     record["tuned"], record["entries"], fastest = [], [], {}
-    for key in _keys(task, backward):
-        contender = OneKernel(key.kernel, traced).enter(task)
+    for key in _keys(task, ours, backward):
+        contender = one_kernel(ours, key.kernel).enter(task)
         found = search(
             _candidates.candidates(key, task.sets[0][0].dtype),
             functools.partial(build, contender, key),
@@ -253,8 +249,10 @@ def tune(
         )
         measured = _measured_of(record, found)
         record["entries"].append(_tables.entry_of(key, best, measured))
-    with _tables.trying(fastest.get):
-        _compare(record, task, traced, backward, repeats, progress)
+    record["choices"] = []
+    if isinstance(ours, Ours):
+        with _tables.trying(fastest.get):
+            _compare(record, task, ours.traced, backward, repeats, progress)
 
 
 def _outcome(
@@ -307,7 +305,6 @@ def _compare(
 
     Nothing is to be chosen where one of them refuses the case.
     """
-    record["choices"] = []
     q, k, v, _ = task.sets[0]
     refused = support(q, k, v, task.mask)
     if any(refused[name] is not None for name in _measured.RIVALS):
@@ -332,7 +329,7 @@ def build_pass(task: Task, traced: bool, direction: str, implementation: str) ->
     return KernelTrial(Ours(implementation, traced).enter(task).ready(direction))
 
 
-def _keys(task: Task, backward: bool) -> list[Any]:
+def _keys(task: Task, ours: JaxPeer, backward: bool) -> list[Any]:
     """What the kernels of the case ask their table for."""
     from jsparse.pallas_kernels.mosaic_gpu import _tables
 
@@ -341,14 +338,13 @@ def _keys(task: Task, backward: bool) -> list[Any]:
     def listen(key: Any) -> None:
         asked[key.kernel] = key
 
-    peer = Ours(TUNED)
-    q, k, v, dout = task.sets[0]
-    arguments = q, k, v, peer.describe(task.mask)
+    *inputs, dout = jax.eval_shape(ours.arrange, *task.sets[0])
+    arguments = *inputs, ours.describe(task.mask)
     with _tables.trying(listen):
         if backward:
-            jax.eval_shape(peer.backward, *arguments, dout)
+            jax.eval_shape(ours.backward, *arguments, dout)
         else:
-            jax.eval_shape(peer.forward, *arguments)
+            jax.eval_shape(ours.forward, *arguments)
     return list(asked.values())
 
 

@@ -88,7 +88,8 @@ def test_launches_are_told_apart(rows, blocks, distances, expected):
 def test_candidates_begin_with_the_chosen_one(key):
     found = _candidates.candidates(key, "bfloat16")
     assert found[0] == _candidates.chosen(key)
-    assert len(set(found)) == len(found) > 1
+    assert len(set(found)) == len(found)
+    assert len(found) > 1 or (key.bias and key.head_dim == 128)
     rows, columns = key.block_q, key.block_kv
     if key.kernel == "dkv":
         rows, columns = columns, rows
