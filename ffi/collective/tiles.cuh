@@ -59,7 +59,7 @@ __device__ void clear_token(Element *tile, int rows, int token) {
 }
 
 // Of one team. Barriers named full are completed by the load warp and its copies, those named free
-// by every warp that computes.
+// by every warp that computes; q_free by every thread of theirs.
 template <class Element, TileConfig kConfig>
 struct alignas(1024) TeamStorage {
   alignas(1024) Element q[kConfig.num_q_stages()][kConfig.warpgroups()][64 * kConfig.head_dim];
@@ -79,7 +79,7 @@ struct alignas(1024) TeamStorage {
     constexpr int kWarps = 4 * kConfig.warpgroups();
     for (int i = 0; i < kConfig.num_q_stages(); ++i) {
       q_full[i].init(1);
-      q_free[i].init(kWarps);
+      q_free[i].init(32 * kWarps);
     }
     for (int i = 0; i < kConfig.num_stages; ++i) {
       k_full[i].init(1);
