@@ -389,6 +389,6 @@ def write_entries(
     tables = _format(kind)
     both = (*read_entries(file, kind), *entries)
     table = {tables.key_of(entry): entry for entry in both}
-    order = sorted(table, key=lambda key: (key[:-1], key.launch or ""))
+    order = sorted(table, key=lambda key: ["" if x is None else x for x in key])
     found = {"format": tables.FORMAT, "entries": [table[key] for key in order]}
     write_file(file, to_json(found) + "\n")

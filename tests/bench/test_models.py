@@ -141,7 +141,7 @@ def test_peers_of_other_libraries_say_what_is_missing():
     [
         ({"heads": 2}, "has the heads of a model"),
         ({"kind": "profile"}, "expected a case of blocks for --profile"),
-        ({"kind": "tune"}, "expected a case of blocks for --tune"),
+        ({"kind": "tune"}, "--tune cannot run here: it needs"),
         ({"traced": True}, "expected a case of blocks for --traced"),
         ({"against": ("gather",)}, "peer 'gather' does not compute pair"),
         ({"against": ("cudnn",)}, "peer 'cudnn' cannot run here: it needs"),

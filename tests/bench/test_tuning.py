@@ -31,7 +31,7 @@ from jsparse.bench import (
 )
 from jsparse.bench._cases import AttentionCase, of_blocks
 from jsparse.bench._contract import Task
-from jsparse.bench._jax_peers import JaxContender
+from jsparse.bench._jax_peers import JaxContender, Ours
 from jsparse.bench._patterns import uniform
 from jsparse.bench._tuning import difference, search
 from jsparse.measure import BadInput, Progress
@@ -221,7 +221,8 @@ def test_only_the_forward_kernel_is_tuned_without_backward(hopper, monkeypatch):
 def test_a_config_is_in_use_while_it_compiles(hopper, monkeypatch, kernel, part):
     arrays = jax.random.normal(jax.random.key(0), (4, 512, 2, 64), "bfloat16")
     task = Task(CASE.load().mask, [tuple(arrays)])
-    (key,) = (key for key in _tuning._keys(task, True) if key.kernel == kernel)
+    ours = Ours("mosaic_gpu", traced=False)
+    (key,) = (key for key in _tuning._keys(task, ours, True) if key.kernel == kernel)
     config = _candidates.candidates(key, "bfloat16")[1]
     seen = []
 
@@ -230,7 +231,7 @@ def test_a_config_is_in_use_while_it_compiles(hopper, monkeypatch, kernel, part)
         seen.append((direction, gradients, _candidates.chosen(key)))
 
     monkeypatch.setattr(JaxContender, "ready", ready)
-    contender = _tuning.OneKernel(kernel, traced=False).enter(task)
+    contender = _tuning.one_kernel(ours, kernel).enter(task)
     _tuning.build(contender, key, config)
     assert seen == [("backward", part, config)]
     assert _candidates.chosen(key) != config
