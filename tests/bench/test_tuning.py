@@ -32,6 +32,12 @@ from jsparse.bench import (
 from jsparse.bench._cases import AttentionCase, of_blocks
 from jsparse.bench._contract import Task
 from jsparse.bench._jax_peers import JaxContender, Ours
+from jsparse.bench._models import (
+    distance_case,
+    pair_case,
+    triangle_case,
+    windows_case,
+)
 from jsparse.bench._patterns import uniform
 from jsparse.bench._tuning import difference, search
 from jsparse.measure import BadInput, Progress
@@ -215,6 +221,28 @@ def test_only_the_forward_kernel_is_tuned_without_backward(hopper, monkeypatch):
     (found,) = record["tuned"]
     assert found["kernel"] == "forward"
     assert found["tried"][0]["best"]
+
+
+@pytest.mark.parametrize(
+    "case, bias",
+    [
+        (pair_case("pair", 500, 2, 64), "16 bits"),
+        (triangle_case("triangle", 3, 300, 2, 32), "16 bits"),
+        (windows_case("windows", 700, 2, 32), "16 bits"),
+        (distance_case("distance", 16, 2, 64), "linear"),
+    ],
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_configs_beside_a_bias(case, bias, hopper, monkeypatch):
+    monkeypatch.setattr(_tuning, "build", lambda *_: Invented(1.0))
+    record = run_case(case, Options(kind="tune", repeats=1), Progress())
+    assert record["choices"] == []  # there is none: CUDA kernels take no bias
+    assert [(x["kernel"], x["bias"]) for x in record["entries"]] == [
+        (kernel, bias) for kernel in ("forward", "dq", "dkv")
+    ]
+    for entry, found in zip(record["entries"], record["tuned"], strict=True):
+        key = _tables.key_of(entry)
+        assert len(found["tried"]) == len(_candidates.candidates(key, "bfloat16")) > 1
 
 
 @pytest.mark.parametrize("kernel, part", [("dq", "a"), ("dkv", "bc")])
