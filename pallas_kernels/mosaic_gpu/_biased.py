@@ -130,11 +130,12 @@ class BiasedWalker(Walker):
         return [plgpu.layout_cast(zero, r.ROW) for _ in range(self.row_sums)]
 
     def pass_bias(
-        self, fields, lists: Lists, sums: list, x, p, ds, read, s: dict, slot
+        self, fields, lists: Lists, sums: list, x, p, ds, read, s: dict, slot, partial
     ):
         """The sums with a step's, and the gradient of its products.
 
         ``x`` and ``read`` are what `with_bias` took; ds is of what it returned.
+        ``partial`` tells whether the block may be.
         """
         if self.writes_bias:
             tile = s["bias"].at[slot, self.row_half()]
@@ -142,7 +143,7 @@ class BiasedWalker(Walker):
             plgpu.commit_smem()
             _bias.write(lists.bias, s["bias_gradient"], read.place, tile)
         if not isinstance(lists.bias, Score):
-            return self.add_sums(fields, lists, sums, p, ds, read, s), ds
+            return self.add_sums(fields, lists, sums, p, ds, read, s, partial), ds
         f = _score.products_gradient(lists.bias, *self.score_options)
         return f(sums, x, p, ds, fields[1], read)
 
@@ -152,14 +153,17 @@ class BiasedWalker(Walker):
             plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
             plgpu.barrier_arrive(s["bias_free"][slot])
 
-    def add_sums(self, fields, lists: Lists, sums: list, p, ds, read, s: dict) -> list:
+    def add_sums(
+        self, fields, lists: Lists, sums: list, p, ds, read, s: dict, partial: bool
+    ) -> list:
         """Adds a step, of which `read_bias` returned ``read``, to the sums."""
         if not self.row_sums:
             return sums
         bias = lists.bias
         if not isinstance(bias, DistanceBias):
             return [gradient.add_to_rows(self.tile)(sums[0], ds)]
-        add = _distance.with_sums(self.tile, self.rows_tested, self.rows_are_queries)
+        sizes = self.tile, self.rows_tested
+        add = _distance.with_sums(*sizes, self.rows_are_queries, partial)
         lanes = s["lanes"].at[self.row_half()] if self.lane_sums else None
         return add(sums, p, ds, bias, bias.entry(*fields[:2]), read, lanes)
 

@@ -233,11 +233,12 @@ def add_gaussian(columns: int, scale: float) -> Callable:
 # -------------------------------------------------------------------------- gradients
 
 
-def with_sums(columns: int, rows: int, every: bool) -> Callable:
+def with_sums(columns: int, rows: int, every: bool, partial: bool) -> Callable:
     """``f(sums, p, ds, bias, entry, read, lanes) -> sums`` of each row.
 
-    With ``every`` all that a gradient needs beside those of `add_distance_sums`:
-    `DistanceBias.lane_sums` in the shared memory ``lanes``.
+    ``partial`` tells whether the block is. With ``every`` all that a gradient needs
+    beside those of `add_distance_sums`: `DistanceBias.lane_sums` in the shared memory
+    ``lanes``.
     """
 
     def f(sums, p, ds, bias, entry, read, lanes):
@@ -253,14 +254,14 @@ def with_sums(columns: int, rows: int, every: bool) -> Callable:
 
             zero = plgpu.layout_cast(jnp.zeros((64, columns), jnp.float32), r.ACC)
             slopes = lax.fori_loop(0, count, one, zero)
-        add = add_distance_sums(columns, bias.form, rows, every, count)
+        add = add_distance_sums(columns, bias.form, rows, every, count, partial)
         return list(add(sums, p, ds, bias, entry, read, slopes, lanes))
 
     return f
 
 
 def add_distance_sums(
-    columns: int, form: str, rows: int, every: bool, count: int
+    columns: int, form: str, rows: int, every: bool, count: int, partial: bool
 ) -> Callable:
     """``f(sums, p, ds, bias, entry, read, slopes, lanes) -> sums`` of each row.
 
@@ -268,8 +269,8 @@ def add_distance_sums(
     derivative of the bias by x, axis by axis, but for a factor: minus the slope of a
     linear or quadratic one, 1 / width of the others. With ``every``, of linear and
     quadratic ones also of ``ds * d`` (or its square), ``ds`` and ``p * d``; of a table
-    the sums in ``lanes``. ``slopes`` is from `add_gaussian_slope`. An element with p 0
-    adds nothing, whatever its points.
+    the sums in ``lanes``. ``slopes`` is from `add_gaussian_slope`. In a partial
+    block an element with p 0 adds nothing, whatever its points.
     """
     one_weight = form in ("linear", "quadratic")
     num_sums = 6 if every and one_weight else 3
@@ -299,13 +300,17 @@ def add_distance_sums(
         values = zip(r.scalars(p), r.scalars(ds), found, strict=True)
         for i, (weight, x, (difference, square)) in enumerate(values):
             factor, distance = derivative(i, square, weight, x)
-            by_axis = r.mul(x, factor)
-            terms = [r.mul(by_axis, y) for y in difference]
+            by_axis, one = r.mul(x, factor), r.number(1.0)
+            terms = [(by_axis, y) for y in difference]
             if num_sums > 3:
-                terms += [r.mul(x, distance), x, r.mul(weight, distance)]
+                terms += [(x, distance), (x, one), (weight, distance)]
             half = (i >> 1) & 1
-            for total, term in zip(totals, terms, strict=True):
-                total[half] = r.add(total[half], r.zero_with(term, weight))
+            for total, (a, b) in zip(totals, terms, strict=True):
+                if partial:
+                    term = r.zero_with(r.mul(a, b), weight)
+                    total[half] = r.add(total[half], term)
+                else:
+                    total[half] = r.fma(a, b, total[half])
         return tuple(r.from_scalars(x, (64,), r.ROW.to_mgpu()) for x in totals)
 
     def add(sums, p, ds, bias, entry, read, slopes, lanes):

@@ -220,6 +220,7 @@ class BackwardConfig:
         num_fixed_stages: fixed tiles in flight.
         ping_pong: whether two compute warpgroups take turns on the tensor core.
         teams: teams of a CTA, each with a load warp of its own.
+        staged: whether outputs leave by shared memory, see `fwd_sm90.Config`.
         num_ctas: CTAs of the launch; one fits on a multiprocessor.
     """
 
@@ -228,6 +229,7 @@ class BackwardConfig:
     num_fixed_stages: int = 1
     ping_pong: bool = False
     teams: int = 1
+    staged: bool = True
     num_ctas: int = 132
 
     def __post_init__(self):
@@ -250,7 +252,7 @@ class BackwardConfig:
     def walker(self) -> dict:
         """The fields that `_persistent.Walker` shares."""
         names = ("tile", "num_stages", "num_fixed_stages", "ping_pong", "teams")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "staged")}
 
 
 def beside_bias(

@@ -236,6 +236,7 @@ class Walker(Teams):
         num_stages: tiles of a stream in flight.
         num_fixed_stages: fixed tiles in flight.
         ping_pong: whether two compute warpgroups take turns on the tensor core.
+        staged: whether outputs leave by shared memory, if they are not too wide.
         group: query heads that share a key head.
         rows_are_queries: whether rows are queries and columns keys, or the reverse.
         any_partial: whether partial blocks may occur.
@@ -247,6 +248,7 @@ class Walker(Teams):
     num_stages: int
     num_fixed_stages: int
     ping_pong: bool
+    staged: bool
     group: int
     rows_are_queries: bool
     any_partial: bool
@@ -615,14 +617,17 @@ def write(s: dict, w, outputs: Sequence[tuple[Any, str, Any]]) -> None:
             r.store(place, values)
 
 
-def staging(tile: Callable, wgs: int, **columns: int) -> dict:
+def staging(tile: Callable, wgs: int, staged: bool, **columns: int) -> dict:
     """Shared memory of the outputs that leave by it, made by ``tile(*shape)``."""
-    return {n: tile(wgs, 64, c) for n, c in columns.items() if c <= WIDEST_STAGED}
+    fit = staged * WIDEST_STAGED
+    return {
+        name: tile(wgs, 64, count) for name, count in columns.items() if count <= fit
+    }
 
 
-def rows_of(length: int, block_rows: int, columns: int) -> int:
+def rows_of(length: int, block_rows: int, columns: int, staged: bool) -> int:
     """Rows of an output: of whole blocks, unless a copy can end with the array."""
-    if block_rows >= 64 and columns <= WIDEST_STAGED:
+    if block_rows >= 64 and columns <= WIDEST_STAGED and staged:
         return length + -length % 8
     return -(-length // block_rows) * warpgroups(block_rows) * 64
 

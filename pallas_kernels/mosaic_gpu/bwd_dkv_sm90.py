@@ -97,7 +97,7 @@ def scratch_spec(
         dout=tile(c.num_stages, c.tile, value_dim),
         lse2=row,
         delta=row,
-        **_persistent.staging(tile, wgs, dk=head_dim, dv=value_dim),
+        **_persistent.staging(tile, wgs, c.staged, dk=head_dim, dv=value_dim),
         item=_persistent.item_slots(c.teams, c.num_fixed_stages),
         fixed_full=bar(c.num_fixed_stages, 1 + 2 * wgs),
         fixed_free=bar(c.num_fixed_stages, wgs),
@@ -244,7 +244,13 @@ class _BackwardDkv(BiasedWalker):
         (batch, _, heads, _), rows = shape, self.block_rows
         sums = [
             jax.ShapeDtypeStruct(
-                (batch, _persistent.rows_of(length, rows, dim), heads, dim), self.dtype
+                (
+                    batch,
+                    _persistent.rows_of(length, rows, dim, self.staged),
+                    heads,
+                    dim,
+                ),
+                self.dtype,
             )
             for dim in self.dims.values()
         ] + [
@@ -355,8 +361,11 @@ class _BackwardDkv(BiasedWalker):
             operands, rows = {}, sums["rows"]
             if "dk" in dims:
                 dp = wait((64, tile), 0)(found["dp"])
-                ds = self.logits_gradient(p, dp, s, slot, seen is not None)
-                rows, ds = self.pass_bias(fields, lists, rows, x, p, ds, bias, s, slot)
+                partial = seen is not None
+                ds = self.logits_gradient(p, dp, s, slot, partial)
+                rows, ds = self.pass_bias(
+                    fields, lists, rows, x, p, ds, bias, s, slot, partial
+                )
             if "dv" in dims:
                 operands["dv"] = sums["dv"], to_operand(p), dout
             if "dk" in dims:

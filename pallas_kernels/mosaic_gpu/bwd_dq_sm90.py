@@ -102,7 +102,7 @@ def scratch_spec(
         dout=tile(c.num_fixed_stages, wgs, 64, value_dim),
         k=tile(c.num_stages, c.tile, head_dim),
         v=tile(c.num_stages, c.tile, value_dim),
-        **_persistent.staging(tile, wgs, dq=head_dim),
+        **_persistent.staging(tile, wgs, c.staged, dq=head_dim),
         item=_persistent.item_slots(c.teams, c.num_fixed_stages),
         fixed_full=bar(c.num_fixed_stages, 1 + 2 * wgs),
         fixed_free=bar(c.num_fixed_stages, wgs),
@@ -175,7 +175,7 @@ def backward_dq(
     _persistent.check_smem("backward_dq", config, scratch)
     q, k, v, dout = (_persistent.pad_rows(x) for x in (q, k, v, dout))
     slots = max(schedule.num_slots, 1)
-    rows = _persistent.rows_of(q_len, block_q, head_dim)
+    rows = _persistent.rows_of(q_len, block_q, head_dim, config.staged)
     out_type = [
         jax.ShapeDtypeStruct((q.shape[0], rows, heads, head_dim), q.dtype),
         jax.ShapeDtypeStruct((slots, block_q, head_dim), jnp.float32),
@@ -260,7 +260,9 @@ class _BackwardDq(BiasedWalker):
         p = self.mask_first(fields, mask, seen, probabilities(logits, lse2))
         ds = logits_gradient[self.any_partial](p, dp, delta)
         rows = self.no_sums()
-        rows, ds = self.pass_bias(fields, lists, rows, x, p, ds, bias, s, slot)
+        rows, ds = self.pass_bias(
+            fields, lists, rows, x, p, ds, bias, s, slot, self.any_partial
+        )
         ds = to_operand(ds)
         self.clean_first(fields, lists, seen, [s["k"].at[slot]])
         dq = plgpu.layout_cast(jnp.zeros((64, dim), jnp.float32), r.ACC)
@@ -288,8 +290,11 @@ class _BackwardDq(BiasedWalker):
                 p = mask(seen, p)
             dp = wait((64, tile), 1)(dp)
             plgpu.barrier_arrive(s["v_free"][slot])
-            ds = logits_gradient[seen is not None](p, dp, delta)
-            rows, ds = self.pass_bias(fields, lists, rows, x, p, ds, bias, s, slot)
+            partial = seen is not None
+            ds = logits_gradient[partial](p, dp, delta)
+            rows, ds = self.pass_bias(
+                fields, lists, rows, x, p, ds, bias, s, slot, partial
+            )
             self.free_bias(s, before, pending=1)
             self.await_operands(n + 1, total, step0, s, ["k", "v"])
             dq, ds = gradient.await_all(dim, tile)(dq, ds)

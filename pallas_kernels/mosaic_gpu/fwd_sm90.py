@@ -71,6 +71,8 @@ class Config:
             memory by every product.
         teams: teams of a CTA, each with a load warp of its own.
         share: whether the teams compute each item together, a part of its blocks each.
+        staged: whether outputs leave by shared memory; else straight from registers,
+            which leaves room for more.
         num_ctas: CTAs of the launch; one fits on a multiprocessor.
     """
 
@@ -83,6 +85,7 @@ class Config:
     q_in_registers: bool = False
     teams: int = 1
     share: bool = False
+    staged: bool = True
     num_ctas: int = 132
 
     @property
@@ -200,7 +203,7 @@ def scratch_spec(
         q=tile(c.num_q_stages, wgs, 64, head_dim),
         k=tile(c.num_stages, c.tile_kv, head_dim),
         v=tile(c.num_stages, c.tile_kv, value_dim),
-        **_persistent.staging(tile, wgs, out=value_dim),
+        **_persistent.staging(tile, wgs, c.staged, out=value_dim),
         lse=plgpu.SMEM((c.teams, wgs, 64), jnp.float32),
         item=_persistent.item_slots(c.teams, c.num_q_stages),
         fixed_full=bar(c.num_q_stages, 1 + wgs),
@@ -266,7 +269,7 @@ def forward(
     q_pad = -(-q_len // block_q) * block_q
     slots = max(schedule.num_slots, 1)
     f32 = jnp.float32
-    rows = _persistent.rows_of(q_len, block_q, value_dim)
+    rows = _persistent.rows_of(q_len, block_q, value_dim, config.staged)
     out_type = (
         jax.ShapeDtypeStruct((batch, rows, heads, value_dim), q.dtype),
         jax.ShapeDtypeStruct((batch, heads, q_pad), f32),
@@ -280,6 +283,7 @@ def forward(
         num_stages=config.num_stages,
         num_fixed_stages=config.num_q_stages,
         ping_pong=config.ping_pong,
+        staged=config.staged,
         teams=config.teams,
         group=heads // k.shape[2],
         rows_are_queries=True,

@@ -85,7 +85,7 @@ def merge(
 
     tile = lambda *shape: _persistent.tiles(shape, out.dtype)
     scratch = dict(
-        **_persistent.staging(tile, 1, out=COLUMNS),
+        **_persistent.staging(tile, 1, True, out=COLUMNS),
         lse=plgpu.SMEM((1, 64), jnp.float32),
     )
     kernel = plgpu.kernel(

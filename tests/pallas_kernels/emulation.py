@@ -340,7 +340,7 @@ def _table_slope(d, bias, entry):
     return sum(jnp.where((n <= u) & (u < n + 1), y - x, 0) for n, (x, y) in steps)
 
 
-def add_distance_sums(columns, form, rows, every, count):
+def add_distance_sums(columns, form, rows, every, count, partial):
     del count
 
     def f(sums, p, ds, bias, entry, read, slopes, lanes):
@@ -359,7 +359,9 @@ def add_distance_sums(columns, form, rows, every, count):
         if every and form in ("linear", "quadratic"):
             more = [ds * d, ds, p * d]
         terms = [ds * factor * x for x in difference] + more
-        terms = [jnp.where(p == 0, 0, x).sum(1) for x in terms]
+        if partial:
+            terms = [jnp.where(p == 0, 0, x) for x in terms]
+        terms = [x.sum(1) for x in terms]
         return [x + y for x, y in zip(sums, terms, strict=True)]
 
     return f

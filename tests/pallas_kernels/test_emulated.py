@@ -6,6 +6,7 @@ for the contract suite on a GPU.
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import functools
 
@@ -16,7 +17,13 @@ import pytest
 from jsparse import block_sparse_attention
 from jsparse.backends import _hopper, mosaic_gpu
 from jsparse.bias import BlockBias
-from jsparse.pallas_kernels.mosaic_gpu import _schedule, bwd_dbias_sm90, fwd_sm90
+from jsparse.pallas_kernels.mosaic_gpu import (
+    _schedule,
+    bwd_dbias_sm90,
+    bwd_dkv_sm90,
+    bwd_dq_sm90,
+    fwd_sm90,
+)
 from tests.backends import test_contract as contract
 from tests.backends import test_score_function as score_function
 from tests.pallas_kernels.emulation import emulated
@@ -191,6 +198,20 @@ def test_bias_that_nobody_shares(kind, dtype, static, monkeypatch):
         case.bias = BlockBias(np.pad(case.bias.values, more))
     found = check(case, static)
     contract.check_sixteen_bit_bias(case.cast("bfloat16"), found[5])
+
+
+@pytest.mark.parametrize("sizes", ["64 x 64", "128 x 128"])
+def test_outputs_straight_from_registers(sizes, monkeypatch):
+    for where in (fwd_sm90.Config, bwd_dq_sm90, bwd_dkv_sm90):
+        choose = where.choose
+
+        def unstaged(*args, choose=choose):
+            return dataclasses.replace(choose(*args), staged=False)
+
+        monkeypatch.setattr(where, "choose", unstaged)
+    rng = np.random.default_rng(9)
+    mask = random_mask(rng, SIZES[sizes], 5)
+    check(make_case(rng, mask, heads=(2, 1)))
 
 
 @pytest.mark.parametrize("count", [2, 3])
