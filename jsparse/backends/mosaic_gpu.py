@@ -202,7 +202,7 @@ def _bias_gradient(
     if primal is None:
         return None
     if isinstance(primal, DistanceBias):
-        dlse = found.dlse.reshape(found.by_query.shape[1:])
+        dlse = found.dlse.reshape(-1, *found.dlse.shape[-2:])
         return distance_gradient(bias, *found[:3], dlse, primal, call.batch)
     if isinstance(primal, ScoreFunction):
         dlse = found.dlse.reshape(-1, *found.dlse.shape[-2:])

@@ -257,6 +257,13 @@ def room(bias: str) -> Any:
     return _bias.STREAMED.get(bias, jnp.float32)
 
 
+def widest_step(bias: str, head_dim: int, value_dim: int) -> int:
+    """Columns of a backward step beside a kind of bias that leave enough registers."""
+    if bias in ("table", "gaussian"):
+        return 32
+    return 128 if bias == "16 bits" and max(head_dim, value_dim) <= 64 else 64
+
+
 def first_fit(configs: Iterable, scratch: Callable) -> Any:
     """The first config whose ``scratch(config)`` fits, or the last."""
     for config in configs:

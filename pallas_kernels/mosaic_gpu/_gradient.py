@@ -256,12 +256,12 @@ class BackwardConfig:
 
 
 def beside_bias(
-    block_rows: int, block_columns: int, num_ctas: int, narrow: bool
+    block_rows: int, block_columns: int, num_ctas: int, widest: int, stages: int = 2
 ) -> list[BackwardConfig]:
-    """What may leave room for a bias, best first; not measured.
+    """What may leave room for a bias, best first.
 
-    At most two warpgroups a CTA: a tile of the bias takes registers. A table or
-    Gaussians take more, for which steps of 64 columns leave too few: ``narrow``.
+    At most two warpgroups a CTA: a bias takes registers. ``widest`` are the most
+    columns of a step for which it leaves enough, ``stages`` those of steps of 128.
     """
     return [
         BackwardConfig(
@@ -271,8 +271,8 @@ def beside_bias(
             num_ctas=num_ctas,
         )
         for tile, stages, teams in (
-            *((64, 4, 2), (64, 3, 2), (32, 3, 2), (32, 3, 1)),
+            *((128, stages, 2), (64, 4, 2), (64, 3, 2), (32, 3, 2), (32, 3, 1)),
             (32, 2, 1),
         )
-        if tile == 32 or not narrow
+        if tile <= min(widest, max(64, block_columns))
     ]

@@ -59,7 +59,8 @@ def choose(
         return BackwardConfig(**measured, num_ctas=num_ctas)
     if bias in (*_bias.STREAMED, *_bias.COMPUTED):
         dims = block_kv, head_dim, value_dim, jnp.bfloat16, _biased.room(bias)
-        configs = gradient.beside_bias(block_kv, block_q, num_ctas, lane_sums > 0)
+        widest = _biased.widest_step(bias, head_dim, value_dim)
+        configs = gradient.beside_bias(block_kv, block_q, num_ctas, widest)
         return _biased.first_fit(configs, lambda c: scratch_spec(c, *dims))
     widest = max(head_dim, value_dim)
     narrow = widest <= 64

@@ -69,7 +69,8 @@ def choose(
     if bias in (*_bias.STREAMED, *_bias.COMPUTED):
         dims = block_q, head_dim, value_dim, jnp.bfloat16
         room = _biased.room(bias), lane_sums
-        configs = gradient.beside_bias(block_q, block_kv, num_ctas, lane_sums > 0)
+        widest = _biased.widest_step(bias, head_dim, value_dim)
+        configs = gradient.beside_bias(block_q, block_kv, num_ctas, widest, stages=3)
         return _biased.first_fit(configs, lambda c: scratch_spec(c, *dims, *room))
     widest = max(head_dim, value_dim)
     if widest > 128:

@@ -166,18 +166,27 @@ class Config:
     def _beside_bias(
         cls, head_dim, value_dim, block_q, block_kv, num_ctas, bias_dtype
     ) -> Config:
-        """The first that fits; not measured."""
+        """The first that fits: four warpgroups and three stages, or two with turns."""
+        choices = (
+            (64, 3, 4),
+            (64, 4, 2),
+            (64, 3, 2),
+            (64, 2, 2),
+            (32, 3, 2),
+            (32, 2, 2),
+        )
         return _biased.first_fit(
             (
                 cls(
                     tile_q=block_q,
                     tile_kv=min(tile, block_kv),
                     num_stages=stages,
-                    ping_pong=block_q == 128,
-                    teams=128 // block_q,
+                    ping_pong=block_q == 128 and wgs == 2,
+                    teams=64 * wgs // block_q,
                     num_ctas=num_ctas,
                 )
-                for tile, stages in ((64, 4), (64, 3), (64, 2), (32, 3), (32, 2))
+                for tile, stages, wgs in choices
+                if wgs == 2 or max(head_dim, value_dim) <= 64
             ),
             lambda c: scratch_spec(
                 c, block_q, head_dim, value_dim, jnp.bfloat16, bias_dtype
