@@ -350,7 +350,23 @@ def _contest_table(records: list[Record]) -> str:
     for record in records:
         for direction, title in DIRECTIONS.items():
             rows += _contest_rows(record, direction, title)
-    return _grid(head, rows)
+    return _grid(head, _once(rows, 4))
+
+
+def _once(rows: list[tuple[str, ...]], leading: int) -> list[tuple[str, ...]]:
+    """Rows whose leading cells are empty where they repeat those of the row above.
+
+    Example:
+        >>> _once([("a", "b", "x"), ("a", "b", "y"), ("a", "c", "y")], 2)
+        [('a', 'b', 'x'), ('', '', 'y'), ('', 'c', 'y')]
+    """
+    found = []
+    for above, row in zip([(), *rows], rows, strict=False):
+        same = 0
+        while same < leading and row[: same + 1] == above[: same + 1]:
+            same += 1
+        found.append(("",) * same + row[same:])
+    return found
 
 
 def _contest_rows(record: Record, direction: str, title: str) -> list[tuple[str, ...]]:

@@ -243,7 +243,8 @@ def test_shipped_records_can_be_rendered():
     with resources.as_file(records) as folder:
         found = read_records(folder)
     text = markdown(found)
-    assert all(record["case"] in text for record in found)
+    shown = [record for record in found if record["kind"] != "tune"]
+    assert all(record["case"] in text for record in shown)
 
 
 def test_folder_of_records(tmp_path: Path, monkeypatch):
