@@ -125,8 +125,12 @@ class Backend(Protocol):
         lse: Array,
         dout: Array,
         dlse: Array,
+        bias_gradient: bool,
     ) -> tuple[Array, Array, Array, Bias | None]:
-        """Gradients of q, k, v and bias, summed over the axes each of them shares."""
+        """Gradients of q, k, v and bias, summed over the axes each of them shares.
+
+        That of the bias is None unless ``bias_gradient`` asks for it.
+        """
         ...
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jsparse.backends import _score as programs
 from jsparse.bias import Bias, BlockBias, DistanceBias, ScoreFunction
@@ -143,10 +144,10 @@ def zero_unlisted(grad: Array, bias: _bias.Streamed, mask: BlockMask) -> Array:
 
 def _lists_every_block(bias: _bias.Streamed, mask: BlockMask) -> bool:
     """Whether it is known, before anything is computed, that no block is missing."""
-    lists = mask.kv_num_blocks, mask.full_kv_num_blocks
-    if any(isinstance(count, jax.core.Tracer) for count in lists):
+    partial, full = mask.kv_num_blocks, mask.full_kv_num_blocks
+    if isinstance(partial, Tracer) or isinstance(full, Tracer):
         return False
-    count = sum(np.asarray(count) for count in lists)
+    count = np.asarray(partial) + np.asarray(full)
     if isinstance(bias, _bias.DenseBias):
         return bool((count == mask.num_kv_blocks).all())
     return bool((count.sum((1, 2)) == bias.values.shape[2]).all())

@@ -131,8 +131,10 @@ def backward(
     lse: Array,
     dout: Array,
     dlse: Array,
+    bias_gradient: bool,
 ) -> tuple[Array, Array, Array, None]:
     """See `Backend.backward`. From ``out`` and ``lse``, whoever computed them."""
+    del bias_gradient  # there is no bias
     call = _hopper.Call.of(operands, scale, pattern)
     of_queries = call.statistics(out, lse, dout, dlse)
     q, k, v, dout = _pad_heads(call.q, call.k, call.v, call.flat(dout))

@@ -6,6 +6,7 @@ kernels take. The kernels themselves are in `jsparse.pallas_kernels`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -131,9 +132,13 @@ def backward(
     lse: Array,
     dout: Array,
     dlse: Array,
+    bias_gradient: bool,
 ) -> tuple[Array, Array, Array, Bias | None]:
     """See `Backend.backward`."""
     call = _hopper.Call.of(operands, scale, pattern)
+    if call.bias is not None and not bias_gradient:
+        constant = dataclasses.replace(call.bias, constant=True)
+        call = dataclasses.replace(call, bias=constant)
     q, k, v = call.q, call.k, call.v
     sizes = (*call.dims, *call.blocks, _hopper.num_multiprocessors())
     beside = _bias.kind(call.bias), _bias.lane_sums(call.bias)
@@ -199,7 +204,7 @@ def _bias_gradient(
     ``arrays`` are q, k, v, dout, lse2 and delta.
     """
     bias: Any = call.bias
-    if primal is None:
+    if bias is None or bias.constant:
         return None
     if isinstance(primal, DistanceBias):
         dlse = found.dlse.reshape(-1, *found.dlse.shape[-2:])

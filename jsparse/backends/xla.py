@@ -72,6 +72,7 @@ def backward(
     lse: Array,
     dout: Array,
     dlse: Array,
+    bias_gradient: bool,
 ) -> tuple[Array, Array, Array, Any]:
     """See `Backend.backward`."""
     operands = vary_like(operands, (operands, dout))
@@ -89,7 +90,8 @@ def backward(
 
     target = (*single.operands[:3], single.operands.bias)
     grads = _sum_batch(one, (single, rows), target, shape)
-    return restore.gradients(grads, operands)
+    *grads, dbias = restore.gradients(grads, operands)
+    return *grads, dbias if bias_gradient else None
 
 
 # ----------------------------------------------------- batch axes and head patterns

@@ -64,10 +64,11 @@ class TwoBackends:
         lse: Array,
         dout: Array,
         dlse: Array,
+        bias_gradient: bool,
     ) -> tuple[Array, Array, Array, Bias | None]:
         """See `Backend.backward`."""
         rows = out, lse, dout, dlse
-        return self.of_backward.backward(operands, scale, pattern, *rows)
+        return self.of_backward.backward(operands, scale, pattern, *rows, bias_gradient)
 
 
 def refusals(problem: Problem) -> dict[str, str | None]:

@@ -1,9 +1,10 @@
 """The only custom derivative and the only batching rule of the library.
 
-``attend`` maps `Operands` to ``(out, lse)``. Both directions are `custom_vmap`
-functions whose rule prepends a batch axis to every leaf, of size 1 where a leaf is not
-mapped. A bias shared under ``vmap`` is therefore never copied, and its gradient comes
-back summed.
+``attend`` maps `Operands` to ``(out, lse)``. The gradient of a bias may cost as much as
+all others; it is not computed where the bias is not differentiated. Both directions are
+`custom_vmap` functions whose rule prepends a batch axis to every leaf, of size 1 where
+a leaf is not mapped. A bias shared under ``vmap`` is therefore never copied, and its
+gradient comes back summed.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero
 
-from jsparse.backends._contract import Backend, HostPattern, Operands
+from jsparse.backends._contract import Backend, HostPattern, Operands, vary_like
 
 Array = Any
 
@@ -34,14 +36,22 @@ def attend(
 
 
 def _attend_fwd(backend, scale, pattern, operands):
+    leaves, tree = jax.tree_util.tree_flatten(operands)
+    operands = tree.unflatten([x.value for x in leaves])
+    of_bias = jax.tree_util.tree_leaves(tree.unflatten(leaves).bias)
+    # What is static must not be an array: that there is something, or nothing, says it.
+    bias_gradient = () if any(x.perturbed for x in of_bias) else None
     out, lse = _batched_forward(backend, scale, pattern)(operands)
-    return (out, lse), (operands, out, lse)
+    return (out, lse), (operands, out, lse, bias_gradient)
 
 
 def _attend_bwd(backend, scale, pattern, residuals, cotangents):
-    operands, out, lse = residuals
-    grads = _batched_backward(backend, scale, pattern)(operands, out, lse, *cotangents)
-    primals = (operands.q, operands.k, operands.v, operands.bias)
+    operands, out, lse, bias_gradient = residuals
+    dout, dlse = map(_instantiate, cotangents, (out, lse))
+    backward = _batched_backward(backend, scale, pattern, bias_gradient is not None)
+    grads = backward(operands, out, lse, dout, dlse)
+    bias = None if bias_gradient is None else operands.bias
+    primals = (operands.q, operands.k, operands.v, bias)
     dq, dk, dv, dbias = jax.tree_util.tree_map(_sum_devices, grads, primals)
     # Integers of a score function have no gradient, which JAX spells None.
     dbias = jax.tree_util.tree_map(
@@ -51,13 +61,20 @@ def _attend_bwd(backend, scale, pattern, residuals, cotangents):
     return (Operands(dq, dk, dv, no_mask, dbias),)
 
 
+def _instantiate(cotangent: Array | SymbolicZero, primal: Array) -> Array:
+    """Zeros as an array."""
+    if not isinstance(cotangent, SymbolicZero):
+        return cotangent
+    return vary_like(jnp.zeros(primal.shape, primal.dtype), primal)
+
+
 def _sum_devices(grad: Array, primal: Array) -> Array:
     """Inside `jax.shard_map`, sums the gradient of a replicated array over devices."""
     axes = jax.typeof(grad).mat.varying - jax.typeof(jnp.asarray(primal)).mat.varying
     return jax.lax.psum(grad, tuple(axes)) if axes else grad
 
 
-attend.defvjp(_attend_fwd, _attend_bwd)
+attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
 @functools.lru_cache(maxsize=16)
@@ -78,11 +95,14 @@ def _batched_forward(
 
 @functools.lru_cache(maxsize=16)
 def _batched_backward(
-    backend: Backend, scale: float, pattern: HostPattern | None
+    backend: Backend, scale: float, pattern: HostPattern | None, bias_gradient: bool
 ) -> Callable:
     @custom_vmap
     def backward(operands, *rows):
-        return backend.backward(operands, scale, pattern, *rows)
+        out, lse, dout, dlse = rows
+        return backend.backward(
+            operands, scale, pattern, out, lse, dout, dlse, bias_gradient
+        )
 
     @backward.def_vmap
     def rule(axis_size, in_batched, operands, *rows):
@@ -92,7 +112,8 @@ def _batched_backward(
         ]
         grads = backward(_add_axis(operands, in_batched[0]), *rows)
         mapped = in_batched[0]
-        batched = (mapped.q, mapped.k, mapped.v, mapped.bias)
+        bias = mapped.bias if bias_gradient else None
+        batched = (mapped.q, mapped.k, mapped.v, bias)
         # What was shared over the mapped axis has been summed over it by the backend.
         grads = jax.tree_util.tree_map(lambda g, b: g if b else g[0], grads, batched)
         return grads, batched

@@ -41,10 +41,12 @@ class _Shared:
     Attributes:
         values: ``[b, H or 1, ...]``.
         inner: batch entry n reads index ``n // inner % b``.
+        constant: whether no gradient is asked for.
     """
 
     values: Array
     inner: int = dataclasses.field(default=1, metadata=dict(static=True))
+    constant: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     def entry(self, b, h) -> tuple[Array | int, Array | int]:
         """Indices into the first two axes for a batch entry and a query head."""
@@ -160,14 +162,24 @@ def streamed(bias: Bias | None) -> bool:
 
 def row_sums(bias: Bias | None, rows_are_queries: bool) -> int:
     """How many sums of each row the gradient of a bias needs of a dq or dkv kernel."""
+    if bias is None or bias.constant:
+        return 0
     if isinstance(bias, DistanceBias | Score):
         return bias.row_sums(rows_are_queries)
     return int(isinstance(bias, KeyBias) and not rows_are_queries)
 
 
+def own_gradient(bias: Bias | None, batch: int, heads: int) -> bool:
+    """Whether the dq kernel computes the gradient of a bias, which nobody shares."""
+    if bias is None or bias.constant or not streamed(bias):
+        return False
+    return not any(bias.shared(batch, heads))
+
+
 def lane_sums(bias: Bias | None) -> int:
     """How many sums over all pairs it needs of the dq kernel."""
-    return bias.lane_sums if isinstance(bias, DistanceBias) else 0
+    own = isinstance(bias, DistanceBias) and not bias.constant
+    return bias.lane_sums if own else 0
 
 
 def dtype_of(bias: Bias | None) -> Any:

@@ -71,6 +71,7 @@ class DistanceBias:
         form: ``"linear"``, ``"quadratic"``, ``"table"`` or ``"gaussian"``.
         inverse: ``[B or 1]`` float32, 1 / width, of a table or Gaussians, else None.
         centers: ``[B or 1, n]`` float32, of Gaussians, else None.
+        constant: whether no gradient is asked for.
     """
 
     rows: Array
@@ -79,6 +80,7 @@ class DistanceBias:
     form: str = dataclasses.field(metadata=dict(static=True))
     inverse: Array = None
     centers: Array = None
+    constant: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     def entry(self, b, h) -> Entry:
         """Indices for a batch entry and a query head."""

@@ -40,10 +40,12 @@ class Score:
     Attributes:
         arrays: each ``[B or 1, ...]``, float32 or int32.
         program: inputs are score, index_q, index_kv and head.
+        constant: whether no gradient of the arrays is asked for.
     """
 
     arrays: tuple[Array, ...]
     program: Any = dataclasses.field(metadata=dict(static=True))
+    constant: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     def shared(self, batch: int, heads: int) -> tuple[bool, bool]:
         """No tiles are loaded, so none are shared."""
@@ -56,6 +58,8 @@ class Score:
         They are numbers among the program's ``learned``. An array read by key is the
         dk and dv kernel's, every other one the dq kernel's.
         """
+        if self.constant:
+            return []
         loads = [self.program.loads[n] for n in self.program.learned]
         return [
             n

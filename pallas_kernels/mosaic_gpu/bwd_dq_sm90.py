@@ -195,7 +195,7 @@ def backward_dq(
         dtype=q.dtype,
         row_sums=_bias.row_sums(bias, rows_are_queries=True),
         lane_sums=lane_sums,
-        writes_bias=_bias.streamed(bias) and not any(bias.shared(q.shape[0], heads)),
+        writes_bias=_bias.own_gradient(bias, q.shape[0], heads),
     )
     out_type += kernel.sums_type(q.shape[0], heads, q_len, slots)
     if kernel.writes_bias:

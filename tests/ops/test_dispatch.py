@@ -185,9 +185,13 @@ def test_each_pass_is_computed_by_its_own():
             called.append((self.label, "forward"))
             return xla.forward(operands, scale, pattern)
 
-        def backward(self, operands, scale, pattern, out, lse, dout, dlse):
+        def backward(
+            self, operands, scale, pattern, out, lse, dout, dlse, bias_gradient
+        ):
             called.append((self.label, "backward"))
-            return xla.backward(operands, scale, pattern, out, lse, dout, dlse)
+            return xla.backward(
+                operands, scale, pattern, out, lse, dout, dlse, bias_gradient
+            )
 
     def gradients(implementation):
         def attend(q, k, v):

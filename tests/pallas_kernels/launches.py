@@ -55,7 +55,7 @@ class Launch:
     ``bias`` is None, ``"key"``, ``"block"``, a form of `DistanceBias`, the name of one
     of `tests.support.scores.FUNCTIONS`, or the dtype of a dense one; a table or
     Gaussians have ``weights``, as many as may be if None. Heads share a dense or block
-    bias unless ``shared`` is False.
+    bias unless ``shared`` is False; of a ``constant`` one no gradient is asked for.
     """
 
     kernel: str
@@ -71,6 +71,7 @@ class Launch:
     bias: str | None = None
     weights: int | None = None
     shared: bool = True
+    constant: bool = False
 
     def config(self):
         """The given one, or the chosen: what is launched matters to forward only."""
@@ -129,9 +130,12 @@ class Launch:
 
     def bias_shape(self):
         """Of one batch entry; of a block bias, values of 40 blocks."""
-        block_q, block_kv = self.blocks
         if self.bias is None:
             return None
+        return dataclasses.replace(self.any_bias(), constant=self.constant)
+
+    def any_bias(self):
+        block_q, block_kv = self.blocks
         if self.bias == "key":
             shape = jax.ShapeDtypeStruct((1, 1, 5 * block_kv), "float32")
             return _bias.KeyBias(shape)

@@ -200,6 +200,37 @@ def test_bias_that_nobody_shares(kind, dtype, static, monkeypatch):
     contract.check_sixteen_bit_bias(case.cast("bfloat16"), found[5])
 
 
+@pytest.mark.parametrize("kind", ["dense_2d", "block", "linear", "table", "gaussian"])
+def test_bias_without_a_gradient(kind, monkeypatch):
+    monkeypatch.setattr(bwd_dbias_sm90, "backward_dbias", None)
+    rng = np.random.default_rng(7)
+    mask = random_mask(rng, SIZES["64 x 64"], 5)
+    case = make_case(rng, mask, heads=(2, 1))
+    bias = biases(rng, mask, 2, 1)[kind]
+    case = dataclasses.replace(case, bias=bias).cast("bfloat16")
+    launch, found = bwd_dq_sm90.backward_dq, []
+    monkeypatch.setattr(
+        bwd_dq_sm90,
+        "backward_dq",
+        lambda *args, **options: found.append(launch(*args, **options)) or found[-1],
+    )
+
+    def gradients(implementation, case):
+        def attend(q, k, v):
+            return block_sparse_attention(
+                q, k, v, case.mask, bias=case.bias, implementation=implementation
+            )
+
+        _, pull = jax.vjp(attend, case.q, case.k, case.v)
+        return jax.block_until_ready(pull(case.dout))
+
+    plain, truth = (gradients("reference", x) for x in (case, case.cast("float32")))
+    for x, y, z in zip(gradients("mosaic_gpu", case), truth, plain, strict=True):
+        assert contract.error(x, y) <= 2 * contract.error(z, y) + 2e-6
+    ((_, of_bias),) = found
+    assert of_bias == (None, None, None)
+
+
 @pytest.mark.parametrize("sizes", ["64 x 64", "128 x 128"])
 def test_outputs_straight_from_registers(sizes, monkeypatch):
     for where in (fwd_sm90.Config, bwd_dq_sm90, bwd_dkv_sm90):

@@ -112,6 +112,13 @@ def test_lowers_with_a_bias_that_is_not_streamed(kernel, blocks, bias):
         assert "mosaic_gpu" in launch.lower()
 
 
+@pytest.mark.parametrize("bias", ["float16", "key", *DISTANCES, SCORES[0]])
+@pytest.mark.parametrize("kernel", ["dq", "dkv"])
+def test_lowers_without_the_gradient_of_a_bias(kernel, bias):
+    launch = Launch(kernel, bias=bias, shared=False, constant=True)
+    assert "mosaic_gpu" in launch.lower()
+
+
 @pytest.mark.parametrize("bias", _distance.MOST)
 @pytest.mark.parametrize("kernel", TUNED)
 def test_as_many_weights_as_there_may_be_fit_into_shared_memory(kernel, bias):

@@ -1,0 +1,85 @@
+"""What the custom derivative asks a backend for."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from jsparse import block_sparse_attention
+from jsparse.backends import xla
+from jsparse.bias import DistanceBias
+from jsparse.patterns import window
+
+MASK = window(128, left=32, right=32, block_q=64, block_kv=64)
+
+
+@pytest.fixture
+def problem():
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 2, 128, 2, 16)).astype(np.float32)
+    dense = rng.standard_normal((2, 128, 128)).astype(np.float32)
+    points = rng.standard_normal((128, 3)).astype(np.float32)
+    linear = DistanceBias.linear(np.ones(2), points)
+    return q, k, v, {"dense": dense, "linear": linear}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """For each backward pass that is traced, whether it shall have dbias."""
+    found, backward = [], xla.backward
+
+    def listen(*args):
+        found.append(args[-1])
+        return backward(*args)
+
+    monkeypatch.setattr(xla, "backward", listen)
+    jax.clear_caches()  # of traces in which it was not heard
+    return found
+
+
+@pytest.mark.parametrize("kind", ["dense", "linear"])
+@pytest.mark.parametrize("transform", ["", "vmap", "jit", "checkpoint"])
+def test_only_a_bias_that_is_differentiated_gets_a_gradient(
+    kind, transform, problem, asked
+):
+    q, k, v, biases = problem
+
+    def attend(q, bias):
+        out = block_sparse_attention(q, k[0], v[0], MASK, bias=bias)
+        return (out * out).sum()
+
+    alone = jax.grad(attend)
+    both = jax.grad(attend, (0, 1))
+    if transform == "vmap":
+        alone, both = jax.vmap(alone, (0, None)), jax.vmap(both, (0, None))
+    elif transform == "jit":
+        alone, both = jax.jit(alone), jax.jit(both)
+    elif transform == "checkpoint":
+        alone = jax.grad(jax.checkpoint(attend))
+        both = jax.grad(jax.checkpoint(attend), (0, 1))
+    q = q if transform == "vmap" else q[0]
+    dq = alone(q, biases[kind])
+    assert set(asked) == {False}
+    asked.clear()
+    jax.clear_caches()
+    found, dbias = both(q, biases[kind])
+    assert set(asked) == {True}
+    np.testing.assert_allclose(dq, found, rtol=1e-5, atol=1e-6)
+    assert any(np.abs(x).max() > 0 for x in jax.tree_util.tree_leaves(dbias))
+
+
+def test_unused_outputs_have_no_cotangent(problem):
+    q, k, v, biases = (x[0] if isinstance(x, np.ndarray) else x for x in problem)
+
+    def attend(q, part):
+        return block_sparse_attention(
+            q, k, v, MASK, bias=biases["dense"], return_lse=True
+        )[part].sum()
+
+    for part in (0, 1):
+        found = jax.grad(attend)(q, part)
+        with jax.numpy_dtype_promotion("standard"):
+            step = 1e-2 * np.sign(found)
+            gain = attend(q + step, part) - attend(q - step, part)
+        np.testing.assert_allclose(gain, 2 * np.vdot(found, step), rtol=2e-2)
