@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from jsparse.backends import _score as programs
 from jsparse.bias import Bias, BlockBias, DistanceBias, ScoreFunction
 from jsparse.pallas_kernels.mosaic_gpu import _bias, _distance, _score
+from jsparse.pallas_kernels.mosaic_gpu._schedule import Blocks as Listed
 from jsparse.pallas_kernels.mosaic_gpu.bwd_dbias_sm90 import (
     EMPTY,
     FULL,
@@ -27,6 +27,8 @@ from jsparse.pallas_kernels.mosaic_gpu.bwd_dbias_sm90 import (
 from jsparse.patterns import BlockMask
 
 Array = Any
+Known = tuple[Listed, Listed]
+"""Lists of partial and of full blocks as NumPy arrays."""
 
 
 def kernel_bias(
@@ -125,12 +127,14 @@ def bias_blocks(bias: _bias.Streamed, mask: BlockMask) -> Blocks:
     return Blocks(state, row, col)
 
 
-def zero_unlisted(grad: Array, bias: _bias.Streamed, mask: BlockMask) -> Array:
+def zero_unlisted(
+    grad: Array, bias: _bias.Streamed, mask: BlockMask, known: Known | None
+) -> Array:
     """A gradient as ``bias.values``, 0 in blocks that the mask does not list.
 
-    A pattern that is known to list all of them costs nothing.
+    Costs nothing where lists are ``known`` on the host to have every block.
     """
-    if _lists_every_block(bias, mask):
+    if known is not None and _lists_every_block(bias, mask, known):
         return grad
     state = bias_blocks(bias, mask).state
     listed = jnp.broadcast_to(state != EMPTY, (*grad.shape[:2], state.shape[-1]))
@@ -142,12 +146,10 @@ def zero_unlisted(grad: Array, bias: _bias.Streamed, mask: BlockMask) -> Array:
     return jnp.where(listed, grad, 0)
 
 
-def _lists_every_block(bias: _bias.Streamed, mask: BlockMask) -> bool:
-    """Whether it is known, before anything is computed, that no block is missing."""
-    partial, full = mask.kv_num_blocks, mask.full_kv_num_blocks
-    if isinstance(partial, Tracer) or isinstance(full, Tracer):
-        return False
-    count = np.asarray(partial) + np.asarray(full)
+def _lists_every_block(bias: _bias.Streamed, mask: BlockMask, known: Known) -> bool:
+    """Whether no block is missing in the lists."""
+    partial, full = known
+    count = np.asarray(partial.count) + np.asarray(full.count)
     if isinstance(bias, _bias.DenseBias):
         return bool((count == mask.num_kv_blocks).all())
     return bool((count.sum((1, 2)) == bias.values.shape[2]).all())

@@ -215,7 +215,7 @@ def _bias_gradient(
     if found.by_key is not None:
         return like(jnp.moveaxis(found.by_key, 0, 2), primal, call.batch)
     if found.values is not None:
-        values = zero_unlisted(found.values, bias, call.mask)
+        values = zero_unlisted(found.values, bias, call.mask, call.rows.known)
         return like(values, primal, call.batch)
     sizes = (*call.dims, *call.blocks, _hopper.num_multiprocessors())
     config = bwd_dbias_sm90.choose(*sizes, _bias.dtype_of(bias))

@@ -5,17 +5,30 @@ Called by `functional.py`.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jsparse.bias import BlockBias
-from jsparse.patterns import BlockMask
+from jsparse.patterns import BlockMask, device
 
 Array = Any
 
 QUERIES, KEYS = 32, 128  # of one window
+
+
+@functools.lru_cache(maxsize=8)
+def known_mask(length: int) -> BlockMask:
+    """The windows of a known number of atoms, as NumPy arrays: kernels plan with them.
+
+    Kept, since whoever plans knows a pattern by its arrays.
+    """
+    with jax.ensure_compile_time_eval():
+        mask = device.atom_windows(length, padded_to=length)
+    return jax.tree_util.tree_map(np.asarray, mask)
 
 
 def window_bias(bias: Array, mask: BlockMask) -> BlockBias:

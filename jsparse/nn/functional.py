@@ -251,9 +251,10 @@ def atom_window_attention(
     who = "atom_window_attention"
     q, k, v = _arrays(who, "N", q, k, v)
     batch, length, heads = q.shape[:-3], q.shape[-3], q.shape[-2]
-    mask = device.atom_windows(
-        length if num_atoms is None else num_atoms, padded_to=length
-    )
+    if num_atoms is None:
+        mask = _windows.known_mask(length)
+    else:
+        mask = device.atom_windows(num_atoms, padded_to=length)
     if isinstance(bias, BlockBias):
         out = block_sparse_attention(
             *(q, k, v, mask), bias=bias, scale=scale, implementation=implementation

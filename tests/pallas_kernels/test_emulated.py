@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jsparse import block_sparse_attention
-from jsparse.backends import _hopper, mosaic_gpu
+from jsparse.backends import _hopper, _mosaic_bias, mosaic_gpu
 from jsparse.bias import BlockBias
 from jsparse.pallas_kernels.mosaic_gpu import (
     _schedule,
@@ -24,6 +24,7 @@ from jsparse.pallas_kernels.mosaic_gpu import (
     bwd_dq_sm90,
     fwd_sm90,
 )
+from jsparse.patterns import BlockMask
 from tests.backends import test_contract as contract
 from tests.backends import test_score_function as score_function
 from tests.pallas_kernels.emulation import emulated
@@ -198,6 +199,31 @@ def test_bias_that_nobody_shares(kind, dtype, static, monkeypatch):
         case.bias = BlockBias(np.pad(case.bias.values, more))
     found = check(case, static)
     contract.check_sixteen_bit_bias(case.cast("bfloat16"), found[5])
+
+
+@pytest.mark.parametrize("kind", ["dense", "block"])
+@pytest.mark.parametrize("every", [True, False])
+def test_a_gradient_without_gaps_is_taken_as_it_is(kind, every, monkeypatch):
+    given = []
+
+    def listen(bias, mask):
+        given.append(bias)
+        return bias_blocks(bias, mask)
+
+    bias_blocks = _mosaic_bias.bias_blocks
+    monkeypatch.setattr(_mosaic_bias, "bias_blocks", listen)
+    rng = np.random.default_rng(7)
+    rows, columns = np.divmod(np.arange(6 if every else 5), 2)
+    mask = BlockMask.from_blocks(
+        rows, columns, q_len=192, kv_len=128, block_q=64, block_kv=64
+    )
+    case = make_case(rng, mask, heads=(2, 1))
+    case.bias = biases(rng, mask, 2, 1)[kind]
+    if kind == "dense":
+        case.bias = case.bias[0]  # there is no batch
+    found = check(case, static=True)
+    contract.check_sixteen_bit_bias(case.cast("bfloat16"), found[5])
+    assert bool(given) == (kind == "dense" and not every)
 
 
 @pytest.mark.parametrize("kind", ["dense_2d", "block", "linear", "table", "gaussian"])
