@@ -245,7 +245,7 @@ def bench(
     against: Annotated[
         str | None,
         typer.Option(
-            help="Peers, separated by commas; 'none' for none. If not given, all "
+            help="Peers and our other kernels, separated by commas; 'none' for none. If not given, all "
             "that are available and fit in memory."
         ),
     ] = None,

@@ -17,6 +17,7 @@ from jsparse import measure
 from jsparse.bench._contract import (
     CALLS,
     EVERY,
+    LONGEST_TURN,
     UNBIASED,
     Call,
     Contender,
@@ -132,7 +133,6 @@ class Contest:
         kernels: bool,
     ) -> dict[str, list[float]]:
         """Times in turns whose order alternates; of contenders that did not fail."""
-        count = CALLS if kernels else 1
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         title = f"{self.record['case']}: {direction.replace('_', ' + ')}"
         with self.progress.stage(title, total=repeats * len(calls)) as step:
@@ -142,7 +142,7 @@ class Contest:
                 for name in [name for name in turn if name in calls]:
                     times = self._try(
                         *(name, direction),
-                        functools.partial(calls[name].times, which, count, kernels),
+                        functools.partial(_turn, calls[name], which, kernels),
                     )
                     if times is None:
                         del calls[name], seconds[name]
@@ -282,6 +282,14 @@ class Contest:
             f"{self.record['case']}: {name}, {where}: {err}. Choose a smaller case, "
             "fewer heads, --no-backward, or --against none."
         )
+
+
+def _turn(call: Call, n: int, kernels: bool) -> list[float]:
+    """Times of the calls of a turn: of one where several would take too long."""
+    first = call.times(n, 1, kernels)
+    if not kernels or first[0] * CALLS > LONGEST_TURN:
+        return first
+    return call.times(n, CALLS, kernels)
 
 
 def reason_of(err: Exception) -> str:

@@ -32,6 +32,7 @@ MASKED = "all, masked"
 EVERY = "all"
 
 CALLS = 10  # a turn on a GPU; their mean counts
+LONGEST_TURN = 2.0  # seconds; a turn is one call where so many would take longer
 
 
 class DoesNotFit(BadInput):

@@ -28,6 +28,7 @@ from jsparse.bench._cases import all_cases
 from jsparse.bench._contest import WORK, Contest
 from jsparse.bench._contract import (
     CALLS,
+    LONGEST_TURN,
     Direction,
     Inputs,
     Peer,
@@ -59,8 +60,9 @@ LATENCY_CALLS = 100
 _SETS = 2  # of inputs, used in turns
 _TIMER = "wall clock; of a compiled call, with its inputs on the device"
 _KERNEL_TIMER = (
-    f"CUPTI; sum of kernel times, mean of {CALLS} calls a round, with the inputs on "
-    "the device; copies and memsets are not counted"
+    f"CUPTI; sum of kernel times, mean of {CALLS} calls a round (of one if they would "
+    f"take more than {LONGEST_TURN:g} s), with the inputs on the device; copies and "
+    "memsets are not counted"
 )
 
 

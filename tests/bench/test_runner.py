@@ -105,7 +105,7 @@ def test_gpus_are_timed_by_kernels_and_backward_alone(kernels):
     record = run(repeats=2)
     assert record["timer"].startswith("CUPTI; sum of kernel times, mean of 10 calls")
     assert "forward_backward" not in record
-    assert kernels == [10] * (2 * 2 * 2)
+    assert kernels == [1, 10] * (2 * 2 * 2)
     assert record["missed"] == []
     work = 4 * 8 * 128 * 128 * 2 * 16
     for direction, times, output in (("forward", 1, "out"), ("backward", 2.5, "dq")):
@@ -117,6 +117,13 @@ def test_gpus_are_timed_by_kernels_and_backward_alone(kernels):
         dense = record[direction]["dense"]
         ratios = np.divide(found["rounds"], dense["rounds"])
         assert dense["ours_over_peer"]["median"] == pytest.approx(np.median(ratios))
+
+
+def test_long_calls_are_timed_one_by_one(kernels, monkeypatch):
+    monkeypatch.setattr(_contest, "LONGEST_TURN", 0.0)
+    record = run(repeats=2, backward=False)
+    assert kernels == [1] * (2 * 2)
+    assert record["forward"]["dense"]["seconds"]["count"] == 2
 
 
 def test_latency_is_a_record_of_its_own(kernels, monkeypatch):
