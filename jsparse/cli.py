@@ -245,8 +245,8 @@ def bench(
     against: Annotated[
         str | None,
         typer.Option(
-            help="Peers and our other kernels, separated by commas; 'none' for none. If not given, all "
-            "that are available and fit in memory."
+            help="Peers and our other kernels, separated by commas; 'none' for none. "
+            "If not given, all that are available and fit in memory."
         ),
     ] = None,
     backward: Annotated[
