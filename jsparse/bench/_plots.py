@@ -18,12 +18,19 @@ from jsparse.measure import BadInput
 from jsparse.report import LIGHT, Theme, add_legend, paint, to_png
 
 _COLOURS = {
+    "mosaic_gpu": "#5b8fc9",
+    "cutlass": "#2f8f9a",
+    "no_bias": "#9dbde0",
     "fa4": "#e07b1f",
     "flex": "#4f8a45",
     "grouped_gemm": "#c9a227",
     "cudnn": "#76808d",
     "tokamax": "#7b5ea7",
+    "tokamax_triton": "#b39ad1",
+    "cuequivariance": "#2e5d34",
     "fa3": "#b0455a",
+    "gather": "#d98c9a",
+    "einsum": "#c7b8a3",
     "dense": "#a9b2bd",
 }
 _HATCHED = {"hatch": "////", "alpha": 0.75}  # another result: every pair
@@ -85,25 +92,25 @@ def draw_rates(records: Sequence[Record], theme: Theme = LIGHT) -> bytes:
     unit, size = ("TFLOP/s", 1e3) if top >= 1e3 else ("GFLOP/s", 1.0)
     step = 0.84 / len(names)
     for axes, direction in zip(panels, directions, strict=True):
+        shown = [record for record in records if direction in record]
         for n, name in enumerate(names):
-            at, heights, dense = [], [], False
-            for place, record in enumerate(records):
+            for place, record in enumerate(shown):
                 rate = _rates(record, direction).get(name)
-                if rate is not None:
-                    at.append(place + (n - (len(names) - 1) / 2) * step)
-                    heights.append(rate / size)
-                    dense |= _is_dense(record, direction, name)
-            colour = _colour(name, theme)
-            style: dict[str, Any] = _HATCHED if dense else {}
-            axes.bar(
-                *(at, heights, step * 0.92),
-                **{"color": colour, "edgecolor": theme.paper, "lw": 0, **style},
-            )
+                if rate is None:
+                    continue
+                at = place + (n - (len(names) - 1) / 2) * step
+                style: dict[str, Any] = {"edgecolor": theme.paper, "lw": 0}
+                if _is_dense(record, direction, name):
+                    style |= _HATCHED
+                axes.bar(
+                    *(at, rate / size, step * 0.92),
+                    **{"color": _colour(name, theme), **style},
+                )
         axes.set_xticks(
-            range(len(records)), [_tick(record) for record in records], fontsize=8
+            range(len(shown)), [_tick(record) for record in shown], fontsize=8
         )
         axes.tick_params(axis="x", length=0)
-        axes.set_xlim(-0.6, len(records) - 0.4)
+        axes.set_xlim(-0.6, len(shown) - 0.4)
         axes.set_ylabel(f"useful {unit}", fontsize=9)
         axes.grid(axis="y", color=theme.states[0], zorder=0)
         axes.set_axisbelow(True)
@@ -148,7 +155,7 @@ def draw_density(records: Sequence[Record], theme: Theme = LIGHT) -> bytes:
         axes.set_xscale("log")
         axes.set_yscale("log")
         ticks = [100 * r["mask"]["density"] for r in records]
-        axes.set_xticks(ticks, [f"{x:.2g}" if x < 9.95 else f"{x:.0f}" for x in ticks])
+        axes.set_xticks(ticks, [_percent(x) for x in ticks])
         axes.minorticks_off()
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
@@ -214,7 +221,11 @@ def _is_dense(record: Record, direction: str, name: str) -> bool:
 def _tick(record: Record) -> str:
     """The name of a case on lines short enough to stand beside others."""
     name = record["case"].replace("_", "\n", 1)
-    return f"{name}\n{100 * record['mask']['density']:.2g} %"
+    return f"{name}\n{_percent(100 * record['mask']['density'])} %"
+
+
+def _percent(x: float) -> str:
+    return f"{x:.2g}" if x < 9.95 else f"{x:.0f}"
 
 
 def _colour(name: str, theme: Theme) -> str:
@@ -249,8 +260,9 @@ def _panels(
 def _finish(figure: Any, records: Sequence[Record], title: str, theme: Theme) -> None:
     newest = max(records, key=lambda record: record["date"])
     where = newest["device"]["device"]
+    ours = ", ".join(sorted({record["ours"] for record in records}))
     figure.suptitle(
-        f"{title}\n{where}, JAX {newest['versions']['jax']}, ours: {newest['ours']}",
+        f"{title}\n{where}, JAX {newest['versions']['jax']}, ours: {ours}",
         fontsize=10,
         color=theme.ink,
     )
@@ -268,9 +280,19 @@ def _handles(
     """What the legend shows of each contender, as ``draw`` draws it."""
     handles = []
     for name in names:
-        dense = any(_is_dense(r, d, name) for r in records for d in directions)
-        handle = draw(_colour(name, theme), dense, theme)
-        handle.set_label(f"{name} (dense)" if dense else name)
+        takes_part = [
+            (r, d) for d in directions for r in records if name in _named(r, d)
+        ]
+        dense = [_is_dense(record, direction, name) for record, direction in takes_part]
+        handle = draw(_colour(name, theme), any(dense), theme)
+        mark = (
+            ""
+            if not any(dense)
+            else " (dense)"
+            if all(dense)
+            else " (dense if hatched)"
+        )
+        handle.set_label(name + mark)
         handles.append(handle)
     return handles
 

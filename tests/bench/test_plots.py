@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from matplotlib import image
 
+from jsparse.backends._measured import RIVALS
 from jsparse.bench import PEERS, _plots, plots, read_records, records_folder
+from jsparse.bench._models import MODEL_PEERS
 from jsparse.measure import BadInput
 
 DENSE = {"cudnn": 8.6e-3, "tokamax": 9.1e-3, "fa3": 11.2e-3}
@@ -72,11 +74,6 @@ def pixels(png: bytes) -> np.ndarray:
     return image.imread(io.BytesIO(png), format="png")[..., :3]
 
 
-def test_every_peer_has_a_colour():
-    assert set(PEERS) == set(_plots._COLOURS)
-    assert len(set(_plots._COLOURS.values())) == len(PEERS)
-
-
 @pytest.mark.parametrize("name", ["rates.png", "density.png"])
 def test_pictures_are_whole(name):
     picture = pixels(plots([*CASES, *SWEEP])[name])
@@ -112,6 +109,11 @@ def test_newest_of_the_gpu_is_drawn(monkeypatch):
     assert drawn[0][0] is new
     plots([cpu])
     assert drawn[1] == [cpu]
+
+
+def test_every_contender_has_a_colour_of_its_own():
+    assert {*PEERS, *RIVALS, *MODEL_PEERS} <= set(_plots._COLOURS)
+    assert len(set(_plots._COLOURS.values())) == len(_plots._COLOURS)
 
 
 def test_shipped_records_are_drawn():

@@ -229,7 +229,7 @@ def test_only_the_forward_kernel_is_tuned_without_backward(hopper, monkeypatch):
         (pair_case("pair", 500, 2, 64), "16 bits"),
         (triangle_case("triangle", 3, 300, 2, 32), "16 bits"),
         (windows_case("windows", 700, 2, 32), "16 bits"),
-        (distance_case("distance", 16, 2, 64), "linear"),
+        (distance_case("distance", 40, 2, 64), "linear"),
     ],
     ids=lambda x: getattr(x, "name", x),
 )
