@@ -285,14 +285,8 @@ def _handles(
         ]
         dense = [_is_dense(record, direction, name) for record, direction in takes_part]
         handle = draw(_colour(name, theme), any(dense), theme)
-        mark = (
-            ""
-            if not any(dense)
-            else " (dense)"
-            if all(dense)
-            else " (dense if hatched)"
-        )
-        handle.set_label(name + mark)
+        mark = " (dense)" if all(dense) else " (dense if hatched)"
+        handle.set_label(name + mark * any(dense))
         handles.append(handle)
     return handles
 

@@ -188,16 +188,16 @@ def dtype_of(bias: Bias | None) -> Any:
 
 
 def kind(bias: Bias | None) -> str | None:
-    """What a config depends on: one of `STREAMED` or `COMPUTED`, or ``"key"``.
+    """What a config depends on: one of `STREAMED` or `COMPUTED`, or None.
 
-    A bias by key takes next to nothing of what configs divide.
+    A bias by key takes next to nothing of what configs divide: none for them.
     """
     if isinstance(bias, DistanceBias):
         return bias.form
     if isinstance(bias, Score):
         return "score"
     if bias is None or not streamed(bias):
-        return None if bias is None else "key"
+        return None
     return f"{8 * jnp.dtype(bias.values.dtype).itemsize} bits"
 
 

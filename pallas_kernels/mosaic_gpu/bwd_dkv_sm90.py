@@ -243,16 +243,9 @@ class _BackwardDkv(BiasedWalker):
     ) -> list[jax.ShapeDtypeStruct]:
         """The products, then the parts of rows that are split; then row sums."""
         (batch, _, heads, _), rows = shape, self.block_rows
+        padded = lambda dim: _persistent.rows_of(length, rows, dim, self.staged)
         sums = [
-            jax.ShapeDtypeStruct(
-                (
-                    batch,
-                    _persistent.rows_of(length, rows, dim, self.staged),
-                    heads,
-                    dim,
-                ),
-                self.dtype,
-            )
+            jax.ShapeDtypeStruct((batch, padded(dim), heads, dim), self.dtype)
             for dim in self.dims.values()
         ] + [
             jax.ShapeDtypeStruct((slots, self.wgs * 64, dim), jnp.float32)

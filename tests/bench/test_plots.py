@@ -112,7 +112,7 @@ def test_newest_of_the_gpu_is_drawn(monkeypatch):
 
 
 def test_every_contender_has_a_colour_of_its_own():
-    assert {*PEERS, *RIVALS, *MODEL_PEERS} <= set(_plots._COLOURS)
+    assert {*PEERS, *RIVALS, *MODEL_PEERS} == set(_plots._COLOURS)
     assert len(set(_plots._COLOURS.values())) == len(_plots._COLOURS)
 
 
