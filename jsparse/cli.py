@@ -327,6 +327,13 @@ def bench(
         float | None,
         typer.Option(help="Exit with 1 if our median time is more than this."),
     ] = None,
+    lock: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file: runs that name the same one prepare side by side, and each "
+            "times while no other runs."
+        ),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -396,6 +403,7 @@ def bench(
             traced=traced,
             min_ratio=min_ratio,
             max_seconds=max_seconds,
+            lock=lock,
         )
         if latency and not cases and structure is None:
             cases = list(benchmarks.LATENCY_CASES)

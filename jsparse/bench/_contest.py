@@ -29,7 +29,7 @@ from jsparse.bench._contract import (
 )
 from jsparse.bench._kinds import Pattern
 from jsparse.bench._records import wrong
-from jsparse.measure import BadInput, Progress
+from jsparse.measure import BadInput, Progress, Turns
 
 WORK = {"forward": 1.0, "backward": 2.5, "forward_backward": 3.5}
 """Operations of a pass over those of the forward pass."""
@@ -50,9 +50,11 @@ class Contest:
         peers: list[Peer],
         strict: bool,
         progress: Progress,
+        turns: Turns,
     ):
         self.record, self.pattern, self.task = record, pattern, task
-        self.ours, self.strict, self.progress = peers[0], strict, progress
+        self.ours, self.strict = peers[0], strict
+        self.progress, self.turns = progress, turns
         self.peers = {peer.name: peer for peer in peers}
         self.contenders: dict[str, Contender] = {}
 
@@ -76,7 +78,8 @@ class Contest:
             kernels: whether the sum of kernel times counts, or the wall clock.
         """
         calls, results = self._begin(direction)
-        seconds = self._rounds(direction, calls, repeats, kernels)
+        with self.turns.alone():
+            seconds = self._rounds(direction, calls, repeats, kernels)
         self._conclude(results, seconds, direction)
 
     def spread_out(self, direction: Direction, count: int, kernels: bool) -> None:
@@ -87,7 +90,8 @@ class Contest:
         calls, results = self._begin(direction)
         timers = {"wall": False, **({"kernels": True} if kernels else {})}
         title = f"{self.record['case']}: {count} calls, {direction}"
-        with self.progress.stage(title, total=len(calls) * len(timers)) as step:
+        steps = len(calls) * len(timers)
+        with self.turns.alone(), self.progress.stage(title, total=steps) as step:
             for name in list(calls):
                 for timer, of_kernels in timers.items():
                     times = self._try(

@@ -34,7 +34,7 @@ from jsparse.bench._contract import (
     Peer,
     Task,
 )
-from jsparse.bench._jax_peers import Ours, Rival, no_gpu
+from jsparse.bench._jax_peers import JaxPeer, Ours, Rival, no_gpu
 from jsparse.bench._kinds import (
     AttentionCase,
     Case,
@@ -48,7 +48,7 @@ from jsparse.bench._peers import PEERS
 from jsparse.bench._profile import Pass, profile_pass
 from jsparse.bench._records import wrong
 from jsparse.bench._tuning import TUNED, tune
-from jsparse.measure import BadInput, Progress
+from jsparse.measure import BadInput, Progress, Turns
 from jsparse.ops import choice, support
 from jsparse.patterns import BlockMask
 
@@ -85,6 +85,7 @@ class Options:
         traced: whether the mask is an argument of our compiled call.
         min_ratio: a peer's time / ours must be at least this.
         max_seconds: our median time must be at most this.
+        lock: a file; runs that name the same one prepare side by side and time alone.
 
     Raises:
         BadInput: for a value that makes no sense.
@@ -101,6 +102,7 @@ class Options:
     traced: bool = False
     min_ratio: float | None = None
     max_seconds: float | None = None
+    lock: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""
@@ -174,22 +176,8 @@ def run_case(case: Case, options: Options, progress: Progress) -> dict[str, Any]
         "missed": [],
     }
     measure.reset_peak_memory()
-    if isinstance(case, AttentionCase):
-        _run_attention(case, options, progress, record)
-    elif isinstance(case, ModelCase):
-        _run_model(case, options, progress, record)
-    elif options.kind != "attention":
-        raise BadInput(
-            f"case {case.name!r} builds a mask; expected an attention case for "
-            f"--{options.kind}."
-        )
-    else:
-        if isinstance(case, HostMaskCase):
-            build_on_host(case, options.repeats, progress, record)
-        else:
-            build_on_device(case, options.repeats, progress, record)
-        record["demanded"] = {"max_seconds": options.max_seconds}
-        _judge_seconds(record, options, record["seconds"]["radius"]["median"])
+    with Turns(options.lock) as turns:
+        _measure(case, options, progress, turns, record)
     record["peak_memory_bytes"] = measure.peak_memory()
     on_device = measure.peak_device_memory()
     if on_device is not None:
@@ -197,11 +185,42 @@ def run_case(case: Case, options: Options, progress: Progress) -> dict[str, Any]
     return record
 
 
+def _measure(
+    case: Case,
+    options: Options,
+    progress: Progress,
+    turns: Turns,
+    record: dict[str, Any],
+) -> None:
+    """Fills in the record of a case of any kind."""
+    if isinstance(case, AttentionCase):
+        _run_attention(case, options, progress, turns, record)
+    elif isinstance(case, ModelCase):
+        _run_model(case, options, progress, turns, record)
+    elif options.kind != "attention":
+        raise BadInput(
+            f"case {case.name!r} builds a mask; expected an attention case for "
+            f"--{options.kind}."
+        )
+    else:
+        with turns.alone():
+            if isinstance(case, HostMaskCase):
+                build_on_host(case, options.repeats, progress, record)
+            else:
+                build_on_device(case, options.repeats, progress, record)
+        record["demanded"] = {"max_seconds": options.max_seconds}
+        _judge_seconds(record, options, record["seconds"]["radius"]["median"])
+
+
 # ----------------------------------------------------------------------- attention
 
 
 def _run_attention(
-    case: AttentionCase, options: Options, progress: Progress, record: dict[str, Any]
+    case: AttentionCase,
+    options: Options,
+    progress: Progress,
+    turns: Turns,
+    record: dict[str, Any],
 ) -> None:
     heads = options.heads or case.heads
     head_dim = options.head_dim or case.head_dim
@@ -224,17 +243,46 @@ def _run_attention(
     _describe(record, options, ours.name, pattern, ours.static, sizes)
     if options.kind == "profile":
         del sets  # the child makes its own
-        _run_profile(case, options, progress, record)
-        return
-    task = Task(mask, sets)
-    if options.kind == "tune":
-        tune(record, task, ours, options.backward, options.repeats, progress)
+        with turns.alone():
+            _run_profile(case, options, progress, record)
         return
     known = PEERS | _rivals(ours, options, sets[0], mask)
-    peers, strict = _peers(options, known, mask, record)
-    with Contest(record, pattern, task, [ours, *peers], strict, progress) as contest:
-        _compete(contest, options, _directions(options, kernels), kernels)
-    _conclude(record, options, strict)
+    directions = _directions(options, kernels)
+    _attend(
+        *(options, progress, turns, record),
+        *(pattern, Task(mask, sets), ours, known, directions),
+    )
+
+
+def _attend(
+    options: Options,
+    progress: Progress,
+    turns: Turns,
+    record: dict[str, Any],
+    pattern: Pattern,
+    task: Task,
+    ours: JaxPeer,
+    known: Mapping[str, Peer],
+    directions: tuple[Direction, ...],
+) -> None:
+    """Tunes ours, or lets it compete with those of the known peers that can."""
+    if options.kind == "tune":
+        with turns.alone():
+            tune(record, task, ours, options.backward, options.repeats, progress)
+        return
+    kernels = record["device"]["platform"] == "gpu"
+    peers, strict = _peers(options, known, task.mask, record)
+    with Contest(
+        *(record, pattern, task, [ours, *peers], strict, progress, turns)
+    ) as contest:
+        for direction in directions:
+            if options.kind == "latency":
+                contest.spread_out(direction, LATENCY_CALLS, kernels)
+            else:
+                contest.compare(direction, options.repeats, kernels)
+    _judge_errors(record, strict)
+    if options.kind == "attention":
+        _judge(record, options)
 
 
 def _check_gpu(options: Options) -> None:
@@ -271,7 +319,11 @@ def _describe(
 
 
 def _run_model(
-    case: ModelCase, options: Options, progress: Progress, record: dict[str, Any]
+    case: ModelCase,
+    options: Options,
+    progress: Progress,
+    turns: Turns,
+    record: dict[str, Any],
 ) -> None:
     """Attention of a model against its own peers."""
     for name in ("heads", "head_dim", "dtype"):
@@ -302,17 +354,12 @@ def _run_model(
         drawn = "uniform slopes, normal coordinates, else standard normal"
     static = not model.data
     _describe(record, options, ours.name, model.pattern, static, sizes, drawn)
-    task = Task(mask, sets)
-    if options.kind == "tune":
-        tune(record, task, ours, options.backward, options.repeats, progress)
-        return
     known = {peer.name: peer for peer in model.peers}
-    peers, strict = _peers(options, known, mask, record)
-    contenders = [ours, *peers]
     directions = _directions(options, kernels and case.alone)
-    with Contest(record, model.pattern, task, contenders, strict, progress) as contest:
-        _compete(contest, options, directions, kernels)
-    _conclude(record, options, strict)
+    _attend(
+        *(options, progress, turns, record),
+        *(model.pattern, Task(mask, sets), ours, known, directions),
+    )
 
 
 def _ours(options: Options, model: Model) -> ModelPeer:
@@ -343,26 +390,6 @@ def _model_inputs(seed: int, model: Model) -> Inputs:
     others = model.draw(keys[-2]) if model.draw else ()
     q = model.shapes[0]
     return *drawn, *others, jax.random.normal(keys[-1], q.shape, q.dtype)
-
-
-def _compete(
-    contest: Contest,
-    options: Options,
-    directions: tuple[Direction, ...],
-    kernels: bool,
-) -> None:
-    for direction in directions:
-        if options.kind == "latency":
-            contest.spread_out(direction, LATENCY_CALLS, kernels)
-        else:
-            contest.compare(direction, options.repeats, kernels)
-
-
-def _conclude(record: dict[str, Any], options: Options, strict: bool) -> None:
-    """Lists what is wrong, and what was not reached."""
-    _judge_errors(record, strict)
-    if options.kind == "attention":
-        _judge(record, options)
 
 
 def _run_profile(

@@ -5,6 +5,7 @@ Called by the command line, its main job and the benchmarks; never by the librar
 * ``_machine.py``: device, versions, memory that is there and memory that was used;
 * ``_timing.py``: compiling and timing one call, so that Ctrl-C works meanwhile;
 * ``_rows.py``: attention of some rows written out in NumPy, to check results with;
+* ``_turns.py``: runs that prepare side by side and time alone;
 * ``_progress.py``: progress on stderr.
 """
 
@@ -35,3 +36,4 @@ from jsparse.measure._timing import kernel_times as kernel_times
 from jsparse.measure._timing import percentiles as percentiles
 from jsparse.measure._timing import time_call as time_call
 from jsparse.measure._timing import useful_flops as useful_flops
+from jsparse.measure._turns import Turns as Turns

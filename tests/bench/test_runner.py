@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 from typing import Any
 
@@ -142,6 +143,28 @@ def test_latency_is_a_record_of_its_own(kernels, monkeypatch):
     found = record["forward"]["xla"]
     rate = work / found["kernels"]["p50"] / 1e9
     assert found["gflops_per_second"] == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("kind", ["attention", "latency"])
+def test_only_times_are_taken_alone(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(_runner, "LATENCY_CALLS", 2)
+    alone = {}
+
+    class Watch(Progress):
+        def stage(self, name, total=None):
+            with (tmp_path / "lock").open() as other:
+                try:
+                    fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    alone[name] = False
+                except BlockingIOError:
+                    alone[name] = True
+            return super().stage(name, total)
+
+    options = Options(kind=kind, backward=False, lock=tmp_path / "lock")
+    run_case(CASE, options, Watch())
+    timed = "tiny: forward" if kind == "attention" else "tiny: 2 calls, forward"
+    assert alone.pop(timed)
+    assert len(alone) > 4 and not any(alone.values())
 
 
 def test_latency_on_a_cpu_has_no_kernels(monkeypatch):
