@@ -243,8 +243,8 @@ def _run_attention(
     _describe(record, options, ours.name, pattern, ours.static, sizes)
     if options.kind == "profile":
         del sets  # the child makes its own
-        with turns.alone():
-            _run_profile(case, options, progress, record)
+        # Not alone: ncu has a lock of its own.
+        _run_profile(case, options, progress, record)
         return
     known = PEERS | _rivals(ours, options, sets[0], mask)
     directions = _directions(options, kernels)
