@@ -28,7 +28,7 @@ from . import _registers as r
 from ._bias import BlockBias, KeyBias, TilePlace
 from ._distance import DistanceBias
 from ._elements import Position
-from ._persistent import Lists, Walker
+from ._persistent import HALF, Lists, Walker
 from ._schedule import Schedule
 from ._score import Score
 
@@ -75,10 +75,9 @@ class BiasedWalker(Walker):
                 return gradient.rows(bias.values, b, h, self.first_row(fields))
             _, heads, length = bias.values.shape
             return (b * heads + h) * length + self.position(fields, lists, n).column
-        plgpu.barrier_wait(s["bias_full"][slot])
         shape = (64, self.tile) if self.rows_are_queries else (self.tile, 64)
         load = _bias.load_tile(*shape, bias.values.dtype, not self.rows_are_queries)
-        values = load(s["bias"].at[slot, self.row_half()])
+        values = load(s["bias"].at[slot, fields[HALF]])
         if self.writes_bias:
             return _bias.Tile(values, self.bias_place(fields, lists, n))
         plgpu.barrier_arrive(s["bias_free"][slot])
@@ -122,7 +121,7 @@ class BiasedWalker(Walker):
 
     def first_row(self, fields):
         """First of the rows that this warpgroup computes."""
-        return fields[2] * self.block_rows + self.row_half() * 64
+        return fields[2] * self.block_rows + fields[HALF] * 64
 
     def no_sums(self) -> list:
         """The row sums before the first step."""
@@ -138,7 +137,7 @@ class BiasedWalker(Walker):
         ``partial`` tells whether the block may be.
         """
         if self.writes_bias:
-            tile = s["bias"].at[slot, self.row_half()]
+            tile = s["bias"].at[slot, fields[HALF]]
             _bias.store_tile(self.tile, lists.bias.values.dtype)(tile, ds)
             plgpu.commit_smem()
             _bias.write(lists.bias, s["bias_gradient"], read.place, tile)
@@ -164,7 +163,7 @@ class BiasedWalker(Walker):
             return [gradient.add_to_rows(self.tile)(sums[0], ds)]
         sizes = self.tile, self.rows_tested
         add = _distance.with_sums(*sizes, self.rows_are_queries, partial)
-        lanes = s["lanes"].at[self.row_half()] if self.lane_sums else None
+        lanes = s["lanes"].at[fields[HALF]] if self.lane_sums else None
         return add(sums, p, ds, bias, bias.entry(*fields[:2]), read, lanes)
 
     def store_sums(self, sums: list, fields, outs, s: dict) -> None:
@@ -172,7 +171,7 @@ class BiasedWalker(Walker):
         if not self.row_sums:
             return
         b, h, row, part = fields[0], fields[1], fields[2], fields[7]
-        w, (whole, parts, *rest) = self.row_half(), outs
+        w, (whole, parts, *rest) = fields[HALF], outs
         sums = [gradient.whole_rows()(x) for x in sums]
 
         def write_to(places):
@@ -193,7 +192,7 @@ class BiasedWalker(Walker):
     def store_lane_sums(self, fields, whole, parts, s: dict) -> None:
         """Writes a warpgroup's sums over all pairs of an item, and begins anew."""
         b, h, row, part = fields[0], fields[1], fields[2], fields[7]
-        w, (_, rows, heads, count) = self.row_half(), whole.shape
+        w, (_, rows, heads, count) = fields[HALF], whole.shape
         lanes, store = s["lanes"].at[w], _distance.store_lane_sums(self.lane_sums)
 
         def one_part():
@@ -282,12 +281,12 @@ def bias_stream(
     if dtype is None:
         return {}
     _, stages, wgs = lead
-    arrivals = wgs * _bias.parts(shape[1], dtype)[0]
-    return dict(
-        bias=_bias.tile(lead, *shape, dtype),
-        bias_full=bar(stages, arrivals),
-        bias_free=bar(stages, wgs),
-    )
+    return dict(bias=_bias.tile(lead, *shape, dtype), bias_free=bar(stages, wgs))
+
+
+def arrivals(wgs: int, columns: int, dtype: Any) -> int:
+    """Copies of a step's bias, ``columns`` keys; dtype None: there is none."""
+    return 0 if dtype is None else wgs * _bias.parts(columns, dtype)[0]
 
 
 def lane_sums_scratch(teams: int, wgs: int, count: int) -> dict:

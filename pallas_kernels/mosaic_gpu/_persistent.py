@@ -45,6 +45,8 @@ FIRST_NAMED_BARRIER = 8
 LOAD_REGISTERS = 24
 FLAGGED = 1 << 30
 """Added to the list entry of a partial block with a column that is not finite."""
+HALF = NUM_FIELDS
+"""In what `Walker.await_item` returns: which 64 rows this warpgroup computes."""
 WIDEST_STAGED = 128
 """Columns of an output that leaves by shared memory."""
 COMPUTE_REGISTERS = {1: 240, 2: 240, 3: 160, 4: 112}
@@ -222,7 +224,10 @@ class Teams:
         return {name: own(name, ref) for name, ref in s.items()} | dict(team=team)
 
     def row_half(self):
-        """Which 64 rows of a block this warpgroup computes."""
+        """Which 64 rows of a block this warpgroup computes.
+
+        A shuffle, which compilers leave where it stands: not for loops.
+        """
         return lax.rem(lax.axis_index("wg"), jnp.int32(self.wgs))
 
 
@@ -334,8 +339,9 @@ class Walker(Teams):
                         at = (b, columns, h_col) if tiles else (b, h_col, columns)
                         plgpu.copy_gmem_to_smem(array.at[at], s[name].at[slot], full)
                 if _bias.streamed(lists.bias):
+                    full = s[f"{streams[0].name}_full"][slot]
                     nth = lax.div(n, per_block)
-                    self.load_bias(fields, lists.bias, nth, column, s, slot)
+                    self.load_bias(fields, lists.bias, nth, column, s, slot, full)
                 return following
 
             lax.fori_loop(0, total * per_block, step, fields[9])
@@ -350,8 +356,13 @@ class Walker(Teams):
         for i in range(self.num_fixed_stages):
             plgpu.barrier_wait(s["fixed_free"][i])
 
-    def load_bias(self, fields, bias: Streamed, nth, column, s: dict, slot) -> None:
-        """Fetches the bias of a step of the nth block, a tile for each warpgroup."""
+    def load_bias(
+        self, fields, bias: Streamed, nth, column, s: dict, slot, full
+    ) -> None:
+        """Fetches the bias of a step of the nth block, a tile for each warpgroup.
+
+        It arrives at the barrier ``full`` of the first stream.
+        """
         number = 0
         if isinstance(bias, BlockBias):
             number = self.listed(fields, bias.numbers, nth)
@@ -360,7 +371,7 @@ class Walker(Teams):
             row = fields[2] * self.block_rows + w * 64
             first = (row, column) if self.rows_are_queries else (column, row)
             place = TilePlace(*bias.entry(*fields[:2]), *first, number)
-            _bias.fetch(bias, place, s["bias"].at[slot, w], s["bias_full"][slot])
+            _bias.fetch(bias, place, s["bias"].at[slot, w], full)
 
     def stream_names(self, streams: Sequence[Stream], lists: Lists) -> list[str]:
         """Of all streams; that of the bias is freed apart from its step's others."""
@@ -415,17 +426,22 @@ class Walker(Teams):
         lax.fori_loop(0, lists.count[self.worker(s)], item, jnp.int32(0))
 
     def await_item(self, nth, s: dict):
-        """Fields of the n-th item, and the stage with its fixed tiles."""
+        """Fields of the n-th item, and `HALF`; the stage with its fixed tiles."""
         stage = lax.rem(nth, jnp.int32(self.num_fixed_stages))
         plgpu.barrier_wait(s["fixed_full"][stage])
-        return [s["item"][stage, f] for f in range(NUM_FIELDS)], stage
+        fields = [s["item"][stage, f] for f in range(NUM_FIELDS)]
+        return [*fields, self.row_half()], stage
 
-    def slot(self, step0, n):
-        """Stage of a stream that holds step n of an item."""
-        return lax.rem(step0 + n, jnp.int32(self.num_stages))
+    def first_slot(self, step0):
+        """Stage of a stream that holds the first step of an item."""
+        return lax.rem(step0, jnp.int32(self.num_stages))
 
-    def await_operands(self, n, total, step0, s: dict, names: Sequence[str]) -> None:
-        """Waits for the tiles of step n, if there is one.
+    def following(self, slot):
+        """The stage after another: cheaper than a remainder in every step."""
+        return jnp.where(slot == self.num_stages - 1, 0, slot + 1)
+
+    def await_operands(self, n, total, slot, s: dict, names: Sequence[str]) -> None:
+        """Waits for the tiles of step n, in a slot, if there is one.
 
         Also a branch, which ptxas does not move a wait for products across; it would
         otherwise move it up into the arithmetic before.
@@ -434,7 +450,7 @@ class Walker(Teams):
         @pl.when(n < total)
         def _():
             for name in names:
-                plgpu.barrier_wait(s[f"{name}_full"][self.slot(step0, n)])
+                plgpu.barrier_wait(s[f"{name}_full"][slot])
 
     def take_turn(self, s: dict, w) -> None:
         """Waits until the other warpgroup has passed the tensor core."""
@@ -475,7 +491,7 @@ class Walker(Teams):
         if elements.bits is not None:
             rows_per_block, words = elements.bits.shape[-2:]
             of_batch = elements.bits.shape[1] if elements.bits.shape[0] > 1 else 0
-        first = row * self.block_rows + self.row_half() * 64
+        first = row * self.block_rows + fields[HALF] * 64
         bit_row = (fields[8] + nth + b * of_batch) * rows_per_block
         word = (bit_row + lax.rem(first, rows_per_block)) * words
         word += lax.div(part, jnp.int32(32))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import llvm
+from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import mma_utils, utils
 
@@ -102,13 +102,13 @@ def _multiply(
     """
     (k, n), dtype = mma_utils.tiled_memref_shape(b)
     group = swizzle // 2
-    tile = dict(swizzle=swizzle)
     (b_base, b_step), (_, b_group), b_fastest = mma_utils.create_descriptor(
         b,
         large_tile=(group, group),
         group_size=(group, n),
         logical_k_major=True,
-        **tile,
+        swizzle=swizzle,
+        split_const=True,
     )
     in_regs = isinstance(a, list)
     if not in_regs:
@@ -120,15 +120,20 @@ def _multiply(
             group_size=(64, a_groups),
             logical_k_major=False,
             swizzle=a_swizzle,
+            split_const=True,
         )
     transposed = [] if in_regs else [int(a_fastest != mma_utils.Dim.K)]
     transposed.append(int(b_fastest != mma_utils.Dim.K))
 
     def address(i, base, group, group_stride, instr_step):
-        at, step = divmod(i * 16, group)
+        # Where the operand is stands in 14 bits of the low word: one addition there.
+        (first, fixed), (at, step) = base, divmod(i * 16, group)
         offset = (at * group_stride + (step // 16) * instr_step[1][0]) >> 4
-        return llvm.add(
-            base, r.integer(offset, 64), overflow_flags=llvm.IntegerOverflowFlags.none
+        low = arith.addi(first, r.integer(offset + fixed % 2**32))
+        high = fixed >> 32 << 32
+        return llvm.or_(
+            arith.extui(ir.IntegerType.get_signless(64), low),
+            r.integer(high - (high >> 63 << 64), 64),
         )
 
     for i in range(k // 16):

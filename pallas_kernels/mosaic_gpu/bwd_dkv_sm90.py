@@ -28,13 +28,12 @@ from ._bias import Bias
 from ._biased import BiasedWalker
 from ._elements import Elements
 from ._gradient import BackwardConfig
-from ._persistent import Lists, Stream
+from ._persistent import HALF, Lists, Stream
 from ._schedule import Schedule
 from ._softmax import operand
 from ._wgmma import Product, start, wait
 
 Array = Any
-STREAMS = ("q", "dout")
 MOST_COLUMNS = 256
 """Of the sums of a launch: half as many registers a thread."""
 
@@ -102,10 +101,8 @@ def scratch_spec(
         item=_persistent.item_slots(c.teams, c.num_fixed_stages),
         fixed_full=bar(c.num_fixed_stages, 1 + 2 * wgs),
         fixed_free=bar(c.num_fixed_stages, wgs),
-        q_full=bar(c.num_stages, 2),
-        q_free=bar(c.num_stages, wgs),
-        dout_full=bar(c.num_stages, 2),
-        dout_free=bar(c.num_stages, wgs),
+        queries_full=bar(c.num_stages, 4 + _biased.arrivals(wgs, 64, bias_dtype)),
+        queries_free=bar(c.num_stages, wgs),
         **_biased.bias_stream(
             bar, (c.teams, c.num_stages, wgs), (c.tile, 64), bias_dtype
         ),
@@ -255,11 +252,8 @@ class _BackwardDkv(BiasedWalker):
 
     def tiles(self, arrays):
         q, k, v, dout, lse2, delta = arrays
-        streams = [
-            Stream("q", [(q, "q"), (lse2, "lse2")]),
-            Stream("dout", [(dout, "dout"), (delta, "delta")]),
-        ]
-        return [(k, "k"), (v, "v")], streams
+        of_queries = [(q, "q"), (lse2, "lse2"), (dout, "dout"), (delta, "delta")]
+        return [(k, "k"), (v, "v")], [Stream("queries", of_queries)]
 
     def items(self, arrays, lists, outs, s):
         """As in `Walker`, unless heads share keys: then sums pass between items."""
@@ -293,7 +287,7 @@ class _BackwardDkv(BiasedWalker):
 
     def attend(self, fields, arrays, lists, s, step0, stage, sums=None):
         """Adds an item's part of 64 rows to ``sums``, which are by name."""
-        tile, w = self.tile, self.row_half()
+        tile, w = self.tile, fields[HALF]
         qk_tiling = tile_transforms(self.head_dim)
         v_tiling = tile_transforms(self.value_dim)
         products = dict(
@@ -320,11 +314,6 @@ class _BackwardDkv(BiasedWalker):
         f = gradient.logits_gradient_by_column(self.tile, partial)
         return f(p, dp, s["delta"].at[slot])
 
-    def release(self, s, slot):
-        """Frees the tiles of a step."""
-        for name in STREAMS:
-            plgpu.barrier_arrive(s[f"{name}_free"][slot])
-
     def accumulate(self, fields, lists, s, step0, kv, mask, products, sums):
         """Waits for a step's products before the next: the other warpgroup overlaps.
 
@@ -333,19 +322,20 @@ class _BackwardDkv(BiasedWalker):
         tile, dims, (k, v) = self.tile, self.dims, kv
         to_operand = operand(tile, self.dtype)
         total = self.total_steps(fields)
-        self.await_operands(jnp.int32(0), total, step0, s, STREAMS)
+        first = self.first_slot(step0)
+        self.await_operands(jnp.int32(0), total, first, s, ["queries"])
 
-        def step(n, sums, seen):
-            slot = self.slot(step0, n)
+        def step(n, carry, seen):
+            sums, slot = carry
             q, dout = s["q"].at[slot], s["dout"].at[slot]
             if seen is not None:
                 self.clean(fields, lists, seen, [q, dout])
             operands = dict(logits=(k, q), dp=(v, dout))
             if "dk" not in dims:
                 del operands["dp"]
-            self.take_turn(s, self.row_half())
+            self.take_turn(s, fields[HALF])
             found = _start(products, operands)
-            self.pass_turn(s, self.row_half())
+            self.pass_turn(s, fields[HALF])
             bias = self.read_bias(fields, lists, n, s, slot)
             x = wait((64, tile), len(found) - 1)(found["logits"])
             logits = self.with_bias(fields, lists, x, bias)
@@ -365,12 +355,14 @@ class _BackwardDkv(BiasedWalker):
             if "dk" in dims:
                 operands["dk"] = sums["dk"], to_operand(ds), q
             found = _start(products, operands)
-            self.await_operands(n + 1, total, step0, s, STREAMS)
+            following = self.following(slot)
+            self.await_operands(n + 1, total, following, s, ["queries"])
             done = gradient.await_all(*dims.values())(*(found[x] for x in dims))
-            self.release(s, slot)
-            return dict(zip(dims, done, strict=True)) | dict(rows=rows)
+            plgpu.barrier_arrive(s["queries_free"][slot])
+            return dict(zip(dims, done, strict=True)) | dict(rows=rows), following
 
-        return self.steps(fields, lists, step, sums, 0)
+        sums, _ = self.steps(fields, lists, step, (sums, first), 0)
+        return sums
 
     def nothing(self):
         return {
@@ -391,7 +383,7 @@ class _BackwardDkv(BiasedWalker):
         outs = outs[: 2 * len(self.dims)]
         b, row, part = fields[0], fields[2], fields[7]
         h = lax.div(fields[1], jnp.int32(self.group))
-        w = self.row_half()
+        w = fields[HALF]
         rows = self.rows_out(row, w)
         half = len(outs) // 2
         places = list(zip(self.dims.items(), outs[:half], outs[half:], strict=True))

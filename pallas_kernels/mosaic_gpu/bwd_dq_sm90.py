@@ -24,7 +24,7 @@ from ._bias import Bias
 from ._biased import BiasedWalker
 from ._elements import Elements
 from ._gradient import BackwardConfig
-from ._persistent import Lists, Stream
+from ._persistent import HALF, Lists, Stream
 from ._schedule import Schedule
 from ._softmax import operand
 from ._wgmma import Product, start, wait
@@ -98,6 +98,7 @@ def scratch_spec(
     c, wgs = config, block_q // 64
     tile = lambda *shape: _persistent.tiles((c.teams, *shape), dtype)
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
+    of_bias = _biased.arrivals(wgs, c.tile, bias_dtype)
     return dict(
         q=tile(c.num_fixed_stages, wgs, 64, head_dim),
         dout=tile(c.num_fixed_stages, wgs, 64, value_dim),
@@ -107,7 +108,7 @@ def scratch_spec(
         item=_persistent.item_slots(c.teams, c.num_fixed_stages),
         fixed_full=bar(c.num_fixed_stages, 1 + 2 * wgs),
         fixed_free=bar(c.num_fixed_stages, wgs),
-        k_full=bar(c.num_stages, 1),
+        k_full=bar(c.num_stages, 1 + of_bias),
         k_free=bar(c.num_stages, wgs),
         v_full=bar(c.num_stages, 1),
         v_free=bar(c.num_stages, wgs),
@@ -229,7 +230,7 @@ class _BackwardDq(BiasedWalker):
 
     def attend(self, fields, arrays, lists, s, step0, stage):
         """Computes dq of 64 rows: ``ds k`` of a block beside ``q k^T`` of the next."""
-        tile, dim, w = self.tile, self.head_dim, self.row_half()
+        tile, dim, w = self.tile, self.head_dim, fields[HALF]
         k_tiling = tile_transforms(dim)
         v_tiling = tile_transforms(self.value_dim)
         qk = Product(tile, k_tiling, k_tiling)
@@ -248,12 +249,12 @@ class _BackwardDq(BiasedWalker):
             gradient.rows(x, fields[0], fields[1], fields[2] * self.block_rows + w * 64)
             for x in arrays[4:]
         )
-        slot, seen = self.slot(step0, jnp.int32(0)), self.look_first(fields, lists)
+        slot, seen = self.first_slot(step0), self.look_first(fields, lists)
         plgpu.barrier_wait(s["k_full"][slot])
         plgpu.barrier_wait(s["v_full"][slot])
-        self.take_turn(s, self.row_half())
+        self.take_turn(s, w)
         logits, dp = start(qk, dov)(q, s["k"].at[slot], dout, s["v"].at[slot])
-        self.pass_turn(s, self.row_half())
+        self.pass_turn(s, w)
         bias = self.read_bias(fields, lists, jnp.int32(0), s, slot)
         x, dp = gradient.await_all(tile, tile)(logits, dp)
         plgpu.barrier_arrive(s["v_free"][slot])
@@ -267,18 +268,18 @@ class _BackwardDq(BiasedWalker):
         ds = to_operand(ds)
         self.clean_first(fields, lists, seen, [s["k"].at[slot]])
         dq = plgpu.layout_cast(jnp.zeros((64, dim), jnp.float32), r.ACC)
-        self.await_operands(jnp.int32(1), total, step0, s, ["k", "v"])
+        following = self.following(slot)
+        self.await_operands(jnp.int32(1), total, following, s, ["k", "v"])
         start_all = start(qk, dov, dsk)
 
         def step(n, carry, seen):
-            dq, ds, before, rows = carry
-            slot = self.slot(step0, n)
-            self.take_turn(s, self.row_half())
+            dq, ds, rows, before, slot = carry
+            self.take_turn(s, w)
             logits, dp, dq = start_all(
                 *(q, s["k"].at[slot], dout, s["v"].at[slot]),
                 *(dq, ds, s["k"].at[before]),
             )
-            self.pass_turn(s, self.row_half())
+            self.pass_turn(s, w)
             bias = self.read_bias(fields, lists, n, s, slot)
             x = wait((64, tile), 2)(logits)
             if seen is not None:
@@ -297,13 +298,14 @@ class _BackwardDq(BiasedWalker):
                 fields, lists, rows, x, p, ds, bias, s, slot, partial
             )
             self.free_bias(s, before, pending=1)
-            self.await_operands(n + 1, total, step0, s, ["k", "v"])
+            following = self.following(slot)
+            self.await_operands(n + 1, total, following, s, ["k", "v"])
             dq, ds = gradient.await_all(dim, tile)(dq, ds)
             plgpu.barrier_arrive(s["k_free"][before])
-            return dq, to_operand(ds), slot, rows
+            return dq, to_operand(ds), rows, slot, following
 
-        carry = dq, ds, slot, rows
-        dq, ds, last, rows = self.steps(fields, lists, step, carry, 1)
+        carry = dq, ds, rows, slot, following
+        dq, ds, rows, last, _ = self.steps(fields, lists, step, carry, 1)
         self.free_bias(s, last, pending=0)
         plgpu.barrier_arrive(s["fixed_free"][stage])
         dq = start(dsk)(dq, ds, s["k"].at[last])
@@ -321,7 +323,7 @@ class _BackwardDq(BiasedWalker):
         dq, parts, *rest = outs
         self.store_sums(sums, fields, rest, s)
         b, h, row, part = fields[0], fields[1], fields[2], fields[7]
-        w = self.row_half()
+        w = fields[HALF]
         rows = self.rows_out(row, w)
 
         def whole():

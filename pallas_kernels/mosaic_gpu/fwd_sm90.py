@@ -25,7 +25,7 @@ from . import _softmax as softmax
 from ._bias import Bias
 from ._biased import BiasedWalker
 from ._elements import Elements
-from ._persistent import Lists, Stream
+from ._persistent import HALF, Lists, Stream
 from ._schedule import Schedule
 from ._wgmma import Product, start, wait
 from .merge_sm90 import merge
@@ -207,6 +207,7 @@ def scratch_spec(
     tile = lambda *shape: _persistent.tiles((c.teams, *shape), dtype)
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
     shared = _sharing.scratch_spec(c.teams, value_dim) if c.share else {}
+    of_bias = _biased.arrivals(wgs, c.tile_kv, bias_dtype)
     return dict(
         **shared,
         q=tile(c.num_q_stages, wgs, 64, head_dim),
@@ -217,7 +218,7 @@ def scratch_spec(
         item=_persistent.item_slots(c.teams, c.num_q_stages),
         fixed_full=bar(c.num_q_stages, 1 + wgs),
         fixed_free=bar(c.num_q_stages, wgs),
-        k_full=bar(c.num_stages, 1),
+        k_full=bar(c.num_stages, 1 + of_bias),
         k_free=bar(c.num_stages, wgs),
         v_full=bar(c.num_stages, 1),
         v_free=bar(c.num_stages, wgs),
@@ -344,7 +345,7 @@ class _Forward(BiasedWalker):
         While a warpgroup computes the softmax of block n, its PV of block n - 1 and the
         other warpgroup's products run on the tensor core.
         """
-        c, w = self.config, self.row_half()
+        c, w = self.config, fields[HALF]
         tile, dim, in_regs = c.tile_kv, self.value_dim, c.q_in_registers
         k_tiling, v_tiling = tile_transforms(self.head_dim), tile_transforms(dim)
         qk = Product(tile, k_tiling, None if in_regs else k_tiling)
@@ -363,7 +364,7 @@ class _Forward(BiasedWalker):
             q = plgpu.load(q, layout=r.OPERAND)
             plgpu.barrier_arrive(s["fixed_free"][stage])
 
-        slot, seen = self.slot(step0, jnp.int32(0)), self.look_first(fields, lists)
+        slot, seen = self.first_slot(step0), self.look_first(fields, lists)
         plgpu.barrier_wait(s["k_full"][slot])
         self.take_turn(s, w)
         logits = start_qk(q, s["k"].at[slot])
@@ -375,13 +376,13 @@ class _Forward(BiasedWalker):
         logits = self.mask_first(fields, mask, seen, logits)
         p, m, l, _ = softmax_step(logits, m, l)
         p = softmax.operand(tile, self.dtype)(p)
-        self.await_operands(jnp.int32(1), total, step0, s, ["k"])
+        following = self.following(slot)
+        self.await_operands(jnp.int32(1), total, following, s, ["k"])
         plgpu.barrier_wait(s["v_full"][slot])
         self.clean_first(fields, lists, seen, [s["v"].at[slot]])
 
         def step(n, carry, seen):
-            acc, p, m, l, before = carry
-            slot = self.slot(step0, n)
+            acc, p, m, l, before, slot = carry
             self.take_turn(s, w)
             logits, acc = start_both(q, s["k"].at[slot], acc, p, s["v"].at[before])
             self.pass_turn(s, w)
@@ -392,15 +393,17 @@ class _Forward(BiasedWalker):
             if seen is not None:
                 logits = mask(seen, logits)
             p, m, l, alpha = softmax_step(logits, m, l)
-            self.await_operands(n + 1, total, step0, s, ["k"])
+            following = self.following(slot)
+            self.await_operands(n + 1, total, following, s, ["k"])
             plgpu.barrier_wait(s["v_full"][slot])
             if seen is not None:
                 self.clean(fields, lists, seen, [s["v"].at[slot]])
             acc, p = end_step(acc, p, alpha)
             plgpu.barrier_arrive(s["v_free"][before])
-            return acc, p, m, l, slot
+            return acc, p, m, l, slot, following
 
-        acc, p, m, l, last = self.steps(fields, lists, step, (acc, p, m, l, slot), 1)
+        carry = acc, p, m, l, slot, following
+        acc, p, m, l, last, _ = self.steps(fields, lists, step, carry, 1)
         if not in_regs:
             plgpu.barrier_arrive(s["fixed_free"][stage])
         acc = start_pv(acc, p, s["v"].at[last])
@@ -433,7 +436,7 @@ class _Forward(BiasedWalker):
         """What ``finish(dtype)`` returns, values and lse, to where it belongs."""
         out, lse, part_out, part_lse = outs
         b, h, row, part = fields[0], fields[1], fields[2], fields[7]
-        w = self.row_half()
+        w = fields[HALF]
         rows = self.rows_out(row, w)
 
         def whole():
