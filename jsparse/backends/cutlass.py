@@ -22,8 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.backends import _hopper, _shared_object
+from jsparse.backends import _hopper, _shared_object, mosaic_gpu
 from jsparse.backends._contract import HostPattern, Operands, Problem
+from jsparse.backends._mosaic_bias import launched
+from jsparse.bias import Bias
+from jsparse.pallas_kernels.mosaic_gpu import _bias
 from jsparse.pallas_kernels.mosaic_gpu._elements import (
     ColumnInterval,
     Elements,
@@ -46,6 +49,7 @@ BLOCKS = {"block_q": (64, 128), "block_kv": (64, 128)}
 RULES = (SameLabel, RowInterval, ColumnInterval, Within)
 """In the order of ``jsparse_rule_kind``."""
 MOST_RULES = 4
+BIASES = ("dense", "block")
 
 LIBRARY = "libjsparse_cuda.so"
 TARGETS = ("jsparse_forward", "jsparse_backward_dq", "jsparse_backward_dkv")
@@ -80,8 +84,8 @@ def _not_taken(problem: Problem) -> str | None:
             return f"{side}={size}; expected {' or '.join(map(str, taken))}"
     if len(problem.rules) > MOST_RULES:
         return f"{len(problem.rules)} element rules; expected at most {MOST_RULES}"
-    if problem.bias is not None:
-        return f"a {problem.bias} bias; expected none"
+    if problem.bias not in (None, *BIASES):
+        return f"a {problem.bias} bias; expected {' or '.join(BIASES)}, or none"
     return None
 
 
@@ -108,6 +112,7 @@ def forward(
         "jsparse_forward",
         (q, k, v),
         (*call.entries(lists, bad, call.blocks[1]), call.elements(bad), schedule),
+        launched(call.bias, call.mask, "kv"),
         [
             q,
             jax.ShapeDtypeStruct((batch, heads, q_len), jnp.float32),
@@ -132,35 +137,44 @@ def backward(
     dout: Array,
     dlse: Array,
     bias_gradient: bool,
-) -> tuple[Array, Array, Array, None]:
+) -> tuple[Array, Array, Array, Bias | None]:
     """See `Backend.backward`. From ``out`` and ``lse``, whoever computed them."""
-    del bias_gradient  # there is no bias
     call = _hopper.Call.of(operands, scale, pattern)
     of_queries = call.statistics(out, lse, dout, dlse)
-    q, k, v, dout = _pad_heads(call.q, call.k, call.v, call.flat(dout))
-    arrays = (q, k, v, dout, of_queries.lse2, of_queries.delta)
+    q, k, v, padded_dout = _pad_heads(call.q, call.k, call.v, call.flat(dout))
+    arrays = (q, k, v, padded_dout, of_queries.lse2, of_queries.delta)
     (block_q, block_kv), dim = call.blocks, q.shape[-1]
+    none: Any = jax.ShapeDtypeStruct((0,), jnp.float32)
+    own = bias_gradient and _bias.own_gradient(call.bias, *q.shape[:3:2])
+    by_key = bias_gradient and isinstance(call.bias, _bias.KeyBias)
 
     bad = call.bad_keys(k)
     workers = _backward_workers(dim, block_q, block_kv, keys=False)
     lists = call.rows
     schedule = call.schedule(lists, workers)
-    dq, _ = _launch(
+    dq, _, dbias = _launch(
         "jsparse_backward_dq",
         arrays,
         (*call.entries(lists, bad, block_kv), call.elements(bad), schedule),
-        [q, _parts(schedule, block_q, dim)],
+        launched(call.bias, call.mask, "kv"),
+        [q, _parts(schedule, block_q, dim), call.bias.values if own else none],
         **_attributes(call),
     )
 
     bad, lists = of_queries.bad, call.columns
     workers = _backward_workers(dim, block_kv, block_q, keys=True)
     schedule = call.schedule(lists, workers, q.shape[2] // k.shape[2])
-    dk, dv, *_ = _launch(
+    of_key = [none, none]
+    if by_key:
+        slots = max(schedule.num_slots, 1)
+        shapes = (k.shape[0], k.shape[1], q.shape[2]), (slots, block_kv)
+        of_key = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    dk, dv, _, _, sums, _ = _launch(
         "jsparse_backward_dkv",
         arrays,
         (*call.entries(lists, bad, block_q), call.transposed_elements(bad), schedule),
-        [k, v, *2 * [_parts(schedule, block_kv, dim)]],
+        launched(call.bias, call.mask, "q"),
+        [k, v, *2 * [_parts(schedule, block_kv, dim)], *of_key],
         **_attributes(call),
     )
     if call.sign != 1:
@@ -168,7 +182,15 @@ def backward(
     dq, dk, dv = (
         call.sum_shared(g, x) for g, x in zip((dq, dk, dv), operands[:3], strict=True)
     )
-    return dq, dk, dv, None
+    if not bias_gradient:
+        return dq, dk, dv, None
+    # One kernel for the gradient of a bias that is shared is enough: Mosaic's.
+    arrays = (call.q, call.k, call.v, call.flat(_hopper.pad_dim(dout)), *arrays[4:])
+    found = jnp.swapaxes(sums, 1, 2)[:, :, None] if by_key else None
+    dbias = mosaic_gpu.streamed_bias_gradient(
+        call, arrays, found, dbias if own else None, operands.bias
+    )
+    return dq, dk, dv, dbias
 
 
 # ----------------------------------------------------------------------- the launches
@@ -219,13 +241,15 @@ def _launch(
     target: str,
     arrays: tuple[Array, ...],
     pattern: tuple[Array, Array, Elements, Schedule],
+    bias: _bias.Bias | None,
     results: Sequence[Any],
     **attributes: Any,
 ) -> Sequence[Array]:
     """Results of the shapes and dtypes of ``results``, from a handler in ``ffi/``.
 
     ``pattern`` is lists of partial and of full blocks, the test of elements and the
-    schedule; the headers in ``ffi/include`` have the shapes.
+    schedule; the headers in ``ffi/include`` have the shapes. ``bias`` is one of lists
+    like those, see `launched`.
     """
     partial, full, elements, schedule = pattern
     none = np.zeros(0, np.int32)
@@ -236,16 +260,29 @@ def _launch(
         bad if len(bad) else none,
         none if lengths is None else lengths.reshape(-1, 2),
         none if bits is None or not len(bits) else bits,
+        *_bias_operands(bias),
         *(x for rule in rules for x in rule),
     )
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results]
     kinds = np.array([RULES.index(type(rule)) for rule in rules], np.int32)
+    attributes["bias_inner"] = np.int32(1 if bias is None else bias.inner)
 
     def kernel(*operands: Array) -> Sequence[Array]:
         run = jax.ffi.ffi_call(target, shapes)
         return run(*operands, **attributes, rules=kinds)
 
     return per_device(kernel)(*map(_on_device, operands))
+
+
+def _bias_operands(bias: Any) -> tuple[Array, Array, Array]:
+    """Values, and the numbers of the lists' partial and full blocks among them."""
+    none = np.zeros(0, np.int32)
+    if isinstance(bias, _bias.BlockBias) and bias.numbers is not None:
+        partial, full = (x.reshape(-1) for x in bias.numbers)
+        return bias.values, partial, full
+    if isinstance(bias, _bias.KeyBias):
+        return bias.values[:, :, None], none, none
+    return none if bias is None else bias.values, none, none
 
 
 def _on_device(x: Array) -> Array:

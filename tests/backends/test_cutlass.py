@@ -30,7 +30,7 @@ REFUSED = {
     "block_q=32; expected 64 or 128": {"block_q": 32},
     "block_kv=32; expected 64 or 128": {"block_kv": 32},
     "5 element rules; expected at most 4": {"rules": ("Window",) * 5},
-    "a table bias; expected none": {"bias": "table"},
+    "a table bias; expected dense or block, or none": {"bias": "table"},
 }
 
 
@@ -79,7 +79,12 @@ def built(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"head_dim": 24, "value_dim": 128}, {"block_q": 64, "block_kv": 128}],
+    [
+        {},
+        {"head_dim": 24, "value_dim": 128},
+        {"block_q": 64, "block_kv": 128},
+        {"bias": "block"},
+    ],
     ids=str,
 )
 def test_takes_what_its_kernels_take(hopper, change):
