@@ -54,6 +54,9 @@ BIASES = ("dense", "block")
 LIBRARY = "libjsparse_cuda.so"
 TARGETS = ("jsparse_forward", "jsparse_backward_dq", "jsparse_backward_dkv")
 
+_NOTHING: Any = jax.ShapeDtypeStruct((0,), jnp.float32)
+"""A result that is not asked for."""
+
 _NOT_BUILT = (
     "this jsparse was built without its CUDA kernels; build them with JSPARSE_CUDA=1, "
     "as ffi/README.md says"
@@ -112,7 +115,7 @@ def forward(
         "jsparse_forward",
         (q, k, v),
         (*call.entries(lists, bad, call.blocks[1]), call.elements(bad), schedule),
-        launched(call.bias, call.mask, "kv"),
+        _BiasOperands.of(call, "kv"),
         [
             q,
             jax.ShapeDtypeStruct((batch, heads, q_len), jnp.float32),
@@ -141,12 +144,12 @@ def backward(
     """See `Backend.backward`. From ``out`` and ``lse``, whoever computed them."""
     call = _hopper.Call.of(operands, scale, pattern)
     of_queries = call.statistics(out, lse, dout, dlse)
-    q, k, v, padded_dout = _pad_heads(call.q, call.k, call.v, call.flat(dout))
-    arrays = (q, k, v, padded_dout, of_queries.lse2, of_queries.delta)
+    dout = call.flat(dout)
+    arrays = (*_pad_heads(call.q, call.k, call.v, dout), *of_queries[:2])
+    q, k, v = arrays[:3]
     (block_q, block_kv), dim = call.blocks, q.shape[-1]
-    none: Any = jax.ShapeDtypeStruct((0,), jnp.float32)
-    own = bias_gradient and _bias.own_gradient(call.bias, *q.shape[:3:2])
-    by_key = bias_gradient and isinstance(call.bias, _bias.KeyBias)
+    bias: Any = call.bias if bias_gradient else None
+    own = _bias.own_gradient(bias, *q.shape[:3:2])
 
     bad = call.bad_keys(k)
     workers = _backward_workers(dim, block_q, block_kv, keys=False)
@@ -156,25 +159,24 @@ def backward(
         "jsparse_backward_dq",
         arrays,
         (*call.entries(lists, bad, block_kv), call.elements(bad), schedule),
-        launched(call.bias, call.mask, "kv"),
-        [q, _parts(schedule, block_q, dim), call.bias.values if own else none],
+        _BiasOperands.of(call, "kv"),
+        [q, _parts(schedule, block_q, dim), bias.values if own else _NOTHING],
         **_attributes(call),
     )
 
     bad, lists = of_queries.bad, call.columns
     workers = _backward_workers(dim, block_kv, block_q, keys=True)
     schedule = call.schedule(lists, workers, q.shape[2] // k.shape[2])
-    of_key = [none, none]
-    if by_key:
-        slots = max(schedule.num_slots, 1)
-        shapes = (k.shape[0], k.shape[1], q.shape[2]), (slots, block_kv)
+    parts, of_key = _parts(schedule, block_kv, dim), [_NOTHING, _NOTHING]
+    if isinstance(bias, _bias.KeyBias):
+        shapes = (*k.shape[:2], q.shape[2]), parts.shape[:2]
         of_key = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    dk, dv, _, _, sums, _ = _launch(
+    dk, dv, _, _, by_key, _ = _launch(
         "jsparse_backward_dkv",
         arrays,
         (*call.entries(lists, bad, block_q), call.transposed_elements(bad), schedule),
-        launched(call.bias, call.mask, "q"),
-        [k, v, *2 * [_parts(schedule, block_kv, dim)], *of_key],
+        _BiasOperands.of(call, "q"),
+        [k, v, parts, parts, *of_key],
         **_attributes(call),
     )
     if call.sign != 1:
@@ -182,15 +184,14 @@ def backward(
     dq, dk, dv = (
         call.sum_shared(g, x) for g, x in zip((dq, dk, dv), operands[:3], strict=True)
     )
-    if not bias_gradient:
+    if bias is None:
         return dq, dk, dv, None
-    # One kernel for the gradient of a bias that is shared is enough: Mosaic's.
-    arrays = (call.q, call.k, call.v, call.flat(_hopper.pad_dim(dout)), *arrays[4:])
-    found = jnp.swapaxes(sums, 1, 2)[:, :, None] if by_key else None
-    dbias = mosaic_gpu.streamed_bias_gradient(
-        call, arrays, found, dbias if own else None, operands.bias
-    )
-    return dq, dk, dv, dbias
+    # The gradient of a bias that is shared has one kernel, which is Mosaic's.
+    arrays = (call.q, call.k, call.v, _hopper.pad_dim(dout), *of_queries[:2])
+    by_key = jnp.moveaxis(by_key[:, None], -1, 1) if by_key.size else None
+    found = by_key, dbias if own else None
+    gradient = mosaic_gpu.streamed_bias_gradient
+    return dq, dk, dv, gradient(call, arrays, *found, operands.bias)
 
 
 # ----------------------------------------------------------------------- the launches
@@ -213,6 +214,37 @@ class _Items(NamedTuple):
         if math.prod(call.q.shape[::2]) * tiles <= _hopper.num_multiprocessors():
             return cls(64, share=True)
         return cls(call.mask.block_q, share=False)
+
+
+class _BiasOperands(NamedTuple):
+    """A bias for a launch; arrays without elements stand for none.
+
+    Attributes:
+        values: ``[b, H or 1, T or 1, S or more]``, or on blocks ``[b, H or 1, n,
+            block_q, block_kv]``.
+        partial: which block of ``values`` each entry of the partial lists is.
+        full: the same of the full lists.
+        inner: batch entry n reads index ``n // inner % b``.
+    """
+
+    values: Array
+    partial: Array
+    full: Array
+    inner: int
+
+    @classmethod
+    def of(cls, call: _hopper.Call, side: str) -> _BiasOperands:
+        """For a launch over the lists ``"kv"``, by query block, or ``"q"``."""
+        bias: Any = launched(call.bias, call.mask, side)
+        none = np.zeros(0, np.int32)
+        if bias is None:
+            return cls(none, none, none, 1)
+        if isinstance(bias, _bias.KeyBias):
+            return cls(bias.values[:, :, None], none, none, bias.inner)
+        partial = full = none
+        if isinstance(bias, _bias.BlockBias) and bias.numbers is not None:
+            partial, full = (x.reshape(-1) for x in bias.numbers)
+        return cls(bias.values, partial, full, bias.inner)
 
 
 def _pad_heads(*arrays: Array) -> list[Array]:
@@ -241,15 +273,14 @@ def _launch(
     target: str,
     arrays: tuple[Array, ...],
     pattern: tuple[Array, Array, Elements, Schedule],
-    bias: _bias.Bias | None,
+    bias: _BiasOperands,
     results: Sequence[Any],
     **attributes: Any,
 ) -> Sequence[Array]:
     """Results of the shapes and dtypes of ``results``, from a handler in ``ffi/``.
 
     ``pattern`` is lists of partial and of full blocks, the test of elements and the
-    schedule; the headers in ``ffi/include`` have the shapes. ``bias`` is one of lists
-    like those, see `launched`.
+    schedule; the headers in ``ffi/include`` have the shapes.
     """
     partial, full, elements, schedule = pattern
     none = np.zeros(0, np.int32)
@@ -260,29 +291,18 @@ def _launch(
         bad if len(bad) else none,
         none if lengths is None else lengths.reshape(-1, 2),
         none if bits is None or not len(bits) else bits,
-        *_bias_operands(bias),
+        *bias[:3],
         *(x for rule in rules for x in rule),
     )
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results]
     kinds = np.array([RULES.index(type(rule)) for rule in rules], np.int32)
-    attributes["bias_inner"] = np.int32(1 if bias is None else bias.inner)
+    attributes["bias_inner"] = np.int32(bias.inner)
 
     def kernel(*operands: Array) -> Sequence[Array]:
         run = jax.ffi.ffi_call(target, shapes)
         return run(*operands, **attributes, rules=kinds)
 
     return per_device(kernel)(*map(_on_device, operands))
-
-
-def _bias_operands(bias: Any) -> tuple[Array, Array, Array]:
-    """Values, and the numbers of the lists' partial and full blocks among them."""
-    none = np.zeros(0, np.int32)
-    if isinstance(bias, _bias.BlockBias) and bias.numbers is not None:
-        partial, full = (x.reshape(-1) for x in bias.numbers)
-        return bias.values, partial, full
-    if isinstance(bias, _bias.KeyBias):
-        return bias.values[:, :, None], none, none
-    return none if bias is None else bias.values, none, none
 
 
 def _on_device(x: Array) -> Array:
