@@ -1,7 +1,8 @@
 // The XLA FFI handlers: they check buffers and attributes, and call the C interface. No device code.
 //
 // Operands: what a pass reads, then the pattern: partial, full, item_count, items, split_rows,
-// split_slots, bad, lengths, bits, and the arrays of each rule; an array that is not needed is empty.
+// split_slots, bad, lengths, bits; a bias and the numbers of the lists' blocks in it; and the arrays of
+// each rule. An array that is not needed is empty.
 // The headers of the C interface have shapes and dtypes.
 #include <cuda_runtime_api.h>
 
@@ -27,10 +28,12 @@ ffi::Error guarded(const std::string &name, Call call) {
 ffi::Error forward(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer partial,
                    AnyBuffer full, AnyBuffer item_count, AnyBuffer items, AnyBuffer split_rows,
                    AnyBuffer split_slots, AnyBuffer bad, AnyBuffer lengths, AnyBuffer bits,
+                   AnyBuffer bias, AnyBuffer partial_numbers, AnyBuffer full_numbers,
                    ffi::RemainingArgs rule_arrays, ffi::Result<AnyBuffer> out,
                    ffi::Result<AnyBuffer> lse, ffi::Result<AnyBuffer> part_out,
                    ffi::Result<AnyBuffer> part_lse, int32_t block_q, int32_t block_kv,
-                   int32_t tile_q, bool share, float scale, ffi::Span<const int32_t> rules) {
+                   int32_t tile_q, bool share, float scale, int32_t bias_inner,
+                   ffi::Span<const int32_t> rules) {
   return guarded("jsparse_forward", [&](char *message, size_t size) {
     auto a = sizes_of<jsparse_forward_args>(q, k, block_q, block_kv);
     if (tile_q != 64 && tile_q != block_q) {
@@ -45,6 +48,7 @@ ffi::Error forward(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer v, A
     a.schedule = schedule_of(pattern);
     a.elements = elements_of({a.batch, a.q_len, a.kv_len, block_q, block_kv, a.num_kv_heads},
                              pattern, rules, rule_arrays);
+    a.bias = bias_of(a, pattern, {bias, partial_numbers, full_numbers, bias_inner});
     expect_like("out", *out, q.element_type(), {a.batch, a.q_len, a.num_heads, a.head_dim});
     a.out = out->untyped_data();
     constexpr DataType kFloat = DataType::F32;
@@ -59,6 +63,7 @@ ffi::Error forward(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer v, A
 struct BackwardOperands {
   AnyBuffer q, k, v, dout, lse2, delta;
   Pattern pattern;
+  BiasOperands bias;
   ffi::RemainingArgs rule_arrays;
   int32_t block_q, block_kv;
   float scale;
@@ -78,6 +83,7 @@ jsparse_backward_args args_of(const BackwardOperands &x, bool keys) {
   if (keys) grid = {a.batch, a.kv_len, a.q_len, a.block_kv, a.block_q, a.num_heads};
   a.schedule = schedule_of(x.pattern);
   a.elements = elements_of(grid, x.pattern, x.rules, x.rule_arrays);
+  a.bias = bias_of(a, x.pattern, x.bias);
   return a;
 }
 
@@ -85,17 +91,26 @@ ffi::Error backward_dq(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer 
                        AnyBuffer lse2, AnyBuffer delta, AnyBuffer partial, AnyBuffer full,
                        AnyBuffer item_count, AnyBuffer items, AnyBuffer split_rows,
                        AnyBuffer split_slots, AnyBuffer bad, AnyBuffer lengths, AnyBuffer bits,
+                       AnyBuffer bias, AnyBuffer partial_numbers, AnyBuffer full_numbers,
                        ffi::RemainingArgs rule_arrays, ffi::Result<AnyBuffer> dq,
-                       ffi::Result<AnyBuffer> part, int32_t block_q, int32_t block_kv, float scale,
+                       ffi::Result<AnyBuffer> part, ffi::Result<AnyBuffer> dbias, int32_t block_q,
+                       int32_t block_kv, float scale, int32_t bias_inner,
                        ffi::Span<const int32_t> rules) {
   return guarded("jsparse_backward_dq", [&](char *message, size_t size) {
     auto a = args_of({q, k, v, dout, lse2, delta,
                       {partial, full, item_count, items, split_rows, split_slots, bad, lengths, bits},
+                      {bias, partial_numbers, full_numbers, bias_inner},
                       rule_arrays, block_q, block_kv, scale, rules},
                      false);
     expect_like("dq", *dq, q.element_type(), {a.batch, a.q_len, a.num_heads, a.head_dim});
     float *parts = data<DataType::F32>("part", *part, {kAny, block_q, a.head_dim});
-    return jsparse_backward_dq(&a, dq->untyped_data(), parts, stream, message, size);
+    void *to_bias = nullptr;
+    if (dbias->element_count() > 0) {
+      auto dims = bias.dimensions();
+      expect_like("dbias", *dbias, bias.element_type(), {dims.begin(), dims.end()});
+      to_bias = dbias->untyped_data();
+    }
+    return jsparse_backward_dq(&a, dq->untyped_data(), parts, to_bias, stream, message, size);
   });
 }
 
@@ -103,13 +118,16 @@ ffi::Error backward_dkv(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer
                         AnyBuffer lse2, AnyBuffer delta, AnyBuffer partial, AnyBuffer full,
                         AnyBuffer item_count, AnyBuffer items, AnyBuffer split_rows,
                         AnyBuffer split_slots, AnyBuffer bad, AnyBuffer lengths, AnyBuffer bits,
+                        AnyBuffer bias, AnyBuffer partial_numbers, AnyBuffer full_numbers,
                         ffi::RemainingArgs rule_arrays, ffi::Result<AnyBuffer> dk,
                         ffi::Result<AnyBuffer> dv, ffi::Result<AnyBuffer> part_dk,
-                        ffi::Result<AnyBuffer> part_dv, int32_t block_q, int32_t block_kv,
-                        float scale, ffi::Span<const int32_t> rules) {
+                        ffi::Result<AnyBuffer> part_dv, ffi::Result<AnyBuffer> by_key,
+                        ffi::Result<AnyBuffer> part_by_key, int32_t block_q, int32_t block_kv,
+                        float scale, int32_t bias_inner, ffi::Span<const int32_t> rules) {
   return guarded("jsparse_backward_dkv", [&](char *message, size_t size) {
     auto a = args_of({q, k, v, dout, lse2, delta,
                       {partial, full, item_count, items, split_rows, split_slots, bad, lengths, bits},
+                      {bias, partial_numbers, full_numbers, bias_inner},
                       rule_arrays, block_q, block_kv, scale, rules},
                      true);
     std::vector<int64_t> shape = {a.batch, a.kv_len, a.num_kv_heads, a.head_dim};
@@ -118,8 +136,12 @@ ffi::Error backward_dkv(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer
     shape = {kAny, block_kv, a.head_dim};
     float *dk_parts = data<DataType::F32>("part_dk", *part_dk, shape);
     float *dv_parts = data<DataType::F32>("part_dv", *part_dv, shape);
-    return jsparse_backward_dkv(&a, dk->untyped_data(), dv->untyped_data(), dk_parts, dv_parts,
-                                stream, message, size);
+    constexpr DataType kFloat = DataType::F32;
+    float *sums = optional<kFloat>("by_key", *by_key, {a.batch, a.kv_len, a.num_heads});
+    shape = {part_dk->dimensions()[0], block_kv};
+    float *sum_parts = optional<kFloat>("part_by_key", *part_by_key, shape);
+    return jsparse_backward_dkv(&a, dk->untyped_data(), dv->untyped_data(), dk_parts, dv_parts, sums,
+                                sum_parts, stream, message, size);
   });
 }
 
@@ -145,21 +167,23 @@ auto with_results(Binding &&binding) {
 // What follows the context in a binding: the parameters of the function after the stream.
 template <class Binding>
 auto of_forward(Binding &&binding) {
-  return with_results<4>(with_operands<12>(std::move(binding)).RemainingArgs())
+  return with_results<4>(with_operands<15>(std::move(binding)).RemainingArgs())
       .template Attr<int32_t>("block_q")
       .template Attr<int32_t>("block_kv")
       .template Attr<int32_t>("tile_q")
       .template Attr<bool>("share")
       .template Attr<float>("scale")
+      .template Attr<int32_t>("bias_inner")
       .template Attr<ffi::Span<const int32_t>>("rules");
 }
 
 template <int kResults, class Binding>
 auto of_backward(Binding &&binding) {
-  return with_results<kResults>(with_operands<15>(std::move(binding)).RemainingArgs())
+  return with_results<kResults>(with_operands<18>(std::move(binding)).RemainingArgs())
       .template Attr<int32_t>("block_q")
       .template Attr<int32_t>("block_kv")
       .template Attr<float>("scale")
+      .template Attr<int32_t>("bias_inner")
       .template Attr<ffi::Span<const int32_t>>("rules");
 }
 
@@ -176,8 +200,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jsparse_forward_ffi, jsparse::forward,
                               jsparse::of_forward(jsparse::on_stream()),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jsparse_backward_dq_ffi, jsparse::backward_dq,
-                              jsparse::of_backward<2>(jsparse::on_stream()),
+                              jsparse::of_backward<3>(jsparse::on_stream()),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jsparse_backward_dkv_ffi, jsparse::backward_dkv,
-                              jsparse::of_backward<4>(jsparse::on_stream()),
+                              jsparse::of_backward<6>(jsparse::on_stream()),
                               {xla::ffi::Traits::kCmdBufferCompatible});

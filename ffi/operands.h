@@ -187,5 +187,78 @@ jsparse_elements elements_of(const Grid &grid, const Pattern &x, ffi::Span<const
   return elements;
 }
 
+// The operands that tell of a bias, and the batch entries one after another that share an entry of it.
+struct BiasOperands {
+  AnyBuffer values, partial_numbers, full_numbers;
+  int32_t inner;
+};
+
+// Whether `size` is one of the two that an axis of a bias may have.
+void expect_axis(const BiasOperands &x, size_t axis, int64_t full) {
+  int64_t size = x.values.dimensions()[axis];
+  if (size == 1 || size == full) return;
+  throw Refusal("bias has shape " + list(x.values.dimensions()) + "; expected 1 or " +
+                std::to_string(full) + " at axis " + std::to_string(axis));
+}
+
+int32_t bias_dtype(AnyBuffer values) {
+  switch (values.element_type()) {
+    case DataType::F16:
+      return JSPARSE_FLOAT16;
+    case DataType::BF16:
+      return JSPARSE_BFLOAT16;
+    case DataType::F32:
+      return JSPARSE_FLOAT32;
+    default:
+      throw Refusal("bias is " + name_of(values.element_type()) +
+                    "; expected float16, bfloat16 or float32");
+  }
+}
+
+// `args` has its sizes.
+template <class Args>
+jsparse_bias bias_of(const Args &args, const Pattern &pattern, const BiasOperands &x) {
+  constexpr DataType kInt = DataType::S32;
+  jsparse_bias bias = {};
+  if (x.values.element_count() == 0) return bias;
+  auto dims = x.values.dimensions();
+  if (dims.size() != 4 && dims.size() != 5) {
+    throw Refusal("bias has shape " + list(dims) + "; expected 4 axes, or 5 of blocks");
+  }
+  for (int64_t size : dims) {
+    if (size > INT32_MAX) {
+      throw Refusal("bias has shape " + list(dims) + "; expected sizes up to 2147483647");
+    }
+  }
+  if (x.inner < 1) {
+    throw Refusal("bias_inner=" + std::to_string(x.inner) + "; expected at least 1");
+  }
+  expect_axis(x, 1, args.num_heads);
+  bias.values = x.values.untyped_data();
+  bias.dtype = jsparse_dtype(bias_dtype(x.values));
+  bias.entries = int32_t(dims[0]);
+  bias.inner = x.inner;
+  bias.heads = int32_t(dims[1]);
+  bias.rows = int32_t(dims[dims.size() - 2]);
+  bias.columns = int32_t(dims[dims.size() - 1]);
+  if (dims.size() == 4) {
+    expect_axis(x, 2, args.q_len);
+    if (bias.columns < args.kv_len || bias.columns % 2 != 0) {
+      throw Refusal("bias has shape " + list(dims) + "; expected an even last axis, at least " +
+                    std::to_string(args.kv_len));
+    }
+    return bias;
+  }
+  if (bias.rows != args.block_q || bias.columns != args.block_kv) {
+    throw Refusal("bias has shape " + list(dims) + "; expected blocks of " +
+                  std::to_string(args.block_q) + " x " + std::to_string(args.block_kv));
+  }
+  bias.num_blocks = int32_t(dims[2]);
+  bias.partial_numbers = data<kInt>("partial_numbers", x.partial_numbers,
+                                    {pattern.partial.dimensions()[0]});
+  bias.full_numbers = data<kInt>("full_numbers", x.full_numbers, {pattern.full.dimensions()[0]});
+  return bias;
+}
+
 }  // namespace
 }  // namespace jsparse

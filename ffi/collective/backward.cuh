@@ -5,6 +5,7 @@
 // first, q or k, makes the logits, the second, dout or v, the gradient of the probabilities.
 #pragma once
 
+#include "collective/bias.cuh"
 #include "collective/element_mask.cuh"
 #include "collective/epilogue.cuh"
 #include "collective/products.cuh"
@@ -28,6 +29,8 @@ struct alignas(1024) BackwardStorage {
   int32_t entry[kColumns];
   Barrier rows_full[kRows], rows_free[kRows];
   Barrier full[2][kColumns], free[2][kColumns];
+  // Where what each tile of columns has as a bias begins, in bytes: see bias_array.
+  int64_t bias[kConfig.bias ? kColumns : 1];
 
   __device__ void init_barriers() {
     constexpr int kWarps = 4 * kConfig.warpgroups();
@@ -69,11 +72,20 @@ struct BackwardThread {
     return block * params.sizes.block_columns + n % steps_per_block() * kConfig.tile;
   }
 
+  // The first row and column that the thread holds of a step.
+  __device__ Place place_of(const Item &item, int n, int entry) const {
+    return {item.batch(), item.row() * kConfig.block_rows + row_in_block(),
+            first_of_step(n, entry) + first_column(thread)};
+  }
+
+  __device__ BiasTile bias_of(const Item &item, int n, int entry, int stage) const {
+    return {params.args.bias, team.bias[stage], place_of(item, n, entry)};
+  }
+
   // ------------------------------------------------------------------- partial blocks
 
   __device__ Mask test_elements(const Item &item, int n, int entry) const {
-    Place place{item.batch(), item.row() * kConfig.block_rows + row_in_block(),
-                first_of_step(n, entry) + first_column(thread)};
+    Place place = place_of(item, n, entry);
     return ElementTest<kConfig.tile>::at(params.args.elements, params.sizes, place,
                                          item.first_bits() + n / steps_per_block());
   }

@@ -70,7 +70,12 @@ struct BackwardLoad {
       for (int which = 0; which < 2; ++which) {
         auto &full = team.full[which][stage];
         team.free[which][stage].wait(step.parity() ^ 1);
-        if (which == 0) team.entry[stage] = entry;
+        if (which == 0) {
+          team.entry[stage] = entry;
+          if constexpr (kConfig.bias) {
+            team.bias[stage] = bias_array(params.args.bias, item, n >> halves);
+          }
+        }
         if constexpr (kConfig.keys) {
           load_statistics(item, which, stage, token);
         } else {

@@ -6,6 +6,7 @@
 
 #include <cute/tensor.hpp>
 
+#include "collective/bias.cuh"
 #include "collective/element_mask.cuh"
 #include "collective/epilogue.cuh"
 #include "collective/products.cuh"
@@ -35,7 +36,8 @@ struct Compute {
   Position<kConfig.num_q_stages()> at = {};  // the item
   Position<kConfig.num_stages> tile = {};  // the step
 
-  __device__ void run(int worker) {
+  // Inlined like what it calls: ptxas waits for products at a call, which nvcc else makes of much code.
+  __device__ __forceinline__ void run(int worker) {
     if (kConfig.turns && warpgroup == 1) pass_turn();
     for (int count = params.args.schedule.item_count[worker]; count > 0; --count) {
       team.q_full[at.stage()].wait(at.parity());
@@ -57,7 +59,8 @@ struct Compute {
   // ------------------------------------------------------------------------- one item
 
   // Partial blocks come first, then full ones.
-  __device__ void attend(const Item &item, float (&sums)[kSums], Softmax &softmax) {
+  __device__ __forceinline__ void attend(const Item &item, float (&sums)[kSums],
+                                         Softmax &softmax) {
     const int per_block = steps_per_block();
     const int partial = item.num_partial() * per_block;
     const int total = item.num_blocks() * per_block;
@@ -83,15 +86,16 @@ struct Compute {
   }
 
   template <bool kPartial>
-  __device__ void first_step(const Item &item, int n, int total, uint32_t (&p)[kLogits / 2],
-                             Softmax &softmax) {
+  __device__ __forceinline__ void first_step(const Item &item, int n, int total,
+                                             uint32_t (&p)[kLogits / 2], Softmax &softmax) {
     float logits[kLogits], alpha[2];
     int entry = team.entry[tile.stage()];
     Mask mask;
     if constexpr (kPartial) mask = test_elements(item, n, entry);
+    if constexpr (kConfig.bias) start_from_bias<kPartial>(item, n, entry, tile.stage(), logits);
     take_turn();
     Product::begin();
-    Product::start_qk(logits, queries(), team.k[tile.stage()]);
+    Product::template start_qk<kConfig.bias>(logits, queries(), team.k[tile.stage()]);
     pass_turn();
     Product::template wait<0>(logits);
     if constexpr (kPartial) apply(mask, item, n, entry, logits);
@@ -103,17 +107,18 @@ struct Compute {
 
   // A step after another of the team, whose p v runs beside the softmax of this one.
   template <bool kPartial>
-  __device__ void step(const Item &item, int n, int total, float (&sums)[kSums],
-                       uint32_t (&p)[kLogits / 2], Softmax &softmax) {
+  __device__ __forceinline__ void step(const Item &item, int n, int total, float (&sums)[kSums],
+                                       uint32_t (&p)[kLogits / 2], Softmax &softmax) {
     float logits[kLogits], alpha[2];
     auto next = tile.plus(1);
     int entry = team.entry[next.stage()];
     // Before the products: their logits would take the registers that the test needs.
     Mask mask;
     if constexpr (kPartial) mask = test_elements(item, n, entry);
+    if constexpr (kConfig.bias) start_from_bias<kPartial>(item, n, entry, next.stage(), logits);
     take_turn();
     Product::begin(sums, p);
-    Product::start_qk(logits, queries(), team.k[next.stage()]);
+    Product::template start_qk<kConfig.bias>(logits, queries(), team.k[next.stage()]);
     Product::start_pv(sums, p, team.v[tile.stage()]);
     pass_turn();
     Product::template wait<1>(logits);
@@ -122,7 +127,7 @@ struct Compute {
       release(team.k_free[next.stage()]);
       probabilities(logits, softmax, alpha);
     } else {
-      guess(logits, softmax, alpha, next);
+      guess(item, n, entry, logits, softmax, alpha, next);
     }
     // Its branches also keep ptxas from moving the wait for p v up into the softmax.
     await_operands<kPartial>(item, n, total, entry, next);
@@ -135,15 +140,16 @@ struct Compute {
 
   // Probabilities relative to the maximum of the steps before. Where the warpgroup finds that too
   // low, logits are computed once more, and the maximum is raised.
-  __device__ void guess(float (&logits)[kLogits], Softmax &softmax, float (&alpha)[2],
-                        Position<kConfig.num_stages> now) {
+  __device__ void guess(const Item &item, int n, int entry, float (&logits)[kLogits],
+                        Softmax &softmax, float (&alpha)[2], Position<kConfig.num_stages> now) {
     float total[2];
     bool good = softmax.template guess<kConfig.lazy, kConfig.polynomial_every>(
         logits, params.scale_log2, total);
     int barrier = kGuessBarrier + team_index * kConfig.warpgroups() + warpgroup;
     if (any_named(barrier, 128, !good)) {
+      if constexpr (kConfig.bias) start_from_bias<false>(item, n, entry, now.stage(), logits);
       Product::begin();
-      Product::start_qk(logits, queries(), team.k[now.stage()]);
+      Product::template start_qk<kConfig.bias>(logits, queries(), team.k[now.stage()]);
       Product::template wait<0>(logits);
       probabilities(logits, softmax, alpha);
     } else {
@@ -226,9 +232,23 @@ struct Compute {
     return block * params.args.block_kv + n % steps_per_block() * kConfig.tile_kv;
   }
 
-  __device__ Mask test_elements(const Item &item, int n, int entry) const {
+  // The first row and column that the thread holds of a step.
+  __device__ Place place_of(const Item &item, int n, int entry) const {
     int row = item.row() * kConfig.tile_q + warpgroup * 64 + first_row(thread);
-    Place place{item.batch(), row, first_key(n, entry) + first_column(thread)};
+    return {item.batch(), row, first_key(n, entry) + first_column(thread)};
+  }
+
+  // Lets the products of a step be added to its bias.
+  template <bool kPartial>
+  __device__ void start_from_bias(const Item &item, int n, int entry, int stage,
+                                  float (&logits)[kLogits]) const {
+    BiasTile tile{params.args.bias, team.bias[stage], place_of(item, n, entry)};
+    tile.load<kPartial>(logits, params.inverse_scale);
+    Product::begin_onto(logits);
+  }
+
+  __device__ Mask test_elements(const Item &item, int n, int entry) const {
+    Place place = place_of(item, n, entry);
     return ElementTest<kConfig.tile_kv>::at(params.args.elements, params.sizes, place,
                                             item.first_bits() + n / steps_per_block());
   }

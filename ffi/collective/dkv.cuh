@@ -30,7 +30,7 @@ struct ComputeDkv {
   __device__ void run(int worker) {
     auto &team = me.team;
     const int group = me.params.args.num_heads / me.params.args.num_kv_heads;
-    float dk[kSums] = {}, dv[kSums] = {};
+    float dk[kSums] = {}, dv[kSums] = {}, by_key[2];
     me.give_first_turn();
     for (int count = me.params.args.schedule.item_count[worker]; count > 0; --count) {
       team.rows_full[at.stage()].wait(at.parity());
@@ -41,7 +41,11 @@ struct ComputeDkv {
         dk[i] = in_group == 0 ? 0.0f : dk[i];
         dv[i] = in_group == 0 ? 0.0f : dv[i];
       }
-      if (item.num_blocks() > 0) attend(item, dk, dv);
+      by_key[0] = by_key[1] = 0.0f;
+      if (item.num_blocks() > 0) attend(item, dk, dv, by_key);
+      if constexpr (kConfig.bias) {
+        if (me.params.by_key.whole != nullptr) store_by_key(item, by_key);
+      }
       if (in_group == group - 1) {
         me.store(item, me.params.first, dk);
         me.store(item, me.params.second, dv);
@@ -53,20 +57,21 @@ struct ComputeDkv {
 
  private:
   // Partial blocks come first, then full ones.
-  __device__ void attend(const Item &item, float (&dk)[kSums], float (&dv)[kSums]) {
+  __device__ void attend(const Item &item, float (&dk)[kSums], float (&dv)[kSums],
+                         float (&by_key)[2]) {
     const int per_block = me.steps_per_block();
     const int partial = item.num_partial() * per_block;
     const int total = item.num_blocks() * per_block;
     me.await_tile(0, true, tile);
     me.await_tile(1, true, tile);
     int n = 0;
-    for (; n < partial; ++n) step<true>(item, n, total, dk, dv);
-    for (; n < total; ++n) step<false>(item, n, total, dk, dv);
+    for (; n < partial; ++n) step<true>(item, n, total, dk, dv, by_key);
+    for (; n < total; ++n) step<false>(item, n, total, dk, dv, by_key);
   }
 
   template <bool kPartial>
   __device__ void step(const Item &item, int n, int total, float (&dk)[kSums],
-                       float (&dv)[kSums]) {
+                       float (&dv)[kSums], float (&by_key)[2]) {
     auto &team = me.team;
     const int now = tile.stage(), entry = team.entry[now];
     Element *q = team.columns[0][now], *dout = team.columns[1][now];
@@ -78,9 +83,13 @@ struct ComputeDkv {
       me.clean(item, n, entry, q, dout);
       mask = me.test_elements(item, n, entry);
     }
+    if constexpr (kConfig.bias) {
+      me.bias_of(item, n, entry, now).load_transposed(p, me.params.inverse_scale);
+      Product::begin_onto(p);
+    }
     me.take_turn();
     Product::begin();
-    Product::start_qk(p, team.rows[0][at.stage()][me.warpgroup], q);
+    Product::template start_qk<kConfig.bias>(p, team.rows[0][at.stage()][me.warpgroup], q);
     Product::start_qk(dp, team.rows[1][at.stage()][me.warpgroup], dout);
     me.pass_turn();
 
@@ -93,6 +102,9 @@ struct ComputeDkv {
       Part::start_pv(dv, p_operand[part], dout + part * kPartSize);
       if (part == 0) Product::template wait<1>(dp);
       logits_gradients<kPartial>(p, dp, part, now);
+      if constexpr (kConfig.bias) {
+        if (me.params.by_key.whole != nullptr) add_rows(by_key, p, part);
+      }
       pack_operand<Element>(ds_operand[part], p + part * kPartLogits);
       begin(part, dk, ds_operand[part]);
       Part::start_pv(dk, ds_operand[part], q + part * kPartSize);
@@ -140,6 +152,31 @@ struct ComputeDkv {
       CUTE_UNROLL
       for (int j = i; j < i + 4; ++j) {
         p[j] = logits_gradient<kPartial>(p[j], dp[j], j % 2 ? delta.y : delta.x);
+      }
+    }
+  }
+
+  // Adds a part's ds to the sums of the thread's two rows.
+  __device__ static void add_rows(float (&sums)[2], const float (&ds)[kLogits], int part) {
+    CUTE_UNROLL
+    for (int i = part * kPartLogits; i < (part + 1) * kPartLogits; ++i) sums[i >> 1 & 1] += ds[i];
+  }
+
+  // The sums of the thread's two rows, which are spread over the lanes of a quad, or parts of them.
+  __device__ void store_by_key(const Item &item, const float (&sums)[2]) const {
+    const jsparse_backward_args &args = me.params.args;
+    const Gradient &to = me.params.by_key;
+    CUTE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      float total = across_quad(sums[half], Add{});
+      int in_block = me.row_in_block() + 8 * half;
+      int token = item.row() * kConfig.block_rows + in_block;
+      if (me.thread % 4 != 0) continue;
+      if (item.slot() >= 0) {
+        to.part[int64_t(item.slot()) * kConfig.block_rows + in_block] = total;
+      } else if (token < args.kv_len) {
+        int64_t at = (int64_t(item.batch()) * args.kv_len + token) * args.num_heads + item.head();
+        static_cast<float *>(to.whole)[at] = total;
       }
     }
   }

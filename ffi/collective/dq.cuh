@@ -74,14 +74,19 @@ struct ComputeDq {
     // Before the products, whose results would take the registers that the test needs.
     typename Thread::Mask mask;
     if constexpr (kPartial) mask = me.test_elements(item, n, entry);
+    if constexpr (kConfig.bias) {
+      me.bias_of(item, n, entry, now).template load<kPartial>(p, me.params.inverse_scale);
+      Product::begin_onto(p);
+    }
     me.take_turn();
     if constexpr (kFirst) {
       Product::begin();
     } else {
       Product::begin(sums, ds);
     }
-    Product::start_qk(p, team.rows[0][at.stage()][me.warpgroup], team.columns[0][now]);
-    Product::start_qk(dp, team.rows[1][at.stage()][me.warpgroup], team.columns[1][now]);
+    Element *q = team.rows[0][at.stage()][me.warpgroup], *dout = team.rows[1][at.stage()][me.warpgroup];
+    Product::template start_qk<kConfig.bias>(p, q, team.columns[0][now]);
+    Product::start_qk(dp, dout, team.columns[1][now]);
     if constexpr (!kFirst) Product::start_pv(sums, ds, team.columns[0][before]);
     me.pass_turn();
 
@@ -98,6 +103,10 @@ struct ComputeDq {
     CUTE_UNROLL
     for (int i = 0; i < kLogits; ++i) {
       p[i] = logits_gradient<kPartial>(p[i], dp[i], rows.delta[i >> 1 & 1]);
+    }
+    if constexpr (kConfig.bias) {
+      void *to = me.params.bias_gradient;
+      if (to != nullptr) me.bias_of(item, n, entry, now).template store<kPartial>(p, to);
     }
     me.await_tile(1, n + 1 < total, tile.plus(1));
     if constexpr (!kFirst) {

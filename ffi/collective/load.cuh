@@ -1,6 +1,7 @@
 // The load warp of a team: one thread fetches with TMA what the team's items need, in their order.
 #pragma once
 
+#include "collective/bias.cuh"
 #include "collective/tiles.cuh"
 #include "collective/tma.cuh"
 #include "kernel/params.h"
@@ -82,6 +83,7 @@ struct Load {
       int stage = tile.stage();
       team.k_free[stage].wait(tile.parity() ^ 1);
       team.entry[stage] = entry;
+      if constexpr (kConfig.bias) team.bias[stage] = bias_array(args.bias, item, n >> halves);
       team.k_full[stage].arrive_and_expect(T::kColumnBytes);
       copy_tile<T>(params.k, team.k_full[stage], team.k[stage], kConfig.tile_kv, kv_head, token,
                 item.batch());

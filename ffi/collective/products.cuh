@@ -25,7 +25,11 @@ struct Products {
     begin(p);
   }
 
-  // logits = q k^T; they may be read after a wait.
+  // Orders what was written to logits that the product of these tiles shall be added to.
+  __device__ static void begin_onto(float (&logits)[kLogits]) { hold(logits); }
+
+  // logits = q k^T, or += where they are begun onto; they may be read after a wait.
+  template <bool kOnto = false>
   __device__ static void start_qk(float (&logits)[kLogits], Element *q_tile, Element *k_tile) {
     using namespace cute;
     typename T::MmaQk mma;
@@ -36,7 +40,7 @@ struct Products {
     auto b = part.make_fragment_B(part.partition_B(k));
     auto shape = Shape<typename T::Rows, typename T::Columns>{};
     auto c = make_tensor(&logits[0], partition_fragment_C(mma, shape).layout());
-    mma.accumulate_ = GMMA::ScaleOut::Zero;
+    mma.accumulate_ = kOnto ? GMMA::ScaleOut::One : GMMA::ScaleOut::Zero;
     CUTE_UNROLL
     for (int i = 0; i < size<2>(a); ++i) {
       gemm(mma, a(_, _, i), b(_, _, i), c);

@@ -74,6 +74,8 @@ struct alignas(1024) TeamStorage {
   Barrier q_free[kConfig.num_q_stages()];
   Barrier k_free[kConfig.num_stages];
   Barrier v_free[kConfig.num_stages];
+  // Where what each key tile has as a bias begins, in bytes: see bias_array.
+  int64_t bias[kConfig.bias ? kConfig.num_stages : 1];
 
   __device__ void init_barriers() {
     constexpr int kWarps = 4 * kConfig.warpgroups();

@@ -1,3 +1,6 @@
 #include "kernel/forward_sm90.cuh"
 
-template cudaError_t jsparse::launch_forward<JSPARSE_BFLOAT16, 128>(const ForwardParams &, cudaStream_t);
+template cudaError_t jsparse::launch_forward<JSPARSE_BFLOAT16, 128, false>(
+    const ForwardParams &, cudaStream_t);
+template cudaError_t jsparse::launch_forward<JSPARSE_BFLOAT16, 128, true>(
+    const ForwardParams &, cudaStream_t);

@@ -1,3 +1,6 @@
 #include "kernel/forward_sm90.cuh"
 
-template cudaError_t jsparse::launch_forward<JSPARSE_FLOAT16, 32>(const ForwardParams &, cudaStream_t);
+template cudaError_t jsparse::launch_forward<JSPARSE_FLOAT16, 32, false>(
+    const ForwardParams &, cudaStream_t);
+template cudaError_t jsparse::launch_forward<JSPARSE_FLOAT16, 32, true>(
+    const ForwardParams &, cudaStream_t);

@@ -1,3 +1,6 @@
 #include "kernel/forward_sm90.cuh"
 
-template cudaError_t jsparse::launch_forward<JSPARSE_BFLOAT16, 64>(const ForwardParams &, cudaStream_t);
+template cudaError_t jsparse::launch_forward<JSPARSE_BFLOAT16, 64, false>(
+    const ForwardParams &, cudaStream_t);
+template cudaError_t jsparse::launch_forward<JSPARSE_BFLOAT16, 64, true>(
+    const ForwardParams &, cudaStream_t);

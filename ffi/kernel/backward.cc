@@ -10,23 +10,46 @@
 namespace jsparse {
 namespace {
 
-template <jsparse_dtype kDtype>
-cudaError_t launch_of_dtype(const BackwardParams &params, bool keys, cudaStream_t stream) {
+template <jsparse_dtype kDtype, bool kBias>
+cudaError_t launch_of(const BackwardParams &params, bool keys, cudaStream_t stream) {
   switch (params.args.head_dim) {
     case 32:
-      return launch_backward<kDtype, 32>(params, keys, stream);
+      return launch_backward<kDtype, 32, kBias>(params, keys, stream);
     case 64:
-      return launch_backward<kDtype, 64>(params, keys, stream);
+      return launch_backward<kDtype, 64, kBias>(params, keys, stream);
     default:
-      return launch_backward<kDtype, 128>(params, keys, stream);
+      return launch_backward<kDtype, 128, kBias>(params, keys, stream);
   }
 }
 
-// Whether rows are keys, and where the results go: dq, or dk and dv.
+template <jsparse_dtype kDtype>
+cudaError_t launch_of_dtype(const BackwardParams &params, bool keys, cudaStream_t stream) {
+  return params.args.bias.values == nullptr ? launch_of<kDtype, false>(params, keys, stream)
+                                            : launch_of<kDtype, true>(params, keys, stream);
+}
+
+// Whether rows are keys, and where the results go: dq, or dk and dv; and what there is of a bias.
 struct Outputs {
   bool keys;
   std::vector<Gradient> gradients;
+  void *bias_gradient;
+  Gradient by_key;
 };
+
+void check_bias_gradients(const jsparse_backward_args &a, const Outputs &to) {
+  const jsparse_bias &b = a.bias;
+  bool by_key = b.num_blocks == 0 && b.rows == 1;
+  if (to.bias_gradient != nullptr) {
+    expect_array(to.bias_gradient, "dbias");
+    bool own = b.values != nullptr && b.entries == a.batch && b.inner == 1 && b.heads == a.num_heads;
+    if (!own || by_key) throw Failure("dbias is given; expected a bias that nobody shares");
+  }
+  if (to.by_key.whole != nullptr) {
+    expect_array(to.by_key.whole, "by_key");
+    if (b.values == nullptr || !by_key) throw Failure("by_key is given; expected a bias by key");
+    if (a.schedule.num_split_rows > 0) expect_array(to.by_key.part, "part_by_key");
+  }
+}
 
 void backward(const jsparse_backward_args &a, const Outputs &to, cudaStream_t stream) {
   check_sizes(a);
@@ -38,6 +61,8 @@ void backward(const jsparse_backward_args &a, const Outputs &to, cudaStream_t st
   expect(!to.keys || a.num_heads == a.num_kv_heads || a.schedule.num_split_rows == 0,
          "num_split_rows", a.schedule.num_split_rows, "0 where query heads share key heads");
   check_elements(a.elements);
+  check_bias(a);
+  check_bias_gradients(a, to);
   expect_array(a.dout, "dout");
   expect_array(a.lse2, "lse2");
   expect_array(a.delta, "delta");
@@ -53,6 +78,9 @@ void backward(const jsparse_backward_args &a, const Outputs &to, cudaStream_t st
   params.sizes = sizes;
   params.first = to.gradients.front();
   params.second = to.gradients.back();
+  params.inverse_scale = 1.0f / a.scale;
+  params.bias_gradient = to.bias_gradient;
+  params.by_key = to.by_key;
   for (int i = 0; i < 2; ++i) {
     CUtensorMap queries = tensor_map(a, of_queries[i], a.q_len, a.num_heads,
                                      to.keys ? config.tile : 64);
@@ -65,10 +93,12 @@ void backward(const jsparse_backward_args &a, const Outputs &to, cudaStream_t st
                                    : launch_of_dtype<JSPARSE_BFLOAT16>(params, to.keys, stream),
         "launch of a backward kernel");
   if (a.schedule.num_split_rows == 0) return;
-  for (const Gradient &gradient : to.gradients) {
+  auto add_up = [&](const Gradient &gradient) {
     check(launch_sum(params, gradient, to.keys ? a.kv_len : a.q_len, stream),
           "launch of the kernel that adds up parts");
-  }
+  };
+  for (const Gradient &gradient : to.gradients) add_up(gradient);
+  if (to.by_key.whole != nullptr) add_up(to.by_key);
 }
 
 }  // namespace
@@ -81,19 +111,23 @@ extern "C" int32_t jsparse_backward_walkers(int32_t keys, int32_t head_dim, int3
 }
 
 extern "C" int jsparse_backward_dq(const jsparse_backward_args *args, void *dq, float *part,
-                                   void *stream, char *message, size_t message_size) {
+                                   void *dbias, void *stream, char *message, size_t message_size) {
   auto launch = [&] {
-    jsparse::backward(*args, {false, {{dq, part, args->scale}}},
-                      static_cast<cudaStream_t>(stream));
+    auto of_queries = jsparse::gradient_of(*args, dq, part, args->scale);
+    jsparse::backward(*args, {false, {of_queries}, dbias, {}}, static_cast<cudaStream_t>(stream));
   };
   return jsparse::report(launch, message, message_size);
 }
 
 extern "C" int jsparse_backward_dkv(const jsparse_backward_args *args, void *dk, void *dv,
-                                    float *part_dk, float *part_dv, void *stream, char *message,
+                                    float *part_dk, float *part_dv, float *by_key,
+                                    float *part_by_key, void *stream, char *message,
                                     size_t message_size) {
   auto launch = [&] {
-    jsparse::backward(*args, {true, {{dk, part_dk, args->scale}, {dv, part_dv, 1.0f}}},
+    auto of_keys = jsparse::gradient_of(*args, dk, part_dk, args->scale);
+    auto of_values = jsparse::gradient_of(*args, dv, part_dv, 1.0f);
+    auto of_bias = jsparse::by_key_of(by_key, part_by_key);
+    jsparse::backward(*args, {true, {of_keys, of_values}, nullptr, of_bias},
                       static_cast<cudaStream_t>(stream));
   };
   return jsparse::report(launch, message, message_size);

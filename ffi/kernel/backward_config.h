@@ -14,6 +14,7 @@ struct BackwardConfig {
   int num_row_stages;  // tiles of rows in flight
   int teams;
   bool turns;          // whether a team's two warpgroups take turns on the tensor core
+  bool bias;           // whether logits have a bias
 
   constexpr int warpgroups() const { return block_rows / 64; }
   constexpr int compute_warpgroups() const { return teams * warpgroups(); }
@@ -34,11 +35,12 @@ constexpr bool has_backward_kernel(int head_dim, int block_rows, int block_colum
 //
 // A step holds logits, dp and the sums in registers: tiles of 128 columns beside sums of 64.
 constexpr BackwardConfig choose_backward(bool keys, int head_dim, int block_rows,
-                                         int block_columns) {
+                                         int block_columns, bool bias = false) {
   bool narrow = head_dim <= 64, high = block_rows == 128;
   int tile = narrow && high && block_columns == 128 ? 128 : 64;
   int stages = high && !narrow ? 3 : 4, teams = narrow && !high ? 2 : 1;
-  return {keys, head_dim, block_rows, tile, stages, 2, teams, !keys && head_dim == 32 && high};
+  bool turns = !keys && head_dim == 32 && high;
+  return {keys, head_dim, block_rows, tile, stages, 2, teams, turns, bias};
 }
 
 }  // namespace jsparse

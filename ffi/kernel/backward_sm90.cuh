@@ -13,12 +13,13 @@ template <class Element, BackwardConfig kConfig>
 using ComputeGradients = cute::conditional_t<kConfig.keys, ComputeDkv<Element, kConfig>,
                                              ComputeDq<Element, kConfig>>;
 
-template <jsparse_dtype kDtype, bool kKeys, int kHeadDim, int kBlockRows, int kBlockColumns>
+template <jsparse_dtype kDtype, bool kKeys, int kHeadDim, bool kBias, int kBlockRows, int kBlockColumns>
 __global__ void __launch_bounds__(
-    choose_backward(kKeys, kHeadDim, kBlockRows, kBlockColumns).threads(), 1)
+    choose_backward(kKeys, kHeadDim, kBlockRows, kBlockColumns, kBias).threads(), 1)
     backward_sm90(const __grid_constant__ BackwardParams params) {
   using Element = ElementOf<kDtype>;
-  constexpr BackwardConfig kConfig = choose_backward(kKeys, kHeadDim, kBlockRows, kBlockColumns);
+  constexpr BackwardConfig kConfig =
+      choose_backward(kKeys, kHeadDim, kBlockRows, kBlockColumns, kBias);
   // Two warpgroups have all that a thread can name.
   constexpr bool kMove = kConfig.compute_warpgroups() > 1;
   extern __shared__ __align__(1024) char memory[];
@@ -45,12 +46,13 @@ __global__ void __launch_bounds__(
   }
 }
 
-template <jsparse_dtype kDtype, bool kKeys, int kHeadDim, int kBlockRows, int kBlockColumns>
+template <jsparse_dtype kDtype, bool kKeys, int kHeadDim, bool kBias, int kBlockRows, int kBlockColumns>
 cudaError_t launch_backward_of(const BackwardParams &params, cudaStream_t stream) {
-  constexpr BackwardConfig kConfig = choose_backward(kKeys, kHeadDim, kBlockRows, kBlockColumns);
+  constexpr BackwardConfig kConfig =
+      choose_backward(kKeys, kHeadDim, kBlockRows, kBlockColumns, kBias);
   constexpr int kBytes = kConfig.teams * sizeof(BackwardStorage<ElementOf<kDtype>, kConfig>);
   static_assert(kBytes <= 227 * 1024, "a multiprocessor has 227 KB of shared memory");
-  auto *kernel = &backward_sm90<kDtype, kKeys, kHeadDim, kBlockRows, kBlockColumns>;
+  auto *kernel = &backward_sm90<kDtype, kKeys, kHeadDim, kBias, kBlockRows, kBlockColumns>;
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
@@ -60,23 +62,23 @@ cudaError_t launch_backward_of(const BackwardParams &params, cudaStream_t stream
 }
 
 // Blocks of 64 columns have a kernel of their own only where those of 128 are computed in one step.
-template <jsparse_dtype kDtype, bool kKeys, int kHeadDim>
+template <jsparse_dtype kDtype, bool kKeys, int kHeadDim, bool kBias>
 cudaError_t launch_backward_of(const BackwardParams &params, cudaStream_t stream) {
   if (params.sizes.block_rows == 64) {
-    return launch_backward_of<kDtype, kKeys, kHeadDim, 64, 128>(params, stream);
+    return launch_backward_of<kDtype, kKeys, kHeadDim, kBias, 64, 128>(params, stream);
   }
-  if constexpr (choose_backward(kKeys, kHeadDim, 128, 128).tile > 64) {
+  if constexpr (choose_backward(kKeys, kHeadDim, 128, 128, kBias).tile > 64) {
     if (params.sizes.block_columns == 64) {
-      return launch_backward_of<kDtype, kKeys, kHeadDim, 128, 64>(params, stream);
+      return launch_backward_of<kDtype, kKeys, kHeadDim, kBias, 128, 64>(params, stream);
     }
   }
-  return launch_backward_of<kDtype, kKeys, kHeadDim, 128, 128>(params, stream);
+  return launch_backward_of<kDtype, kKeys, kHeadDim, kBias, 128, 128>(params, stream);
 }
 
-template <jsparse_dtype kDtype, int kHeadDim>
+template <jsparse_dtype kDtype, int kHeadDim, bool kBias>
 cudaError_t launch_backward(const BackwardParams &params, bool keys, cudaStream_t stream) {
-  return keys ? launch_backward_of<kDtype, true, kHeadDim>(params, stream)
-              : launch_backward_of<kDtype, false, kHeadDim>(params, stream);
+  return keys ? launch_backward_of<kDtype, true, kHeadDim, kBias>(params, stream)
+              : launch_backward_of<kDtype, false, kHeadDim, kBias>(params, stream);
 }
 
 }  // namespace jsparse

@@ -14,19 +14,26 @@ void check_args(const jsparse_forward_args &a) {
   expect(!a.share || a.tile_q == 64, "share", a.share, "0 unless tile_q is 64");
   check_schedule(a.schedule, choose(a.head_dim, a.tile_q, a.block_kv, a.share).walkers());
   check_elements(a.elements);
+  check_bias(a);
   expect_array(a.out, "out");
+}
+
+template <jsparse_dtype kDtype, bool kBias>
+cudaError_t launch_of(const ForwardParams &params, cudaStream_t stream) {
+  switch (params.args.head_dim) {
+    case 32:
+      return launch_forward<kDtype, 32, kBias>(params, stream);
+    case 64:
+      return launch_forward<kDtype, 64, kBias>(params, stream);
+    default:
+      return launch_forward<kDtype, 128, kBias>(params, stream);
+  }
 }
 
 template <jsparse_dtype kDtype>
 cudaError_t launch_of_dtype(const ForwardParams &params, cudaStream_t stream) {
-  switch (params.args.head_dim) {
-    case 32:
-      return launch_forward<kDtype, 32>(params, stream);
-    case 64:
-      return launch_forward<kDtype, 64>(params, stream);
-    default:
-      return launch_forward<kDtype, 128>(params, stream);
-  }
+  return params.args.bias.values == nullptr ? launch_of<kDtype, false>(params, stream)
+                                            : launch_of<kDtype, true>(params, stream);
 }
 
 void forward(const jsparse_forward_args &a, cudaStream_t stream) {
@@ -36,6 +43,7 @@ void forward(const jsparse_forward_args &a, cudaStream_t stream) {
   params.args = a;
   params.scale_log2 = a.scale * 1.4426950408889634f;
   params.sizes = block_sizes(a.block_q, a.q_len, a.block_kv, a.kv_len);
+  params.inverse_scale = 1.0f / a.scale;
   params.q = tensor_map(a, a.q, a.q_len, a.num_heads, 64);
   params.k = tensor_map(a, a.k, a.kv_len, a.num_kv_heads, tile_kv);
   params.v = tensor_map(a, a.v, a.kv_len, a.num_kv_heads, tile_kv);

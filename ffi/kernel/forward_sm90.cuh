@@ -8,11 +8,11 @@
 
 namespace jsparse {
 
-template <jsparse_dtype kDtype, int kHeadDim, int kTileQ, int kBlockKv, bool kShare>
-__global__ void __launch_bounds__(choose(kHeadDim, kTileQ, kBlockKv, kShare).threads(), 1)
+template <jsparse_dtype kDtype, int kHeadDim, int kTileQ, int kBlockKv, bool kShare, bool kBias>
+__global__ void __launch_bounds__(choose(kHeadDim, kTileQ, kBlockKv, kShare, kBias).threads(), 1)
     forward_sm90(const __grid_constant__ ForwardParams params) {
   using Element = ElementOf<kDtype>;
-  constexpr TileConfig kConfig = choose(kHeadDim, kTileQ, kBlockKv, kShare);
+  constexpr TileConfig kConfig = choose(kHeadDim, kTileQ, kBlockKv, kShare, kBias);
   extern __shared__ __align__(1024) char memory[];
   auto &shared = *reinterpret_cast<SharedStorage<Element, kConfig> *>(memory);
   constexpr int kComputeWarpgroups = kConfig.compute_warpgroups();
@@ -38,12 +38,12 @@ __global__ void __launch_bounds__(choose(kHeadDim, kTileQ, kBlockKv, kShare).thr
   }
 }
 
-template <jsparse_dtype kDtype, int kHeadDim, int kTileQ, int kBlockKv, bool kShare = false>
+template <jsparse_dtype kDtype, int kHeadDim, bool kBias, int kTileQ, int kBlockKv, bool kShare = false>
 cudaError_t launch(const ForwardParams &params, cudaStream_t stream) {
-  constexpr TileConfig kConfig = choose(kHeadDim, kTileQ, kBlockKv, kShare);
+  constexpr TileConfig kConfig = choose(kHeadDim, kTileQ, kBlockKv, kShare, kBias);
   constexpr int kBytes = sizeof(SharedStorage<ElementOf<kDtype>, kConfig>);
   static_assert(kBytes <= 227 * 1024, "a multiprocessor has 227 KB of shared memory");
-  auto *kernel = &forward_sm90<kDtype, kHeadDim, kTileQ, kBlockKv, kShare>;
+  auto *kernel = &forward_sm90<kDtype, kHeadDim, kTileQ, kBlockKv, kShare, kBias>;
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
@@ -52,15 +52,15 @@ cudaError_t launch(const ForwardParams &params, cudaStream_t stream) {
 }
 
 // Key blocks of 64 have a kernel of their own only where those of 128 are computed in one step.
-template <jsparse_dtype kDtype, int kHeadDim>
+template <jsparse_dtype kDtype, int kHeadDim, bool kBias>
 cudaError_t launch_forward(const ForwardParams &params, cudaStream_t stream) {
   const jsparse_forward_args &args = params.args;
-  if (args.share) return launch<kDtype, kHeadDim, 64, 128, true>(params, stream);
-  if (args.tile_q == 64) return launch<kDtype, kHeadDim, 64, 128>(params, stream);
-  if constexpr (choose(kHeadDim, 128, 128, false).tile_kv > 64) {
-    if (args.block_kv == 64) return launch<kDtype, kHeadDim, 128, 64>(params, stream);
+  if (args.share) return launch<kDtype, kHeadDim, kBias, 64, 128, true>(params, stream);
+  if (args.tile_q == 64) return launch<kDtype, kHeadDim, kBias, 64, 128>(params, stream);
+  if constexpr (choose(kHeadDim, 128, 128, false, kBias).tile_kv > 64) {
+    if (args.block_kv == 64) return launch<kDtype, kHeadDim, kBias, 128, 64>(params, stream);
   }
-  return launch<kDtype, kHeadDim, 128, 128>(params, stream);
+  return launch<kDtype, kHeadDim, kBias, 128, 128>(params, stream);
 }
 
 }  // namespace jsparse

@@ -78,6 +78,28 @@ inline void check_elements(const jsparse_elements &e) {
   }
 }
 
+// The bias of `a`, an argument of either pass.
+template <class Args>
+void check_bias(const Args &a) {
+  const jsparse_bias &b = a.bias;
+  if (b.values == nullptr) return;
+  expect_array(b.values, "bias.values");
+  expect(b.dtype >= JSPARSE_FLOAT16 && b.dtype <= JSPARSE_FLOAT32, "bias.dtype", b.dtype,
+         "a jsparse_dtype");
+  expect(b.entries > 0, "bias.entries", b.entries, "at least 1");
+  expect(b.inner > 0, "bias.inner", b.inner, "at least 1");
+  expect(b.heads == 1 || b.heads == a.num_heads, "bias.heads", b.heads, "1 or num_heads");
+  expect(b.num_blocks >= 0, "bias.num_blocks", b.num_blocks, "at least 0");
+  if (b.num_blocks > 0) {
+    expect(b.rows == a.block_q, "bias.rows", b.rows, "block_q");
+    expect(b.columns == a.block_kv, "bias.columns", b.columns, "block_kv");
+    return;
+  }
+  expect(b.rows == 1 || b.rows == a.q_len, "bias.rows", b.rows, "1 or q_len");
+  expect(b.columns >= a.kv_len && b.columns % 2 == 0, "bias.columns", b.columns,
+         "an even number, at least kv_len");
+}
+
 // A 4-D array [B, tokens, heads, dim] whose boxes are `box_tokens` tokens of one head, swizzled as the
 // layouts of collective/tiles.cuh.
 template <class Args>

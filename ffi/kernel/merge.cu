@@ -51,20 +51,20 @@ __global__ void __launch_bounds__(32 * kWarps) merge(const jsparse_forward_args 
 template <class Element>
 __global__ void __launch_bounds__(32 * kWarps)
     sum(const jsparse_schedule schedule, const Gradient gradient, int tokens, int heads,
-        int block_rows, int head_dim) {
+        int block_rows) {
   int lane = threadIdx.x % 32, in_block = blockIdx.y * kWarps + threadIdx.x / 32;
   const int32_t *place = schedule.split_rows + 3 * int64_t(blockIdx.x);
   const int32_t *slots = schedule.split_slots + int64_t(blockIdx.x) * schedule.most_parts;
   int token = place[2] * block_rows + in_block;
   if (token >= tokens) return;
   int64_t row = (int64_t(place[0]) * tokens + token) * heads + place[1];
-  for (int column = lane; column < head_dim; column += 32) {
+  for (int column = lane; column < gradient.size; column += 32) {
     float total = 0.0f;
     for (int part = 0; part < schedule.most_parts; ++part) {
       int64_t at = int64_t(slots[part]) * block_rows + in_block;
-      if (slots[part] >= 0) total += gradient.part[at * head_dim + column];
+      if (slots[part] >= 0) total += gradient.part[at * gradient.size + column];
     }
-    static_cast<Element *>(gradient.whole)[row * head_dim + column] = Element(total);
+    static_cast<Element *>(gradient.whole)[row * gradient.size + column] = Element(total);
   }
 }
 
@@ -75,9 +75,11 @@ cudaError_t launch_sum(const BackwardParams &params, const Gradient &gradient, i
   const jsparse_backward_args &args = params.args;
   int block_rows = params.sizes.block_rows;
   dim3 grid(args.schedule.num_split_rows, block_rows / kWarps);
-  auto *kernel = args.dtype == JSPARSE_FLOAT16 ? &sum<cutlass::half_t> : &sum<cutlass::bfloat16_t>;
+  auto *kernel = gradient.dtype == JSPARSE_FLOAT32   ? &sum<float>
+                 : gradient.dtype == JSPARSE_FLOAT16 ? &sum<cutlass::half_t>
+                                                     : &sum<cutlass::bfloat16_t>;
   kernel<<<grid, 32 * kWarps, 0, stream>>>(args.schedule, gradient, tokens, args.num_heads,
-                                           block_rows, args.head_dim);
+                                           block_rows);
   return cudaGetLastError();
 }
 

@@ -25,13 +25,17 @@ struct ForwardParams {
   jsparse_forward_args args;
   float scale_log2;  // args.scale / ln 2: the softmax is in base 2
   BlockSizes sizes;
+  float inverse_scale;  // what a bias is multiplied by
 };
 
-// An output of a backward kernel: rows of blocks, or parts of split ones in the workspace.
+// An output of a backward kernel: rows of blocks, or parts of split ones in the workspace. NULL if it
+// is not asked for.
 struct Gradient {
-  void *whole;  // [B, tokens, heads, D]
-  float *part;  // [slots, block_rows, D]
+  void *whole;  // [B, tokens, heads, size]
+  float *part;  // [slots, block_rows, size]
   float scale;  // of the sums
+  jsparse_dtype dtype;  // of whole
+  int size;
 };
 
 // Rows are queries and columns keys for dq, the reverse for dk and dv. Of the two tiles of a token,
@@ -42,12 +46,24 @@ struct BackwardParams {
   float scale_log2;
   BlockSizes sizes;
   Gradient first, second;  // dk and dv; or both dq
+  float inverse_scale;     // what a bias is multiplied by
+  void *bias_gradient;     // of dq: like the bias, or NULL
+  Gradient by_key;         // of dk and dv: the gradient of a bias by key, of each batch entry and head
 };
 
-// Launches the kernel of one head size and dtype; instantiate/ has one file for each.
-template <jsparse_dtype kDtype, int kHeadDim>
+// dq, dk or dv, and its parts; and the gradient of a bias by key.
+inline Gradient gradient_of(const jsparse_backward_args &args, void *whole, float *part, float scale) {
+  return {whole, part, scale, args.dtype, args.head_dim};
+}
+inline Gradient by_key_of(float *whole, float *part) {
+  return {whole, part, 1.0f, JSPARSE_FLOAT32, 1};
+}
+
+// Launches the kernel of one head size and dtype, with or without a bias; instantiate/ has one file for
+// each size and dtype.
+template <jsparse_dtype kDtype, int kHeadDim, bool kBias>
 cudaError_t launch_forward(const ForwardParams &params, cudaStream_t stream);
-template <jsparse_dtype kDtype, int kHeadDim>
+template <jsparse_dtype kDtype, int kHeadDim, bool kBias>
 cudaError_t launch_backward(const BackwardParams &params, bool keys, cudaStream_t stream);
 
 // Launches the merge of split rows, after the forward kernel.

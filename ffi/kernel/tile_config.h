@@ -17,6 +17,7 @@ struct TileConfig {
   float lazy;            // powers of two that a row maximum must grow by before sums are rescaled
   bool guess;            // whether full blocks take the maximum of the steps before
   int polynomial_every;  // every n-th exponential is computed by FMA, not MUFU; 0: none
+  bool bias;             // whether logits have a bias
 
   // The next item's queries are fetched ahead where there are many items.
   constexpr int num_q_stages() const { return share ? 1 : 2; }
@@ -47,14 +48,14 @@ constexpr bool has_kernel(int head_dim, int tile_q, int block_kv, bool share) {
 //
 // Up to D 64 several teams hide each other's chain from logits to probabilities. At D 128 a sum and
 // a tile of logits fill the registers that two warpgroups have.
-constexpr TileConfig choose(int head_dim, int tile_q, int block_kv, bool share) {
+constexpr TileConfig choose(int head_dim, int tile_q, int block_kv, bool share, bool bias = false) {
   if (tile_q == 64) {
     int stages = head_dim == 32 ? 4 : 2, teams = head_dim < 128 ? 4 : 2;
-    return {head_dim, tile_q, 64, stages, teams, share, false, 8.0f, true, 0};
+    return {head_dim, tile_q, 64, stages, teams, share, false, 8.0f, true, 0, bias};
   }
-  if (head_dim < 128) return {head_dim, tile_q, 64, 4, 2, false, false, 8.0f, true, 0};
-  if (block_kv == 64) return {head_dim, tile_q, 64, 4, 1, false, true, 8.0f, true, 0};
-  return {head_dim, tile_q, 128, 2, 1, false, true, 8.0f, true, 0};
+  if (head_dim < 128) return {head_dim, tile_q, 64, 4, 2, false, false, 8.0f, true, 0, bias};
+  if (block_kv == 64) return {head_dim, tile_q, 64, 4, 1, false, true, 8.0f, true, 0, bias};
+  return {head_dim, tile_q, 128, 2, 1, false, true, 8.0f, true, 0, bias};
 }
 
 }  // namespace jsparse

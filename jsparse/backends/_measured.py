@@ -38,6 +38,7 @@ class Key(NamedTuple):
         block_q: queries of a block.
         block_kv: keys of a block.
         launch: one of `fwd_sm90.LAUNCHES`.
+        bias: what kind, as `Problem` names it, or None.
     """
 
     device: str
@@ -47,6 +48,7 @@ class Key(NamedTuple):
     block_q: int
     block_kv: int
     launch: str
+    bias: str | None = None
 
     @classmethod
     def of(cls, problem: Problem, direction: str) -> Key:
@@ -69,6 +71,7 @@ class Key(NamedTuple):
             block_q=problem.block_q,
             block_kv=problem.block_kv,
             launch=launch,
+            bias=problem.bias,
         )
 
 

@@ -22,8 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.backends import _hopper, _shared_object
+from jsparse.backends import _hopper, _shared_object, mosaic_gpu
 from jsparse.backends._contract import HostPattern, Operands, Problem
+from jsparse.backends._mosaic_bias import launched
+from jsparse.bias import Bias
+from jsparse.pallas_kernels.mosaic_gpu import _bias
 from jsparse.pallas_kernels.mosaic_gpu._elements import (
     ColumnInterval,
     Elements,
@@ -46,9 +49,13 @@ BLOCKS = {"block_q": (64, 128), "block_kv": (64, 128)}
 RULES = (SameLabel, RowInterval, ColumnInterval, Within)
 """In the order of ``jsparse_rule_kind``."""
 MOST_RULES = 4
+BIASES = ("dense", "block")
 
 LIBRARY = "libjsparse_cuda.so"
 TARGETS = ("jsparse_forward", "jsparse_backward_dq", "jsparse_backward_dkv")
+
+_NOTHING: Any = jax.ShapeDtypeStruct((0,), jnp.float32)
+"""A result that is not asked for."""
 
 _NOT_BUILT = (
     "this jsparse was built without its CUDA kernels; build them with JSPARSE_CUDA=1, "
@@ -80,8 +87,8 @@ def _not_taken(problem: Problem) -> str | None:
             return f"{side}={size}; expected {' or '.join(map(str, taken))}"
     if len(problem.rules) > MOST_RULES:
         return f"{len(problem.rules)} element rules; expected at most {MOST_RULES}"
-    if problem.bias is not None:
-        return f"a {problem.bias} bias; expected none"
+    if problem.bias not in (None, *BIASES):
+        return f"a {problem.bias} bias; expected {' or '.join(BIASES)}, or none"
     return None
 
 
@@ -108,6 +115,7 @@ def forward(
         "jsparse_forward",
         (q, k, v),
         (*call.entries(lists, bad, call.blocks[1]), call.elements(bad), schedule),
+        _BiasOperands.of(call, "kv"),
         [
             q,
             jax.ShapeDtypeStruct((batch, heads, q_len), jnp.float32),
@@ -132,35 +140,43 @@ def backward(
     dout: Array,
     dlse: Array,
     bias_gradient: bool,
-) -> tuple[Array, Array, Array, None]:
+) -> tuple[Array, Array, Array, Bias | None]:
     """See `Backend.backward`. From ``out`` and ``lse``, whoever computed them."""
-    del bias_gradient  # there is no bias
     call = _hopper.Call.of(operands, scale, pattern)
     of_queries = call.statistics(out, lse, dout, dlse)
-    q, k, v, dout = _pad_heads(call.q, call.k, call.v, call.flat(dout))
-    arrays = (q, k, v, dout, of_queries.lse2, of_queries.delta)
+    dout = call.flat(dout)
+    arrays = (*_pad_heads(call.q, call.k, call.v, dout), *of_queries[:2])
+    q, k, v = arrays[:3]
     (block_q, block_kv), dim = call.blocks, q.shape[-1]
+    bias: Any = call.bias if bias_gradient else None
+    own = _bias.own_gradient(bias, *q.shape[:3:2])
 
     bad = call.bad_keys(k)
     workers = _backward_workers(dim, block_q, block_kv, keys=False)
     lists = call.rows
     schedule = call.schedule(lists, workers)
-    dq, _ = _launch(
+    dq, _, dbias = _launch(
         "jsparse_backward_dq",
         arrays,
         (*call.entries(lists, bad, block_kv), call.elements(bad), schedule),
-        [q, _parts(schedule, block_q, dim)],
+        _BiasOperands.of(call, "kv"),
+        [q, _parts(schedule, block_q, dim), bias.values if own else _NOTHING],
         **_attributes(call),
     )
 
     bad, lists = of_queries.bad, call.columns
     workers = _backward_workers(dim, block_kv, block_q, keys=True)
     schedule = call.schedule(lists, workers, q.shape[2] // k.shape[2])
-    dk, dv, *_ = _launch(
+    parts, of_key = _parts(schedule, block_kv, dim), [_NOTHING, _NOTHING]
+    if isinstance(bias, _bias.KeyBias):
+        shapes = (*k.shape[:2], q.shape[2]), parts.shape[:2]
+        of_key = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    dk, dv, _, _, by_key, _ = _launch(
         "jsparse_backward_dkv",
         arrays,
         (*call.entries(lists, bad, block_q), call.transposed_elements(bad), schedule),
-        [k, v, *2 * [_parts(schedule, block_kv, dim)]],
+        _BiasOperands.of(call, "q"),
+        [k, v, parts, parts, *of_key],
         **_attributes(call),
     )
     if call.sign != 1:
@@ -168,7 +184,14 @@ def backward(
     dq, dk, dv = (
         call.sum_shared(g, x) for g, x in zip((dq, dk, dv), operands[:3], strict=True)
     )
-    return dq, dk, dv, None
+    if bias is None:
+        return dq, dk, dv, None
+    # The gradient of a bias that is shared has one kernel, which is Mosaic's.
+    arrays = (call.q, call.k, call.v, _hopper.pad_dim(dout), *of_queries[:2])
+    by_key = jnp.moveaxis(by_key[:, None], -1, 1) if by_key.size else None
+    found = by_key, dbias if own else None
+    gradient = mosaic_gpu.streamed_bias_gradient
+    return dq, dk, dv, gradient(call, arrays, *found, operands.bias)
 
 
 # ----------------------------------------------------------------------- the launches
@@ -191,6 +214,37 @@ class _Items(NamedTuple):
         if math.prod(call.q.shape[::2]) * tiles <= _hopper.num_multiprocessors():
             return cls(64, share=True)
         return cls(call.mask.block_q, share=False)
+
+
+class _BiasOperands(NamedTuple):
+    """A bias for a launch; arrays without elements stand for none.
+
+    Attributes:
+        values: ``[b, H or 1, T or 1, S or more]``, or on blocks ``[b, H or 1, n,
+            block_q, block_kv]``.
+        partial: which block of ``values`` each entry of the partial lists is.
+        full: the same of the full lists.
+        inner: batch entry n reads index ``n // inner % b``.
+    """
+
+    values: Array
+    partial: Array
+    full: Array
+    inner: int
+
+    @classmethod
+    def of(cls, call: _hopper.Call, side: str) -> _BiasOperands:
+        """For a launch over the lists ``"kv"``, by query block, or ``"q"``."""
+        bias: Any = launched(call.bias, call.mask, side)
+        none = np.zeros(0, np.int32)
+        if bias is None:
+            return cls(none, none, none, 1)
+        if isinstance(bias, _bias.KeyBias):
+            return cls(bias.values[:, :, None], none, none, bias.inner)
+        partial = full = none
+        if isinstance(bias, _bias.BlockBias) and bias.numbers is not None:
+            partial, full = (x.reshape(-1) for x in bias.numbers)
+        return cls(bias.values, partial, full, bias.inner)
 
 
 def _pad_heads(*arrays: Array) -> list[Array]:
@@ -219,6 +273,7 @@ def _launch(
     target: str,
     arrays: tuple[Array, ...],
     pattern: tuple[Array, Array, Elements, Schedule],
+    bias: _BiasOperands,
     results: Sequence[Any],
     **attributes: Any,
 ) -> Sequence[Array]:
@@ -236,10 +291,12 @@ def _launch(
         bad if len(bad) else none,
         none if lengths is None else lengths.reshape(-1, 2),
         none if bits is None or not len(bits) else bits,
+        *bias[:3],
         *(x for rule in rules for x in rule),
     )
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results]
     kinds = np.array([RULES.index(type(rule)) for rule in rules], np.int32)
+    attributes["bias_inner"] = np.int32(bias.inner)
 
     def kernel(*operands: Array) -> Sequence[Array]:
         run = jax.ffi.ffi_call(target, shapes)

@@ -212,10 +212,31 @@ def _bias_gradient(
     if isinstance(primal, ScoreFunction):
         dlse = found.dlse.reshape(-1, *found.dlse.shape[-2:])
         return score_gradient(bias, *found[:2], dlse, primal, call.batch)
-    if found.by_key is not None:
-        return like(jnp.moveaxis(found.by_key, 0, 2), primal, call.batch)
-    if found.values is not None:
-        values = zero_unlisted(found.values, bias, call.mask, call.rows.known)
+    by_key = None if found.by_key is None else jnp.moveaxis(found.by_key, 0, 2)
+    return streamed_bias_gradient(call, arrays, by_key, found.values, primal)
+
+
+def streamed_bias_gradient(
+    call: _hopper.Call,
+    arrays: _SixArrays,
+    by_key: Array | None,
+    values: Array | None,
+    primal: Bias | None,
+) -> Bias:
+    """The gradient of a dense or block bias: what was found of it, or by a kernel.
+
+    Args:
+        call: the call.
+        arrays: q, k, v, dout, lse2 and delta.
+        by_key: ``[B, H, 1, S]``, of a bias by key, of all who share it.
+        values: as those of the bias, with anything in blocks that are not listed.
+        primal: the bias.
+    """
+    bias: Any = call.bias
+    if by_key is not None:
+        return like(by_key, primal, call.batch)
+    if values is not None:
+        values = zero_unlisted(values, bias, call.mask, call.rows.known)
         return like(values, primal, call.batch)
     sizes = (*call.dims, *call.blocks, _hopper.num_multiprocessors())
     config = bwd_dbias_sm90.choose(*sizes, _bias.dtype_of(bias))

@@ -21,7 +21,7 @@ from jsparse.backends import _hopper, cutlass
 from jsparse.backends._contract import Operands
 from tests.backends.test_mosaic_gpu import TAKEN
 from tests.pallas_kernels.launches import H100
-from tests.support.cases import CASES, MOVES, make_case, random_mask
+from tests.support.cases import CASES, MOVES, biases, make_case, random_mask
 
 REFUSED = {
     "it needs an H100 or H200, and JAX computes on cpu": {"platform": "cpu"},
@@ -30,7 +30,7 @@ REFUSED = {
     "block_q=32; expected 64 or 128": {"block_q": 32},
     "block_kv=32; expected 64 or 128": {"block_kv": 32},
     "5 element rules; expected at most 4": {"rules": ("Window",) * 5},
-    "a table bias; expected none": {"bias": "table"},
+    "a table bias; expected dense or block, or none": {"bias": "table"},
 }
 
 
@@ -79,7 +79,12 @@ def built(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"head_dim": 24, "value_dim": 128}, {"block_q": 64, "block_kv": 128}],
+    [
+        {},
+        {"head_dim": 24, "value_dim": 128},
+        {"block_q": 64, "block_kv": 128},
+        {"bias": "block"},
+    ],
     ids=str,
 )
 def test_takes_what_its_kernels_take(hopper, change):
@@ -199,6 +204,30 @@ def test_lowers_with_its_gradients(hopper, monkeypatch, name):
         assert text.count(f"@{target}(") == 1
     assert text.count("block_kv = 64 : i32, block_q = 128 : i32") == 3
     assert "mosaic_gpu" not in text
+
+
+@pytest.mark.parametrize("differentiated", [True, False])
+@pytest.mark.parametrize("kind", ["dense", "dense_2d", "per_key", "block"])
+def test_lowers_with_a_bias(hopper, monkeypatch, kind, differentiated):
+    monkeypatch.setattr(cutlass, "why_not", cutlass._not_taken)
+    rng = np.random.default_rng(0)
+    mask = random_mask(rng, (300, 500, 128, 64), 12)
+    bias = biases(rng, mask, 2, 1)[kind]
+    mesh = AbstractMesh((), (), abstract_device=H100)
+    q, k = (jax.ShapeDtypeStruct((1, n, 2, 64), "bfloat16") for n in (300, 500))
+
+    def loss(q, k, v, bias):
+        out = block_sparse_attention(q, k, v, mask, bias=bias, implementation="cutlass")
+        return out.astype("float32").sum()
+
+    with use_abstract_mesh(mesh):
+        gradients = jax.grad(loss, (0, 1, 2, 3)[: 4 if differentiated else 3])
+        traced = jax.jit(gradients).trace(q, k, k, bias)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for target in cutlass.TARGETS:
+        assert text.count(f"@{target}(") == 1
+    # Only the gradient of a bias that heads share takes another kernel.
+    assert ("mosaic_gpu" in text) == (differentiated and kind == "dense_2d")
 
 
 @pytest.mark.parametrize("part", [jax.P("x"), jax.P(None, None, "x")], ids=str)

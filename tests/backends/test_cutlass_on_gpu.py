@@ -2,12 +2,13 @@
 
 Outputs and gradients: every head size, block and dtype against float64; every case in
 every block; the same bits a thousand times, also from two threads at once; lists that
-split rows of queries and of keys.
+split rows of queries and of keys; and all of it beside a bias.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
 from typing import Any
 
@@ -16,11 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jsparse import BlockBias, block_sparse_attention
 from jsparse.backends import cutlass
 from tests.backends import test_contract as contract
 from tests.support.cases import (
     CASES,
     Case,
+    biases,
+    cast_bias,
     growing_logits,
     make_case,
     random_mask,
@@ -30,6 +34,12 @@ from tests.support.cases import (
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cutlass_on_gpu")]
 
 
+BIASES = (
+    *("dense", "dense_shared_batch", "dense_shared_heads", "dense_2d"),
+    *("per_key", "block", "block_shared_heads"),
+)
+
+
 def check(case: Case, dtype: str, results: int = 5) -> None:
     """Compares the first results with float64, and all bits with a second run."""
     case = case.cast(dtype)
@@ -37,8 +47,11 @@ def check(case: Case, dtype: str, results: int = 5) -> None:
     poison(jax.eval_shape(run))
     found = run()
     contract.check_sixteen_bit(found[:results], case, contract.LIMITS[dtype])
+    if case.bias is not None:
+        contract.check_sixteen_bit_bias(case, found[5], contract.LIMITS[dtype])
     poison(found)
-    for x, y in zip(run(), found, strict=True):
+    leaves = map(jax.tree_util.tree_leaves, (run(), found))
+    for x, y in zip(*leaves, strict=True):
         np.testing.assert_array_equal(x, y)
 
 
@@ -87,17 +100,19 @@ def test_every_case_of_half_rows(half_rows, name):
 
 @pytest.mark.parametrize("dim", cutlass.HEAD_SIZES)
 def test_the_same_bits_of_half_rows(half_rows, dim):
-    test_the_same_bits_a_thousand_times(dim)
+    test_the_same_bits_a_thousand_times(dim, "dense_2d")
 
 
+@pytest.mark.parametrize("kind", [None, "dense_shared_batch", "per_key", "block"])
 @pytest.mark.parametrize("side", ["rows", "columns"])
 @pytest.mark.parametrize("static", [True, False])
-def test_split_rows(static, side):
+def test_split_rows(static, side, kind):
     rng = np.random.default_rng(7)
     mask = uneven_rows(rng, (9, 30), (200, 3900, 128, 128))
     if side == "columns":
         mask = mask.transpose()
     case = make_case(rng, mask, dims=(64, 64)).cast("bfloat16")
+    case = case if kind is None else with_bias(case, kind)
     run = contract.run_known if static else contract.run_case
     call = functools.partial(run, "cutlass", case)
     poison(jax.eval_shape(call))
@@ -105,21 +120,139 @@ def test_split_rows(static, side):
     for name, x, y in zip(contract.NAMES, found, truth, strict=False):
         limit = 2e-6 if name == "lse" else contract.HALF_LIMIT
         assert contract.error(x, y) <= limit, name
+    if kind is not None:
+        contract.check_sixteen_bit_bias(case, found[5])
 
 
+@pytest.mark.parametrize("kind", [None, "dense_2d", "per_key", "block"])
 @pytest.mark.parametrize("dim", [32, 64, 128])
-def test_the_same_bits_a_thousand_times(dim):
+def test_the_same_bits_a_thousand_times(dim, kind):
     rng = np.random.default_rng(2)
     mask = random_mask(rng, (2000, 3000, 128, 128), 150)
     case = make_case(rng, mask, heads=(4, 2), dims=(dim, dim)).cast("bfloat16")
-    arrays = (case.q, case.k, case.v, case.mask, None, case.dout, case.dlse)
+    case = case if kind is None else with_bias(case, kind)
+    arrays = (case.q, case.k, case.v, case.mask, case.bias, case.dout, case.dlse)
     args = jax.device_put(arrays)
     run = functools.partial(contract.run, "cutlass")
-    first = run(*args)[:5]
+    first = jax.tree_util.tree_leaves(run(*args))
 
     def differ(_):
-        found = run(*args)[:5]
+        found = jax.tree_util.tree_leaves(run(*args))
         return sum(int((x != y).sum()) for x, y in zip(found, first, strict=True))
 
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         assert sum(threads.map(differ, range(1000))) == 0
+
+
+# ------------------------------------------------------------------------- with a bias
+
+
+def with_bias(case: Case, kind: str, dtype: str = "float32") -> Case:
+    """The case with a bias; a dense one has no batch axis where the case has none."""
+    rng, batch = np.random.default_rng(8), case.q.shape[:-3]
+    count = int(np.prod(batch))
+    made = biases(rng, case.mask, case.q.shape[-2], count)[kind]
+    if not batch and not isinstance(made, BlockBias) and made.ndim == 4:
+        made = made[0]
+    return dataclasses.replace(case, bias=cast_bias(made, dtype))
+
+
+def pair(
+    sizes: tuple[int, int, int, int], dim: int = 32, batch: tuple[int, ...] = (2,)
+) -> Case:
+    """Two batch entries, query heads that share key heads."""
+    rng = np.random.default_rng(12)
+    mask = random_mask(rng, sizes, 12)
+    return make_case(rng, mask, batch=batch, heads=(4, 2), dims=(dim, dim))
+
+
+@pytest.mark.parametrize("bias_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", BIASES)
+def test_every_bias(kind, bias_dtype):
+    check(with_bias(pair((503, 647, 128, 128)), kind, bias_dtype), "bfloat16")
+
+
+@pytest.mark.parametrize("bias_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["dense", "per_key", "block"])
+def test_every_bias_without_batch_axes(kind, bias_dtype):
+    case = pair((503, 647, 128, 128), batch=())
+    check(with_bias(case, kind, bias_dtype), "bfloat16")
+
+
+@pytest.mark.parametrize("block_kv", cutlass.BLOCKS["block_kv"])
+@pytest.mark.parametrize("block_q", cutlass.BLOCKS["block_q"])
+@pytest.mark.parametrize(
+    "kind, bias_dtype",
+    [
+        *(("dense", "float32"), ("dense", "bfloat16"), ("dense_2d", "float32")),
+        *(("per_key", "float32"), ("block", "float32"), ("block", "bfloat16")),
+    ],
+)
+def test_bias_in_every_block(kind, bias_dtype, block_q, block_kv):
+    sizes = (block_q * 4 - 9, block_kv * 5 + 7, block_q, block_kv)
+    check(with_bias(pair(sizes), kind, bias_dtype), "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", cutlass.DTYPES)
+@pytest.mark.parametrize("kind", ["dense", "dense_shared_batch", "per_key", "block"])
+@pytest.mark.parametrize("dim", [16, 24, 48, 64, 96, 128])
+def test_every_head_size_beside_a_bias(dim, kind, dtype):
+    check(with_bias(pair((500, 645, 128, 128), dim), kind), dtype)
+
+
+@pytest.mark.parametrize("kind", ["dense", "dense_shared_heads", "per_key", "block"])
+def test_bias_beside_batch_and_head_patterns(kind):
+    rng = np.random.default_rng(13)
+    case = CASES["batch_and_head_patterns"](rng, (300, 500, 128, 64))
+    check(with_bias(case, kind), "bfloat16")
+
+
+@pytest.mark.parametrize("pattern", ["distance", "window", "segments", "groups"])
+def test_bias_beside_rules(pattern):
+    case = CASES[pattern](np.random.default_rng(9), (300, 500, 128, 64))
+    check(with_bias(case, "dense_2d"), "bfloat16")
+
+
+@pytest.mark.parametrize("dim", cutlass.HEAD_SIZES)
+@pytest.mark.parametrize("kind", ["dense_shared_heads", "block", "per_key"])
+def test_bias_of_half_rows(half_rows, kind, dim):
+    check(with_bias(pair((300, 700, 128, 128), dim), kind), "bfloat16")
+
+
+@pytest.mark.parametrize("on_blocks", [False, True], ids=["dense", "block"])
+@pytest.mark.parametrize("value", [-np.inf, np.inf, np.nan])
+def test_bad_bias(value, on_blocks):
+    if value == -np.inf:
+        test = contract.test_bias_of_minus_infinity_masks_the_element
+    else:
+        test = functools.partial(
+            contract.test_bad_bias_reaches_only_its_row, value=value
+        )
+    test("cutlass", on_blocks=on_blocks)
+
+
+def test_bad_bias_outside_the_mask():
+    contract.test_bad_bias_outside_the_mask_is_never_seen("cutlass")
+
+
+def test_memory_of_a_shared_bias():
+    # 64 entries share 64 MB: nothing of that size beside the gradient is allocated.
+    rng, length = np.random.default_rng(11), 2048
+    mask = random_mask(rng, (length, length, 128, 128), 600, elements=False)
+    case = make_case(rng, mask, batch=(64,), heads=(4, 4), dims=(32, 32))
+    case = case.cast("bfloat16")
+    bias = jnp.zeros((4, length, length), jnp.float32)
+
+    def gradients(q, k, v, bias, dout):
+        def attend(q, k, v, bias):
+            return block_sparse_attention(
+                q, k, v, mask, bias=bias, implementation="cutlass"
+            )
+
+        out, pullback = jax.vjp(attend, q, k, v, bias)
+        return out, *pullback(dout)
+
+    args = (case.q, case.k, case.v, bias, case.dout)
+    memory: Any = jax.jit(gradients).lower(*args).compile().memory_analysis()
+    ends = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    assert memory.temp_size_in_bytes < 0.05 * ends + 64e6

@@ -51,6 +51,17 @@ class Elements(ctypes.Structure):
     ]
 
 
+class Bias(ctypes.Structure):
+    """``jsparse_bias``."""
+
+    _fields_ = [
+        ("values", _POINTER),
+        *((name, _INT) for name in ("dtype", "entries", "inner", "heads")),
+        *((name, _INT) for name in ("num_blocks", "rows", "columns")),
+        *((name, _POINTER) for name in ("partial_numbers", "full_numbers")),
+    ]
+
+
 class Args(ctypes.Structure):
     """``jsparse_forward_args``."""
 
@@ -63,17 +74,19 @@ class Args(ctypes.Structure):
         *((name, _POINTER) for name in ("part_out", "part_lse")),
         ("schedule", Schedule),
         ("elements", Elements),
+        ("bias", Bias),
     ]
 
 
 class Launch:
-    """A launch of a case without rules, into results of its own."""
+    """A launch of a case without rules or a block bias, into results of its own."""
 
     def __init__(self, case: Case):
         arrays, attributes, shapes = _given(case)
         self.results = [jax.device_put(np.zeros(x.shape, x.dtype)) for x in shapes]
         lists = ("partial", "full", "item_count", "items", "split_rows", "split_slots")
-        names = ("q", "k", "v", *lists, "bad", "lengths", "bits")
+        of_bias = ("bias", "partial_numbers", "full_numbers")
+        names = ("q", "k", "v", *lists, "bad", "lengths", "bits", *of_bias)
         self.arrays = dict(zip(names, jax.device_put(arrays), strict=True))
         results = zip(("out", "lse", "part_out", "part_lse"), self.results, strict=True)
         at = {
@@ -105,9 +118,10 @@ class Launch:
             head_dim=head_dim,
             schedule=schedule,
             elements=elements,
+            bias=_bias(self.arrays["bias"], attributes["bias_inner"]),
             **{name: attributes[name] for name in ("block_q", "block_kv", "tile_q")},
             **{name: attributes[name] for name in ("share", "scale")},
-            **at,
+            **{name: x for name, x in at.items() if name not in of_bias},
         )
         jax.block_until_ready((self.results, list(self.arrays.values())))
 
@@ -117,6 +131,22 @@ class Launch:
         arguments = ctypes.byref(self.args), _POINTER(stream), message, len(message)
         if library.jsparse_forward(*arguments) != 0:
             raise RuntimeError(message.value.decode())
+
+
+def _bias(values: Any, inner: int) -> Bias:
+    """A dense bias, or none where there are no values."""
+    if not values.size:
+        return Bias()
+    entries, heads, rows, columns = values.shape
+    return Bias(
+        values=values.unsafe_buffer_pointer(),
+        dtype=["float16", "bfloat16", "float32"].index(str(values.dtype)),
+        entries=entries,
+        inner=int(inner),
+        heads=heads,
+        rows=rows,
+        columns=columns,
+    )
 
 
 def _given(case: Case) -> tuple[list[Any], dict[str, Any], list[Any]]:
@@ -130,7 +160,7 @@ def _given(case: Case) -> tuple[list[Any], dict[str, Any], list[Any]]:
 
         return run
 
-    operands = canonical(case.q, case.k, case.v, case.mask, None)
+    operands = canonical(case.q, case.k, case.v, case.mask, case.bias)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.ffi, "ffi_call", ffi_call)
         scale = case.q.shape[-1] ** -0.5

@@ -72,28 +72,36 @@ void run(const BackwardParams &params) {
 template <class Element>
 void run_of_dtype(const ForwardParams &params) {
   const jsparse_forward_args &args = params.args;
-  auto of_block = [&]<int kDim>() {
-    if (args.share) return run<Element, choose(kDim, 64, 128, true)>(params);
-    if (args.tile_q == 64) return run<Element, choose(kDim, 64, 128, false)>(params);
-    if (args.block_kv == 64) return run<Element, choose(kDim, 128, 64, false)>(params);
-    return run<Element, choose(kDim, 128, 128, false)>(params);
+  auto of_block = [&]<int kDim, bool kBias>() {
+    if (args.share) return run<Element, choose(kDim, 64, 128, true, kBias)>(params);
+    if (args.tile_q == 64) return run<Element, choose(kDim, 64, 128, false, kBias)>(params);
+    if (args.block_kv == 64) return run<Element, choose(kDim, 128, 64, false, kBias)>(params);
+    return run<Element, choose(kDim, 128, 128, false, kBias)>(params);
   };
-  if (args.head_dim == 32) return of_block.template operator()<32>();
-  if (args.head_dim == 64) return of_block.template operator()<64>();
-  return of_block.template operator()<128>();
+  auto of_dim = [&]<bool kBias>() {
+    if (args.head_dim == 32) return of_block.template operator()<32, kBias>();
+    if (args.head_dim == 64) return of_block.template operator()<64, kBias>();
+    return of_block.template operator()<128, kBias>();
+  };
+  return args.bias.values == nullptr ? of_dim.template operator()<false>()
+                                     : of_dim.template operator()<true>();
 }
 
 template <class Element>
 void run_of_dtype(const BackwardParams &params, bool keys) {
-  auto of_blocks = [&]<bool kKeys, int kDim>() {
+  auto of_blocks = [&]<bool kKeys, int kDim, bool kBias>() {
     bool low = params.sizes.block_rows == 64, narrow = params.sizes.block_columns == 64;
-    if (low) return run<Element, choose_backward(kKeys, kDim, 64, 128)>(params);
-    if (narrow) return run<Element, choose_backward(kKeys, kDim, 128, 64)>(params);
-    return run<Element, choose_backward(kKeys, kDim, 128, 128)>(params);
+    if (low) return run<Element, choose_backward(kKeys, kDim, 64, 128, kBias)>(params);
+    if (narrow) return run<Element, choose_backward(kKeys, kDim, 128, 64, kBias)>(params);
+    return run<Element, choose_backward(kKeys, kDim, 128, 128, kBias)>(params);
+  };
+  auto of_pass = [&]<int kDim, bool kBias>() {
+    return keys ? of_blocks.template operator()<true, kDim, kBias>()
+                : of_blocks.template operator()<false, kDim, kBias>();
   };
   auto of_dim = [&]<int kDim>() {
-    return keys ? of_blocks.template operator()<true, kDim>()
-                : of_blocks.template operator()<false, kDim>();
+    return params.args.bias.values == nullptr ? of_pass.template operator()<kDim, false>()
+                                              : of_pass.template operator()<kDim, true>();
   };
   if (params.args.head_dim == 32) return of_dim.template operator()<32>();
   if (params.args.head_dim == 64) return of_dim.template operator()<64>();
@@ -104,7 +112,7 @@ void run_of_dtype(const BackwardParams &params, bool keys) {
 template <class Element>
 void sum_parts(const BackwardParams &params, const Gradient &gradient, int tokens) {
   const jsparse_schedule &schedule = params.args.schedule;
-  const int block_rows = params.sizes.block_rows, dim = params.args.head_dim;
+  const int block_rows = params.sizes.block_rows, dim = gradient.size;
   for (int64_t n = 0; n < int64_t(schedule.num_split_rows) * block_rows; ++n) {
     int64_t split = n / block_rows, in_block = n % block_rows;
     const int32_t *place = schedule.split_rows + 3 * split;
@@ -176,9 +184,18 @@ int simulate(Launch launch, char *message, size_t message_size) {
   }
 }
 
+// Whether rows are keys, and where results go.
+struct Outputs {
+  bool keys;
+  std::vector<Gradient> gradients;
+  void *bias_gradient;
+  Gradient by_key;
+};
+
 // As kernel/backward.cc.
 template <class Element>
-void backward(const jsparse_backward_args &args, bool keys, const std::vector<Gradient> &gradients) {
+void backward(const jsparse_backward_args &args, const Outputs &to) {
+  const auto &[keys, gradients, bias_gradient, by_key] = to;
   BackwardParams params = {};
   params.args = args;
   params.scale_log2 = args.scale * 1.4426950408889634f;
@@ -186,6 +203,9 @@ void backward(const jsparse_backward_args &args, bool keys, const std::vector<Gr
                       : block_sizes(args.block_q, args.q_len, args.block_kv, args.kv_len);
   params.first = gradients.front();
   params.second = gradients.back();
+  params.inverse_scale = 1.0f / args.scale;
+  params.bias_gradient = bias_gradient;
+  params.by_key = by_key;
   int tile = choose_backward(keys, args.head_dim, params.sizes.block_rows,
                              params.sizes.block_columns).tile;
   const void *of_queries[] = {args.q, args.dout}, *of_keys[] = {args.k, args.v};
@@ -199,13 +219,14 @@ void backward(const jsparse_backward_args &args, bool keys, const std::vector<Gr
   for (const Gradient &gradient : gradients) {
     sum_parts<Element>(params, gradient, keys ? args.kv_len : args.q_len);
   }
+  if (by_key.whole != nullptr) sum_parts<float>(params, by_key, args.kv_len);
 }
 
-int backward(const jsparse_backward_args &args, bool keys, const std::vector<Gradient> &gradients,
-             char *message, size_t message_size) {
+int backward(const jsparse_backward_args &args, const Outputs &to, char *message,
+             size_t message_size) {
   auto launch = [&] {
-    if (args.dtype == JSPARSE_FLOAT16) return backward<cutlass::half_t>(args, keys, gradients);
-    return backward<cutlass::bfloat16_t>(args, keys, gradients);
+    if (args.dtype == JSPARSE_FLOAT16) return backward<cutlass::half_t>(args, to);
+    return backward<cutlass::bfloat16_t>(args, to);
   };
   return simulate(launch, message, message_size);
 }
@@ -228,6 +249,7 @@ extern "C" JSPARSE_API int jsparse_forward(const jsparse_forward_args *args, voi
   params.args = *args;
   params.scale_log2 = args->scale * 1.4426950408889634f;
   params.sizes = block_sizes(args->block_q, args->q_len, args->block_kv, args->kv_len);
+  params.inverse_scale = 1.0f / args->scale;
   int tile = choose(args->head_dim, args->tile_q, args->block_kv, args->share).tile_kv;
   params.q = map_of(*args, args->q, args->q_len, args->num_heads, 64);
   params.k = map_of(*args, args->k, args->kv_len, args->num_kv_heads, tile);
@@ -251,15 +273,20 @@ extern "C" JSPARSE_API int32_t jsparse_backward_walkers(int32_t keys, int32_t he
 }
 
 extern "C" JSPARSE_API int jsparse_backward_dq(const jsparse_backward_args *args, void *dq,
-                                               float *part, void *, char *message,
+                                               float *part, void *dbias, void *, char *message,
                                                size_t message_size) {
-  return jsparse::backward(*args, false, {{dq, part, args->scale}}, message, message_size);
+  auto of_queries = jsparse::gradient_of(*args, dq, part, args->scale);
+  return jsparse::backward(*args, {false, {of_queries}, dbias, {}}, message, message_size);
 }
 
 extern "C" JSPARSE_API int jsparse_backward_dkv(const jsparse_backward_args *args, void *dk,
-                                                void *dv, float *part_dk, float *part_dv, void *,
+                                                void *dv, float *part_dk, float *part_dv,
+                                                float *by_key, float *part_by_key, void *,
                                                 char *message, size_t message_size) {
-  return jsparse::backward(*args, true, {{dk, part_dk, args->scale}, {dv, part_dv, 1.0f}}, message,
+  auto of_keys = jsparse::gradient_of(*args, dk, part_dk, args->scale);
+  auto of_values = jsparse::gradient_of(*args, dv, part_dv, 1.0f);
+  auto of_bias = jsparse::by_key_of(by_key, part_by_key);
+  return jsparse::backward(*args, {true, {of_keys, of_values}, nullptr, of_bias}, message,
                            message_size);
 }
 
@@ -275,11 +302,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     jsparse_backward_dq_on_host,
     [](auto... arguments) { return jsparse::backward_dq(nullptr, arguments...); },
-    jsparse::of_backward<2>(xla::ffi::Ffi::Bind()));
+    jsparse::of_backward<3>(xla::ffi::Ffi::Bind()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     jsparse_backward_dkv_on_host,
     [](auto... arguments) { return jsparse::backward_dkv(nullptr, arguments...); },
-    jsparse::of_backward<4>(xla::ffi::Ffi::Bind()));
+    jsparse::of_backward<6>(xla::ffi::Ffi::Bind()));
 
 // 2^x by polynomial.
 extern "C" JSPARSE_API void exp2_polynomial(const float *x, float *y, int64_t count) {

@@ -27,7 +27,7 @@ def test_a_header_stands_alone(tmp_path, header, compiler):
     source = tmp_path / ("use.c" if compiler == "gcc" else "use.cc")
     call = {
         "forward": "jsparse_forward(args, 0, message, 80)",
-        "backward": "jsparse_backward_dq(args, 0, 0, 0, message, 80)",
+        "backward": "jsparse_backward_dq(args, 0, 0, 0, 0, message, 80)",
     }[header]
     source.write_text(
         f'#include "jsparse/{header}.h"\n'
@@ -92,11 +92,13 @@ def test_the_c_interface_says_what_is_wrong(library):
     message = ctypes.create_string_buffer(80)
     assert library.jsparse_forward(zeros, None, message, len(message)) != 0
     assert message.value == b"batch=0; expected at least 1"
-    found = library.jsparse_backward_dq(zeros, zeros, None, None, message, len(message))
+    found = library.jsparse_backward_dq(
+        *(zeros, zeros, None, None, None, message, len(message))
+    )
     assert found != 0
     assert message.value == b"batch=0; expected at least 1"
     found = library.jsparse_backward_dkv(
-        *(zeros, None, zeros, None, None, None, message, len(message))
+        *(zeros, None, zeros, *[None] * 5, message, len(message))
     )
     assert found != 0
     assert message.value == b"batch=0; expected at least 1"

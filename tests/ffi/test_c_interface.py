@@ -22,13 +22,14 @@ attend = functools.partial(
 
 
 def cases(blocks: int) -> list[Case]:
-    """One with bits, one whose rows are split over CTAs."""
+    """One with bits, one whose rows are split over CTAs, with a bias."""
     rng = np.random.default_rng(blocks)
     random = random_mask(rng, (380, 640, 128, 128), 10)
     uneven = uneven_rows(rng, (9, blocks), (200, 128 * blocks, 128, 128))
+    bias = rng.standard_normal((2, 200, 128 * blocks)).astype(np.float32)
     return [
-        make_case(rng, mask, heads=(2, 1), dims=(64, 64)).cast("bfloat16")
-        for mask in (random, uneven)
+        make_case(rng, mask, heads=(2, 1), dims=(64, 64), bias=bias).cast("bfloat16")
+        for mask, bias in ((random, None), (uneven, bias))
     ]
 
 
@@ -36,7 +37,7 @@ def test_gives_what_the_handler_gives(on_cpu):
     for case in cases(12):
         launch = Launch(case)
         launch.run(on_cpu)
-        expected = attend(case.q, case.k, case.v, case.mask)
+        expected = attend(case.q, case.k, case.v, case.mask, bias=case.bias)
         for x, y in zip(launch.results, expected, strict=False):
             np.testing.assert_array_equal(x[0], y)
 
@@ -89,7 +90,7 @@ def test_two_threads_on_two_streams_give_what_one_gives():
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         together = list(threads.map(repeat, both, [100, 100]))
     for case, one, two in zip(both, alone, together, strict=True):
-        expected = jax.jit(attend)(case.q, case.k, case.v, case.mask)
+        expected = jax.jit(attend)(case.q, case.k, case.v, case.mask, bias=case.bias)
         for x, y, z in zip(one, two, expected, strict=True):
             np.testing.assert_array_equal(x, y)
             np.testing.assert_array_equal(y[0], z)

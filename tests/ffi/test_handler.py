@@ -28,6 +28,9 @@ class Call:
     bad: Any = (0,)
     lengths: Any = (0,)
     bits: Any = (0,)
+    bias: Any = (0,)
+    partial_numbers: Any = (0,)
+    full_numbers: Any = (0,)
     rules: Any = ()
     out: Any = (1, 100, 2, 64)
     lse: Any = (1, 2, 100)
@@ -42,11 +45,10 @@ class Call:
     attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def run(self) -> Any:
-        floats = ("q", "k", "v")
-        names = [field.name for field in dataclasses.fields(self)[:12]]
+        dtypes = dict.fromkeys(("q", "k", "v"), BF16) | {"bias": np.float32}
+        names = [field.name for field in dataclasses.fields(self)[:15]]
         arrays = [
-            _zeros(getattr(self, name), BF16 if name in floats else np.int32)
-            for name in names
+            _zeros(getattr(self, name), dtypes.get(name, np.int32)) for name in names
         ]
         arrays += [_zeros(x, np.int32) for x in self.rules]
         results = [
@@ -59,6 +61,7 @@ class Call:
             "tile_q": np.int32(self.tile_q),
             "share": False,
             "scale": np.float32(1),
+            "bias_inner": np.int32(1),
             "rules": np.array(self.kinds, np.int32),
         } | self.attributes
         given = {name: x for name, x in attributes.items() if x is not None}
@@ -141,12 +144,48 @@ REFUSED = {
         "lse": jax.ShapeDtypeStruct((1, 2, 100), BF16)
     },
     "blocks of 128 x -64; expected 64 or 128 each": {"block_kv": -64},
+    "bias has shape [2, 100, 200]; expected 4 axes, or 5 of blocks": {
+        "bias": (2, 100, 200)
+    },
+    "bias has shape [1, 3, 100, 200]; expected 1 or 2 at axis 1": {
+        "bias": (1, 3, 100, 200)
+    },
+    "bias has shape [1, 2, 128, 200]; expected 1 or 100 at axis 2": {
+        "bias": (1, 2, 128, 200)
+    },
+    "bias has shape [1, 2, 100, 201]; expected an even last axis, at least 200": {
+        "bias": (1, 2, 100, 201)
+    },
+    "bias has shape [1, 2, 1, 198]; expected an even last axis, at least 200": {
+        "bias": (1, 2, 1, 198)
+    },
+    "bias has shape [1, 1, 3, 128, 64]; expected blocks of 128 x 128": {
+        "bias": (1, 1, 3, 128, 64)
+    },
+    "partial_numbers has shape [2]; expected [0]": {
+        "bias": (1, 1, 3, 128, 128),
+        "partial_numbers": (2,),
+    },
+    "full_numbers is float32; expected int32": {
+        "bias": (1, 1, 3, 128, 128),
+        "full_numbers": np.zeros(0, np.float32),
+    },
+    "bias is int32; expected float16, bfloat16 or float32": {
+        "bias": np.zeros((1, 2, 100, 200), np.int32)
+    },
+    "bias_inner=0; expected at least 1": {
+        "bias": (1, 2, 100, 200),
+        "attributes": {"bias_inner": np.int32(0)},
+    },
 }
 
 
 def test_takes_what_it_describes(simulated):
     Call().run()
     Call(kinds=(0, 1), rules=((1, 128), (1, 256), (1, 128), (1, 128))).run()
+    Call(bias=(3, 2, 1, 200)).run()
+    blocks = np.zeros((1, 1, 3, 128, 128), np.float16)
+    Call(bias=blocks, partial=(4,), partial_numbers=(4,)).run()
 
 
 @pytest.mark.parametrize("reason", REFUSED)
@@ -160,18 +199,19 @@ def test_refuses(simulated, reason):
     "change, reason",
     [
         ({"num_arrays": 0}, "number of arguments"),
-        ({"num_arrays": 11}, "number of arguments"),
+        ({"num_arrays": 14}, "number of arguments"),
         ({"num_results": 1}, "number of results"),
         ({"num_results": 3}, "number of results"),
         ({"attributes": {"more": np.int32(1)}}, "number of attributes"),
         ({"attributes": {"block_q": None}}, "number of attributes"),
-        ({"attributes": {"block_q": np.int64(256)}}, "bad operands at: 17"),
-        ({"attributes": {"block_kv": np.float32(96.5)}}, "bad operands at: 18"),
-        ({"attributes": {"tile_q": "128"}}, "bad operands at: 19"),
-        ({"attributes": {"share": np.int32(3)}}, "bad operands at: 20"),
-        ({"attributes": {"scale": np.float64(0.3)}}, "bad operands at: 21"),
-        ({"attributes": {"rules": np.zeros(0, np.int64)}}, "bad operands at: 22"),
-        ({"attributes": {"rules": np.int32(0)}}, "bad operands at: 22"),
+        ({"attributes": {"block_q": np.int64(256)}}, "bad operands at: 20"),
+        ({"attributes": {"block_kv": np.float32(96.5)}}, "bad operands at: 21"),
+        ({"attributes": {"tile_q": "128"}}, "bad operands at: 22"),
+        ({"attributes": {"share": np.int32(3)}}, "bad operands at: 23"),
+        ({"attributes": {"scale": np.float64(0.3)}}, "bad operands at: 24"),
+        ({"attributes": {"bias_inner": np.int64(3)}}, "bad operands at: 25"),
+        ({"attributes": {"rules": np.zeros(0, np.int64)}}, "bad operands at: 26"),
+        ({"attributes": {"rules": np.int32(0)}}, "bad operands at: 26"),
     ],
     ids=str,
 )
@@ -202,28 +242,36 @@ class BackwardCall:
     bad: Any = (0,)
     lengths: Any = (0,)
     bits: Any = (0,)
+    bias: Any = (0,)
+    partial_numbers: Any = (0,)
+    full_numbers: Any = (0,)
     rules: Any = ()
     kinds: tuple[int, ...] = ()
-    results: tuple[tuple[int, ...], ...] = ((1, 100, 2, 64), (1, 128, 64))
+    results: tuple[tuple[int, ...], ...] = ((1, 100, 2, 64), (1, 128, 64), (0,))
+    of_bias: str = "float32"
     blocks: tuple[int, int] = (128, 128)
 
     def run(self) -> Any:
-        names = [field.name for field in dataclasses.fields(self)[1:16]]
+        names = [field.name for field in dataclasses.fields(self)[1:19]]
         dtypes = [BF16] * 4 + [np.float32] * 2 + [np.int32] * 9
+        dtypes += [np.float32] + [np.int32] * 2
         arrays = [
             _zeros(getattr(self, name), dtype)
             for name, dtype in zip(names, dtypes, strict=True)
         ]
         arrays += [_zeros(x, np.int32) for x in self.rules]
+        count = 2 if self.target == "jsparse_backward_dkv" else 1
+        dtypes = [BF16] * count + ["float32"] * count + [self.of_bias] * count
         results = [
-            jax.ShapeDtypeStruct(shape, BF16 if len(shape) == 4 else "f4")
-            for shape in self.results
+            jax.ShapeDtypeStruct(shape, dtype)
+            for shape, dtype in zip(self.results, dtypes, strict=True)
         ]
         return jax.ffi.ffi_call(self.target, results)(
             *arrays,
             block_q=np.int32(self.blocks[0]),
             block_kv=np.int32(self.blocks[1]),
             scale=np.float32(1),
+            bias_inner=np.int32(1),
             rules=np.array(self.kinds, np.int32),
         )
 
@@ -232,9 +280,10 @@ def of_keys(
     dk: tuple[int, ...] = (1, 200, 1, 64),
     dv: tuple[int, ...] = (1, 200, 1, 64),
     parts: tuple[tuple[int, ...], ...] = 2 * ((1, 128, 64),),
+    by_key: tuple[tuple[int, ...], ...] = 2 * ((0,),),
 ) -> dict[str, Any]:
     """What a call for dk and dv has instead."""
-    return {"target": "jsparse_backward_dkv", "results": (dk, dv, *parts)}
+    return {"target": "jsparse_backward_dkv", "results": (dk, dv, *parts, *by_key)}
 
 
 REFUSED_BACKWARD = {
@@ -258,10 +307,23 @@ REFUSED_BACKWARD = {
         "bits": (1, 3, 64, 4)
     },
     "dq has shape [1, 128, 2, 64]; expected [1, 100, 2, 64]": {
-        "results": ((1, 128, 2, 64), (1, 128, 64))
+        "results": ((1, 128, 2, 64), (1, 128, 64), (0,))
     },
     "part has shape [1, 64, 64]; expected [any, 128, 64]": {
-        "results": ((1, 100, 2, 64), (1, 64, 64))
+        "results": ((1, 100, 2, 64), (1, 64, 64), (0,))
+    },
+    "dbias has shape [1, 1, 100, 200]; expected [1, 2, 100, 200]": {
+        "bias": (1, 2, 100, 200),
+        "results": ((1, 100, 2, 64), (1, 128, 64), (1, 1, 100, 200)),
+    },
+    "dbias is float32; expected float16": {
+        "bias": np.zeros((1, 2, 100, 200), np.float16),
+        "results": ((1, 100, 2, 64), (1, 128, 64), (1, 2, 100, 200)),
+    },
+    "full_numbers has shape [3]; expected [2]": {
+        "bias": (1, 1, 4, 128, 128),
+        "full": (2,),
+        "full_numbers": (3,),
     },
     "blocks of 128 x 0; expected 64 or 128 each": {"blocks": (128, 0)},
     "array 0 of the rules has shape [1, 256]; expected [1, 128]": {
@@ -287,6 +349,15 @@ REFUSED_KEYS = {
         "kinds": (1,),
         "rules": ((1, 128), (1, 128)),
     },
+    "by_key has shape [1, 2, 200]; expected [1, 200, 2]": of_keys(
+        by_key=((1, 2, 200), (1, 128))
+    ),
+    "part_by_key has shape [2, 128]; expected [1, 128]": of_keys(
+        by_key=((1, 200, 2), (2, 128))
+    ),
+    "bias has shape [1, 2, 100, 128]; expected an even last axis, at least 200": {
+        "bias": (1, 2, 100, 128)
+    },
 }
 
 
@@ -296,6 +367,11 @@ def test_backward_takes_what_it_describes(simulated):
     BackwardCall(**of_keys()).run()
     keys = {"kinds": (1,), "rules": ((1, 256), (1, 256)), "bad": (1, 2, 128)}
     BackwardCall(**of_keys(), **keys).run()
+    dense = (1, 2, 100, 200)
+    results = (1, 100, 2, 64), (1, 128, 64), dense
+    half = np.zeros(dense, np.float16)
+    BackwardCall(bias=half, results=results, of_bias="float16").run()
+    BackwardCall(**of_keys(by_key=((1, 200, 2), (1, 128))), bias=(1, 2, 1, 200)).run()
 
 
 @pytest.mark.parametrize("reason", REFUSED_BACKWARD)

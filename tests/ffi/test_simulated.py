@@ -36,7 +36,7 @@ run = jax.jit(attend)
 
 def check(case: Case, dtype: str = "bfloat16") -> None:
     case = case.cast(dtype)
-    found = run(case.q, case.k, case.v, case.mask)
+    found = run(case.q, case.k, case.v, case.mask, bias=case.bias)
     truth = contract.expected(case)
     assert found[0].dtype == dtype
     assert contract.error(found[0], truth[0]) <= contract.LIMITS[dtype]

@@ -82,6 +82,7 @@ def test_the_faster_is_taken_in_each_pass(table):
         {"block_q": 64},
         {"block_kv": 128},
         {"batch": 1000, "most_blocks": 100},
+        {"bias": "dense"},
     ],
     ids=str,
 )

@@ -30,6 +30,7 @@ typedef struct jsparse_backward_args {
 
   jsparse_schedule schedule;
   jsparse_elements elements;
+  jsparse_bias bias; /* its block numbers are those of this launch's lists */
 } jsparse_backward_args;
 
 /* Walkers of a schedule that share one multiprocessor, or 0 if there is no kernel for the sizes: for
@@ -40,19 +41,23 @@ JSPARSE_API int32_t jsparse_backward_walkers(int32_t keys, int32_t head_dim, int
 /* Launches dq [B, T, H, D] on `stream` (a cudaStream_t).
  *
  * Items are rows of block_q queries; `part` is their workspace [slots, block_q, D]. Bad columns are
- * keys that are not finite. Returns 0, or another number after writing why to `message`.
+ * keys that are not finite. `dbias` is NULL, or gets the gradient of a bias that nobody shares, like
+ * bias.values, in the blocks that the lists have. Returns 0, or another number after writing why to
+ * `message`.
  */
 JSPARSE_API int jsparse_backward_dq(const jsparse_backward_args *args, void *dq, float *part,
-                                    void *stream, char *message, size_t message_size);
+                                    void *dbias, void *stream, char *message, size_t message_size);
 
 /* Launches dk and dv [B, S, K, D].
  *
  * Items are rows of block_kv keys for one query head; those of the query heads that share a key head
  * follow one another, and then none is split. Bad columns are queries of which lse2 or delta is not
- * what a finite result gives.
+ * what a finite result gives. `by_key` is NULL, or gets [B, S, H], the sum over queries of the logits'
+ * gradient: that of a bias by key; `part_by_key` is its workspace [slots, block_kv].
  */
 JSPARSE_API int jsparse_backward_dkv(const jsparse_backward_args *args, void *dk, void *dv,
-                                     float *part_dk, float *part_dv, void *stream, char *message,
+                                     float *part_dk, float *part_dv, float *by_key,
+                                     float *part_by_key, void *stream, char *message,
                                      size_t message_size);
 
 #ifdef __cplusplus

@@ -32,6 +32,7 @@ typedef struct jsparse_forward_args {
 
   jsparse_schedule schedule; /* rows are of tile_q queries, columns of block_kv keys */
   jsparse_elements elements; /* bad: where v[b, s, k, :] is not finite */
+  jsparse_bias bias;
 } jsparse_forward_args;
 
 /* Walkers of a schedule that share one multiprocessor, or 0 if there is no kernel for the sizes. */

@@ -20,7 +20,12 @@ extern "C" {
 /* Added to the entry of a partial block that has a bad column; see jsparse_elements. */
 #define JSPARSE_FLAGGED (1 << 30)
 
-typedef enum jsparse_dtype { JSPARSE_FLOAT16 = 0, JSPARSE_BFLOAT16 = 1 } jsparse_dtype;
+/* float32 is the dtype of a bias only. */
+typedef enum jsparse_dtype {
+  JSPARSE_FLOAT16 = 0,
+  JSPARSE_BFLOAT16 = 1,
+  JSPARSE_FLOAT32 = 2
+} jsparse_dtype;
 
 /* What walkers compute, and in which order. An item is batch, query head, row (of tiles), first and
  * number of its partial list entries, first and number of its full ones, workspace slot or -1, bit
@@ -70,6 +75,23 @@ typedef struct jsparse_elements {
   int32_t num_rules;
   jsparse_rule rules[JSPARSE_MAX_RULES];
 } jsparse_elements;
+
+/* Added to the scaled logits before the softmax, in natural units. -inf masks its element. */
+typedef struct jsparse_bias {
+  /* NULL for none; [entries, heads, rows, columns], or, of the listed blocks only,
+   * [entries, heads, num_blocks, rows, columns]. */
+  const void *values;
+  jsparse_dtype dtype;
+  int32_t entries; /* batch entry n has index n / inner % entries */
+  int32_t inner;
+  int32_t heads;      /* 1, for all query heads, or their number */
+  int32_t num_blocks; /* 0 unless values are those of blocks */
+  int32_t rows;       /* queries, or 1 for all of them; of a block: block_q */
+  int32_t columns;    /* keys, or more, an even number; of a block: block_kv */
+  /* Which of num_blocks each entry of the schedule's lists is. */
+  const int32_t *partial_numbers;
+  const int32_t *full_numbers;
+} jsparse_bias;
 
 #ifdef __cplusplus
 }

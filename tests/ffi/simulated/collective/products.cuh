@@ -2,6 +2,7 @@
 // too, and writes its results as late as it may: when it is waited for.
 #pragma once
 
+#include <array>
 #include <deque>
 #include <functional>
 
@@ -23,12 +24,19 @@ struct Products {
   static void begin(uint32_t (&)[kLogits / 2]) {}
   static void begin(float (&)[kSums], uint32_t (&)[kLogits / 2]) {}
 
+  static void begin_onto(float (&)[kLogits]) {}
+
+  template <bool kOnto = false>
   static void start_qk(float (&logits)[kLogits], Element *q_tile, Element *k_tile) {
     float *to = logits;
-    for (int i = 0; i < kLogits; ++i) to[i] = __builtin_nanf("");
+    std::array<float, kLogits> before = {};
+    for (int i = 0; i < kLogits; ++i) {
+      if (kOnto) before[i] = to[i];
+      to[i] = __builtin_nanf("");
+    }
     in_flight[simulated::cta->index()].push_back([=] {
       for (int i = 0; i < kLogits; ++i) {
-        float sum = 0;
+        float sum = before[i];
         for (int column = 0; column < kDim; ++column) {
           sum += element(q_tile, 64, row_of(i), column) *
                  element(k_tile, kColumns, column_of(i), column);
