@@ -47,6 +47,7 @@ class ModelPeer(JaxPeer):
         computes: see `Peer.computes`.
         arrange: brings inputs and cotangent into the layout of ``attend``.
         rearrange: brings the output and dq back.
+        refused: why it cannot take the case, or None if it can.
     """
 
     def __init__(
@@ -62,15 +63,16 @@ class ModelPeer(JaxPeer):
         computes: str = BLOCKS,
         arrange: Callable[..., tuple[Array, ...]] | None = None,
         rearrange: Callable[[Array], Array] | None = None,
+        refused: str | None = None,
     ):
         self.name, self.packages, self.computes = name, packages, computes
         self._attend, self._data = attend, data
         self._modules, self._install, self._on_gpu = modules, install, on_gpu
-        self._arrange, self._rearrange = arrange, rearrange
+        self._arrange, self._rearrange, self._refused = arrange, rearrange, refused
 
     def available(self) -> str | None:
-        """Needs its modules, and maybe a GPU."""
-        reason = missing(self._modules, self._install)
+        """Needs its modules, and maybe a GPU, for a case that it takes."""
+        reason = self._refused or missing(self._modules, self._install)
         return reason or (no_gpu() if self._on_gpu else None)
 
     def describe(self, mask: BlockMask) -> Any:

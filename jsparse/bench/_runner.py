@@ -354,7 +354,7 @@ def _run_model(
         drawn = "uniform slopes, normal coordinates, else standard normal"
     static = not model.data
     _describe(record, options, ours.name, model.pattern, static, sizes, drawn)
-    known = {peer.name: peer for peer in model.peers}
+    known = _model_rivals(ours, model) | {peer.name: peer for peer in model.peers}
     directions = _directions(options, kernels and case.alone)
     _attend(
         *(options, progress, turns, record),
@@ -367,16 +367,30 @@ def _ours(options: Options, model: Model) -> ModelPeer:
     reasons = {}
     names = IMPLEMENTATIONS if options.implementation == "auto" else ()
     for name in names or (options.implementation,):
-        attend = functools.partial(model.attend, implementation=name)
-        ours = ModelPeer(name, attend, model.data, arrange=model.arrange)
-        try:
-            *inputs, _ = jax.eval_shape(ours.arrange, *model.shapes, model.shapes[0])
-            jax.eval_shape(ours.forward, *inputs, ours.describe(model.pattern.mask))
-        except NotImplementedError as err:
-            reasons[name] = str(err)
-        else:
+        ours = _implemented(model, name)
+        reason = ours.available()
+        if reason is None:
             return ours
+        reasons[name] = reason
     raise BadInput(" ".join(reasons.values()))
+
+
+def _implemented(model: Model, name: str) -> ModelPeer:
+    """Ours with an implementation; `available` says whether it can."""
+    attend = functools.partial(model.attend, implementation=name)
+    make = functools.partial(ModelPeer, name, attend, model.data, arrange=model.arrange)
+    ours = make()
+    try:
+        *inputs, _ = jax.eval_shape(ours.arrange, *model.shapes, model.shapes[0])
+        jax.eval_shape(ours.forward, *inputs, ours.describe(model.pattern.mask))
+    except NotImplementedError as err:
+        return make(refused=str(err))
+    return ours
+
+
+def _model_rivals(ours: ModelPeer, model: Model) -> dict[str, Peer]:
+    """Our other kernels, to be timed in the same rounds."""
+    return {name: _implemented(model, name) for name in RIVALS if name != ours.name}
 
 
 def _model_inputs(seed: int, model: Model) -> Inputs:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jsparse.backends._measured import RIVALS
 from jsparse.bench import Options, all_cases, facts, markdown, run_case
 from jsparse.bench._contract import BLOCKS
 from jsparse.bench._kinds import ModelCase
@@ -58,7 +59,8 @@ def test_every_kind_of_case_runs_and_is_right(name):
             assert found["temporary_bytes"] >= 0
         assert "ours_over_peer" in record[direction][peers[0]]
     assert record["input"]["heads"] == case.heads
-    assert {*record["left_out"]} == {p.name for p in case.load().peers} - {*peers}
+    names = {*RIVALS} | {p.name for p in case.load().peers}
+    assert {*record["left_out"]} == names - {*peers}
     assert any(case.name in table.title for table in facts(record))
     assert case.name in markdown([record])
 
@@ -133,7 +135,8 @@ def test_peers_of_other_libraries_say_what_is_missing():
         "cuequivariance_jax, cuequivariance_ops_jax are not installed: pip install"
     )
     assert left_out["cudnn"].startswith("it needs an NVIDIA GPU")
-    assert {*left_out} < {*MODEL_PEERS}
+    assert left_out["cutlass"].startswith("implementation 'cutlass'")
+    assert {*left_out} < {*MODEL_PEERS, *RIVALS}
 
 
 @pytest.mark.parametrize(
