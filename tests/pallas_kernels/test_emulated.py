@@ -63,13 +63,10 @@ def kernels(monkeypatch, capsys):
         (score_function, "run"),
     ):
         monkeypatch.setattr(module, name, to_the_end(getattr(module, name)))
-    # Most of the time is compilation.
-    jax.config.update("jax_disable_most_optimizations", True)
     with emulated(), capsys.disabled():
         faulthandler.dump_traceback_later(LONGEST, exit=True)
         yield
         faulthandler.cancel_dump_traceback_later()
-    jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()  # of 100 MB a test
 
 
