@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DIST := dist
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
-PYTEST_ARGS := -n logical --maxprocesses 4
+PYTEST_ARGS := -n logical --maxprocesses 4 --dist worksteal
 
 # This environment has the oldest JAX that pyproject.toml allows; CI tests the newest too.
 OLDEST_JAX := $(shell sed -n 's/^ *"jax>=\([0-9.]*\)",$$/\1/p' pyproject.toml)

@@ -16,11 +16,24 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("repeatable")
 
+# Tests compile thousands of small programs, each to run once. On a CPU that takes a
+# third of the time with plain loops in place of XLA's fused ones, and without LLVM's
+# optimisations (`quick_compilation`). XLA_FLAGS, even empty, keeps what users have.
+QUICK = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+os.environ.setdefault("XLA_FLAGS", QUICK)
+
 # Threads of JAX's pool: interpreted kernels wait for one another, each in a thread.
 os.environ.setdefault("NPROC", "64")
 
 # Two devices on a CPU, so that sharding is tested anywhere.
 jax.config.update("jax_num_cpu_devices", 2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_compilation() -> None:
+    """Has XLA compile for a CPU as fast as it can, unless XLA_FLAGS says otherwise."""
+    if os.environ["XLA_FLAGS"] == QUICK and jax.default_backend() == "cpu":
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ def run(tmp_path):
             text=True,
             check=False,
             cwd=tmp_path,
-            env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+            env=os.environ | {"PYTHONIOENCODING": "utf-8", "XLA_FLAGS": ""},
         )
         assert done.returncode == 0, done.stderr
         assert list(tmp_path.iterdir()) == []

@@ -408,7 +408,7 @@ def test_nothing_dense_is_allocated_to_find_out_that_it_does_not_fit(monkeypatch
 
     monkeypatch.setattr(Dense, "prepare", forbidden)
     case = AttentionCase(
-        "wide", "a test", 1, 8, "float32", lambda: of_blocks(uniform(1000, 1))
+        "wide", "a test", 1, 8, "float32", lambda: of_blocks(uniform(300, 1))
     )
     monkeypatch.setattr(_runner.measure, "available_memory", lambda: 10**9)
     record = run(case, backward=False, repeats=1)

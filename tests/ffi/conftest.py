@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -41,8 +42,22 @@ def headers() -> list[Path]:
     return [*found, found[-1] / "cccl"]
 
 
-def compiled(path: Path, *sources: str) -> ctypes.CDLL:
-    """A library of sources in this folder, built at ``path`` for the CPU."""
+def compiled(
+    factory: pytest.TempPathFactory, name: str, *sources: str
+) -> ctypes.CDLL:
+    """A library of sources in this folder, for the CPU; workers of one run share it."""
+    folder = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    path = folder / f"{name}.so"
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            _compile(path, *sources)
+    return ctypes.CDLL(os.fspath(path))
+
+
+def _compile(path: Path, *sources: str) -> None:
     places = ["-I" + str(x) for x in (HERE, HERE / "simulated", FFI, FFI / "include")]
     systems = [x for folder in headers() for x in ("-isystem", str(folder))]
     flags = "-std=c++20 -O2 -shared -fPIC -fvisibility=hidden -Wall -Wextra -Werror"
@@ -52,14 +67,12 @@ def compiled(path: Path, *sources: str) -> ctypes.CDLL:
     command = ["g++", *flags.split(), *places, *systems, *files, "-o", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(os.fspath(path))
 
 
 @pytest.fixture(scope="session")
 def simulated(tmp_path_factory) -> ctypes.CDLL:
     """The simulated library, its handlers registered for the CPU."""
-    path = tmp_path_factory.mktemp("simulated") / "library.so"
-    library = compiled(path, "simulate.cc", "layouts.cc")
+    library = compiled(tmp_path_factory, "simulated", "simulate.cc", "layouts.cc")
     for target in cutlass.TARGETS:
         handler = jax.ffi.pycapsule(getattr(library, f"{target}_on_host"))
         jax.ffi.register_ffi_target(target, handler, platform="cpu")

@@ -31,8 +31,7 @@ LIMITS = {"float16": 1e-3, "bfloat16": 4e-3}
 @pytest.fixture(scope="session")
 def on_host(tmp_path_factory):
     """The baseline's own code for the CPU, its handler registered."""
-    path = tmp_path_factory.mktemp("grouped_gemm") / "library.so"
-    library = compiled(path, "grouped_gemm.cc")
+    library = compiled(tmp_path_factory, "grouped_gemm", "grouped_gemm.cc")
     handler = jax.ffi.pycapsule(library.jsparse_grouped_gemm_on_host)
     jax.ffi.register_ffi_target(TARGET, handler, platform="cpu")
     return library
