@@ -40,8 +40,8 @@ def launch_of(
 ) -> str:
     """One of `LAUNCHES`.
 
-    Where there are few blocks for each multiprocessor, latency counts; where there are
-    fewer rows than multiprocessors, several work on one row. Distances of points take
+    Where there are few blocks for each multiprocessor, latency counts; where half of
+    them could have all rows, several teams work on one row. Distances of points take
     registers, of which two teams leave too few.
 
     Args:
@@ -51,7 +51,7 @@ def launch_of(
         num_ctas: multiprocessors.
     """
     if most_blocks < 16 * num_ctas:
-        return "few_rows" if num_rows < num_ctas else "few_blocks"
+        return "few_rows" if 2 * num_rows <= num_ctas else "few_blocks"
     return "distances" if distances else "many"
 
 
