@@ -74,6 +74,7 @@ def test_the_table_comes_before_the_heuristic(key, monkeypatch):
     [
         (63, 819, False, "few_rows"),
         (63, 819, True, "few_rows"),
+        (126, 1638, False, "few_blocks"),
         (800, 800, True, "few_blocks"),
         (100, 2112, False, "many"),
         (4096, 100_000, False, "many"),
