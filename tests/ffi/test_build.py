@@ -61,7 +61,8 @@ def test_items_are_those_of_the_schedules():
 def test_every_kernel_has_a_file():
     if not FFI.is_dir():
         pytest.skip("needs the sources in ffi/")
-    kinds = ("forward", "backward"), cutlass.HEAD_SIZES, ("f16", "bf16")
+    passes = ("forward", "forward_bias", "backward", "backward_bias")
+    kinds = passes, cutlass.HEAD_SIZES, ("f16", "bf16")
     expected = {f"{p}_d{d}_{t}" for p, d, t in itertools.product(*kinds)}
     assert {x.stem for x in (FFI / "instantiate").glob("*.cu")} == expected
 
