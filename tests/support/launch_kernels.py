@@ -18,11 +18,10 @@ from tests.support.cases import CASES, Case, biases, make_case, random_mask, une
 from tests.support.scores import alibi
 
 SIZES = (300, 400, 128, 128)
+OWN_GRADIENT = ("dense", "block", "per_key")
 BIASES = {
-    "mosaic_gpu": (
-        *("dense_shared_batch", "block", "per_key", "linear", "table", "gaussian"),
-    ),
-    "cutlass": ("dense", "block", "per_key"),
+    "mosaic_gpu": ("dense_shared_batch", *OWN_GRADIENT, "linear", "table", "gaussian"),
+    "cutlass": OWN_GRADIENT,
 }
 
 
