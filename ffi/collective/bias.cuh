@@ -70,15 +70,15 @@ struct BiasTile {
   }
 
   // The same where rows are keys.
-  template <int kCount>
+  template <bool kPartial, int kCount>
   __device__ __forceinline__ void load_transposed(float (&s)[kCount], float factor) const {
     switch (bias.dtype) {
       case JSPARSE_FLOAT16:
-        return load_transposed(of<const cutlass::half_t>(bias.values), s, factor);
+        return load_transposed<kPartial>(of<const cutlass::half_t>(bias.values), s, factor);
       case JSPARSE_BFLOAT16:
-        return load_transposed(of<const cutlass::bfloat16_t>(bias.values), s, factor);
+        return load_transposed<kPartial>(of<const cutlass::bfloat16_t>(bias.values), s, factor);
       default:
-        return load_transposed(of<const float>(bias.values), s, factor);
+        return load_transposed<kPartial>(of<const float>(bias.values), s, factor);
     }
   }
 
@@ -115,20 +115,25 @@ struct BiasTile {
     }
   }
 
-  template <class Value, int kCount>
+  template <bool kPartial, class Value, int kCount>
   __device__ __forceinline__ void load_transposed(const Value *values, float (&s)[kCount],
                                                   float factor) const {
-    const int first = in_array(place.row, bias.columns);
+    const int key = in_array(place.row, bias.columns);
     const int query = in_array(place.column, bias.rows);
-    const int key[2] = {min_of(first, bias.columns - 1), min_of(first + 8, bias.columns - 1)};
+    const int64_t row = bias.rows == 1 ? 0 : bias.columns;
     CUTE_UNROLL
     for (int i = 0; i < kCount; i += 4) {
       CUTE_UNROLL
       for (int second = 0; second < 2; ++second) {
-        int at = min_of(query + i / 4 * 8 + second, bias.rows - 1);
-        const Value *row = values + int64_t(at) * bias.columns;
-        s[i + second] = float(row[key[0]]) * factor;
-        s[i + 2 + second] = float(row[key[1]]) * factor;
+        const int nth = i / 4 * 8 + second;
+        const Value *at = values + query * row + key + nth * row, *other = at + 8;
+        if constexpr (kPartial) {
+          const Value *clamped = values + min_of(query + nth, bias.rows - 1) * row;
+          at = clamped + min_of(key, bias.columns - 1);
+          other = clamped + min_of(key + 8, bias.columns - 1);
+        }
+        s[i + second] = float(*at) * factor;
+        s[i + 2 + second] = float(*other) * factor;
       }
     }
   }

@@ -14,6 +14,12 @@
 #include "collective/tiles.cuh"
 #include "kernel/params.h"
 
+// With the code of a bias nvcc makes calls of the steps, and ptxas waits for products at calls. The files
+// of those kernels define this as __forceinline__; elsewhere it would only change every schedule.
+#ifndef JSPARSE_INLINE_STEPS
+#define JSPARSE_INLINE_STEPS
+#endif
+
 namespace jsparse {
 
 template <class Element, TileConfig kConfig>
@@ -36,8 +42,7 @@ struct Compute {
   Position<kConfig.num_q_stages()> at = {};  // the item
   Position<kConfig.num_stages> tile = {};  // the step
 
-  // Inlined like what it calls: ptxas waits for products at a call, which nvcc else makes of much code.
-  __device__ __forceinline__ void run(int worker) {
+  __device__ JSPARSE_INLINE_STEPS void run(int worker) {
     if (kConfig.turns && warpgroup == 1) pass_turn();
     for (int count = params.args.schedule.item_count[worker]; count > 0; --count) {
       team.q_full[at.stage()].wait(at.parity());
@@ -59,8 +64,8 @@ struct Compute {
   // ------------------------------------------------------------------------- one item
 
   // Partial blocks come first, then full ones.
-  __device__ __forceinline__ void attend(const Item &item, float (&sums)[kSums],
-                                         Softmax &softmax) {
+  __device__ JSPARSE_INLINE_STEPS void attend(const Item &item, float (&sums)[kSums],
+                                              Softmax &softmax) {
     const int per_block = steps_per_block();
     const int partial = item.num_partial() * per_block;
     const int total = item.num_blocks() * per_block;
@@ -86,8 +91,8 @@ struct Compute {
   }
 
   template <bool kPartial>
-  __device__ __forceinline__ void first_step(const Item &item, int n, int total,
-                                             uint32_t (&p)[kLogits / 2], Softmax &softmax) {
+  __device__ JSPARSE_INLINE_STEPS void first_step(const Item &item, int n, int total,
+                                                  uint32_t (&p)[kLogits / 2], Softmax &softmax) {
     float logits[kLogits], alpha[2];
     int entry = team.entry[tile.stage()];
     Mask mask;
@@ -107,8 +112,9 @@ struct Compute {
 
   // A step after another of the team, whose p v runs beside the softmax of this one.
   template <bool kPartial>
-  __device__ __forceinline__ void step(const Item &item, int n, int total, float (&sums)[kSums],
-                                       uint32_t (&p)[kLogits / 2], Softmax &softmax) {
+  __device__ JSPARSE_INLINE_STEPS void step(const Item &item, int n, int total,
+                                            float (&sums)[kSums], uint32_t (&p)[kLogits / 2],
+                                            Softmax &softmax) {
     float logits[kLogits], alpha[2];
     auto next = tile.plus(1);
     int entry = team.entry[next.stage()];

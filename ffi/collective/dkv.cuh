@@ -84,7 +84,8 @@ struct ComputeDkv {
       mask = me.test_elements(item, n, entry);
     }
     if constexpr (kConfig.bias) {
-      me.bias_of(item, n, entry, now).load_transposed(p, me.params.inverse_scale);
+      auto bias = me.bias_of(item, n, entry, now);
+      bias.template load_transposed<kPartial>(p, me.params.inverse_scale);
       Product::begin_onto(p);
     }
     me.take_turn();

@@ -2,5 +2,3 @@
 
 template cudaError_t jsparse::launch_backward<JSPARSE_BFLOAT16, 128, false>(
     const BackwardParams &, bool, cudaStream_t);
-template cudaError_t jsparse::launch_backward<JSPARSE_BFLOAT16, 128, true>(
-    const BackwardParams &, bool, cudaStream_t);

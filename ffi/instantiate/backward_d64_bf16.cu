@@ -2,5 +2,3 @@
 
 template cudaError_t jsparse::launch_backward<JSPARSE_BFLOAT16, 64, false>(
     const BackwardParams &, bool, cudaStream_t);
-template cudaError_t jsparse::launch_backward<JSPARSE_BFLOAT16, 64, true>(
-    const BackwardParams &, bool, cudaStream_t);

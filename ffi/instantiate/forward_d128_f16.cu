@@ -2,5 +2,3 @@
 
 template cudaError_t jsparse::launch_forward<JSPARSE_FLOAT16, 128, false>(
     const ForwardParams &, cudaStream_t);
-template cudaError_t jsparse::launch_forward<JSPARSE_FLOAT16, 128, true>(
-    const ForwardParams &, cudaStream_t);

@@ -2,5 +2,3 @@
 
 template cudaError_t jsparse::launch_forward<JSPARSE_FLOAT16, 64, false>(
     const ForwardParams &, cudaStream_t);
-template cudaError_t jsparse::launch_forward<JSPARSE_FLOAT16, 64, true>(
-    const ForwardParams &, cudaStream_t);

@@ -60,7 +60,7 @@ inline Gradient by_key_of(float *whole, float *part) {
 }
 
 // Launches the kernel of one head size and dtype, with or without a bias; instantiate/ has one file for
-// each size and dtype.
+// each.
 template <jsparse_dtype kDtype, int kHeadDim, bool kBias>
 cudaError_t launch_forward(const ForwardParams &params, cudaStream_t stream);
 template <jsparse_dtype kDtype, int kHeadDim, bool kBias>

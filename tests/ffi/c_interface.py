@@ -78,6 +78,20 @@ class Args(ctypes.Structure):
     ]
 
 
+class BackwardArgs(ctypes.Structure):
+    """``jsparse_backward_args``."""
+
+    _fields_ = [
+        *((name, _INT) for name in ("dtype", "batch", "q_len", "kv_len", "num_heads")),
+        *((name, _INT) for name in ("num_kv_heads", "head_dim", "block_q", "block_kv")),
+        ("scale", ctypes.c_float),
+        *((name, _POINTER) for name in ("q", "k", "v", "dout", "lse2", "delta")),
+        ("schedule", Schedule),
+        ("elements", Elements),
+        ("bias", Bias),
+    ]
+
+
 class Launch:
     """A launch of a case without rules or a block bias, into results of its own."""
 

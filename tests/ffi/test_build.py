@@ -13,7 +13,7 @@ import pytest
 from jsparse.backends import cutlass
 from jsparse.pallas_kernels._common import NUM_FIELDS
 from jsparse.pallas_kernels.mosaic_gpu._persistent import FLAGGED
-from tests.ffi.c_interface import Args, Schedule
+from tests.ffi.c_interface import Args, BackwardArgs, Bias, Schedule
 from tests.ffi.conftest import FFI
 
 PYPROJECT = FFI.parent / "pyproject.toml"
@@ -61,7 +61,8 @@ def test_items_are_those_of_the_schedules():
 def test_every_kernel_has_a_file():
     if not FFI.is_dir():
         pytest.skip("needs the sources in ffi/")
-    kinds = ("forward", "backward"), cutlass.HEAD_SIZES, ("f16", "bf16")
+    passes = ("forward", "forward_bias", "backward", "backward_bias")
+    kinds = passes, cutlass.HEAD_SIZES, ("f16", "bf16")
     expected = {f"{p}_d{d}_{t}" for p, d, t in itertools.product(*kinds)}
     assert {x.stem for x in (FFI / "instantiate").glob("*.cu")} == expected
 
@@ -126,6 +127,21 @@ def test_the_c_interface_says_what_is_wrong(library):
         ({"q": None}, "q is NULL; expected an array"),
         ({"item_count": None}, "item_count is NULL; expected an array"),
         ({"out": 1 << 20 | 8}, "out is not aligned; expected a multiple of 16 bytes"),
+        ({"entries": 0}, "bias.entries=0; expected at least 1"),
+        ({"inner": 0}, "bias.inner=0; expected at least 1"),
+        ({"heads": 3}, "bias.heads=3; expected 1 or num_heads"),
+        ({"num_blocks": -1}, "bias.num_blocks=-1; expected at least 0"),
+        ({"num_blocks": 4}, "bias.rows=100; expected block_q"),
+        ({"rows": 128}, "bias.rows=128; expected 1 or q_len"),
+        (
+            {"columns": 201},
+            "bias.columns=201; expected an even number, at least kv_len",
+        ),
+        (
+            {"columns": 198},
+            "bias.columns=198; expected an even number, at least kv_len",
+        ),
+        ({"values": 1 << 20 | 8}, "bias.values is not aligned; expected"),
     ],
     ids=str,
 )
@@ -134,19 +150,47 @@ def test_the_c_interface_refuses(library, change, reason):
         *(0, 1, 100, 200, 2, 1, 64, 128, 128, 128, 0),
         **dict.fromkeys(("q", "k", "v", "out"), 1 << 20),
         scale=1.0,
-        schedule=Schedule(
-            num_workers=library.jsparse_forward_walkers(64, 128, 128, 0),
-            items_per_worker=1,
-            item_count=1 << 20,
-            items=1 << 20,
-        ),
+        schedule=_one_item(library.jsparse_forward_walkers(64, 128, 128, 0)),
+        bias=Bias(1 << 20, 2, 1, 1, 2, 0, 100, 200),
     )
     for name, value in change.items():
-        parts = (args.schedule, args.elements, args)
+        parts = (args.schedule, args.elements, args, args.bias)
         setattr(next(x for x in parts if hasattr(x, name)), name, value)
     message = ctypes.create_string_buffer(200)
     assert library.jsparse_forward(ctypes.byref(args), None, message, len(message)) != 0
     assert message.value.decode().startswith(reason)
+
+
+def _one_item(workers: int) -> Schedule:
+    return Schedule(
+        num_workers=workers, items_per_worker=1, item_count=1 << 20, items=1 << 20
+    )
+
+
+@pytest.mark.parametrize(
+    "keys, rows, heads, reason",
+    [
+        (False, 100, 1, "dbias is given; expected a bias that nobody shares"),
+        (False, 1, 2, "dbias is given; expected a bias that nobody shares"),
+        (True, 100, 2, "by_key is given; expected a bias by key"),
+    ],
+)
+def test_the_c_interface_refuses_gradients_of_another_bias(
+    library, keys, rows, heads, reason
+):
+    args = BackwardArgs(
+        *(0, 1, 100, 200, 2, 1, 64, 128, 128),
+        **dict.fromkeys(("q", "k", "v", "dout", "lse2", "delta"), 1 << 20),
+        scale=1.0,
+        schedule=_one_item(library.jsparse_backward_walkers(keys, 64, 128, 128)),
+        bias=Bias(1 << 20, 2, 1, 1, heads, 0, rows, 200),
+    )
+    message = ctypes.create_string_buffer(200)
+    array = ctypes.c_void_p(1 << 20)
+    results = (array, array, None, None, array, None) if keys else (array, None, array)
+    launch = library.jsparse_backward_dkv if keys else library.jsparse_backward_dq
+    assert launch(ctypes.byref(args), *results, None, message, len(message)) != 0
+    assert message.value.decode() == reason
 
 
 def test_the_baseline_says_what_it_needs(library):

@@ -18,9 +18,14 @@ from tests.support.cases import CASES, Case, biases, make_case, random_mask, une
 from tests.support.scores import alibi
 
 SIZES = (300, 400, 128, 128)
+OWN_GRADIENT = ("dense", "block", "per_key")
+BIASES = {
+    "mosaic_gpu": ("dense_shared_batch", *OWN_GRADIENT, "linear", "table", "gaussian"),
+    "cutlass": OWN_GRADIENT,
+}
 
 
-def problems(with_bias: bool) -> Iterator[tuple[str, Case]]:
+def problems(implementation: str) -> Iterator[tuple[str, Case]]:
     """Small problems that take every path through the kernels once."""
     rng = np.random.default_rng(0)
     for dim in (32, 64, 128):
@@ -30,12 +35,11 @@ def problems(with_bias: bool) -> Iterator[tuple[str, Case]]:
         yield name, CASES[name](rng, SIZES)
     mask = uneven_rows(rng, (1, 12), (200, 1500, 128, 128))
     yield "split rows", make_case(rng, mask, heads=(1, 1))
-    kinds = ("dense_shared_batch", "block", "per_key", "linear", "table", "gaussian")
-    for kind in kinds * with_bias:
+    for kind in BIASES[implementation]:
         mask = random_mask(rng, SIZES, 8)
         bias = biases(rng, mask, 2, 2)[kind]
         yield f"bias {kind}", make_case(rng, mask, batch=(2,), bias=bias)
-    if with_bias:
+    if implementation == "mosaic_gpu":
         bias = ScoreFunction(alibi, (np.ones(2, np.float32),))
         yield "score function", make_case(rng, random_mask(rng, SIZES, 8), bias=bias)
 
@@ -43,7 +47,7 @@ def problems(with_bias: bool) -> Iterator[tuple[str, Case]]:
 def main(implementations: list[str]) -> None:
     """Forward and backward, each problem once."""
     for implementation in implementations or ["mosaic_gpu"]:
-        for name, case in problems(implementation == "mosaic_gpu"):
+        for name, case in problems(implementation):
             found = contract.run_case(implementation, case.cast("bfloat16"))
             bad = [bool(np.isnan(x).any()) for x in jax.tree.leaves(found)]
             print(implementation, name, "NaN" if any(bad) else "ran", flush=True)

@@ -1,0 +1,4 @@
+#include "kernel/backward_sm90.cuh"
+
+template cudaError_t jsparse::launch_backward<JSPARSE_BFLOAT16, 128, true>(
+    const BackwardParams &, bool, cudaStream_t);

@@ -1,0 +1,4 @@
+#include "kernel/backward_sm90.cuh"
+
+template cudaError_t jsparse::launch_backward<JSPARSE_FLOAT16, 32, true>(
+    const BackwardParams &, bool, cudaStream_t);

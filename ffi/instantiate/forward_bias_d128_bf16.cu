@@ -1,0 +1,5 @@
+#define JSPARSE_INLINE_STEPS __forceinline__
+#include "kernel/forward_sm90.cuh"
+
+template cudaError_t jsparse::launch_forward<JSPARSE_BFLOAT16, 128, true>(
+    const ForwardParams &, cudaStream_t);
