@@ -75,6 +75,8 @@ class BiasedWalker(Walker):
                 return gradient.rows(bias.values, b, h, self.first_row(fields))
             _, heads, length = bias.values.shape
             return (b * heads + h) * length + self.position(fields, lists, n).column
+        if "bias_full" in s:
+            plgpu.barrier_wait(s["bias_full"][slot])
         shape = (64, self.tile) if self.rows_are_queries else (self.tile, 64)
         load = _bias.load_tile(*shape, bias.values.dtype, not self.rows_are_queries)
         values = load(s["bias"].at[slot, fields[HALF]])
@@ -276,12 +278,24 @@ def bias_stream(
 ) -> dict:
     """Shared memory and barriers of a bias whose tiles have that dtype; None: nothing.
 
+    They arrive with the first stream, see `arrivals`: a wait less in every step.
     ``lead`` are teams, stages and warpgroups; ``shape`` is a warpgroup's tile.
     """
     if dtype is None:
         return {}
     _, stages, wgs = lead
     return dict(bias=_bias.tile(lead, *shape, dtype), bias_free=bar(stages, wgs))
+
+
+def late_bias_stream(
+    bar: Callable, lead: tuple[int, ...], shape: tuple[int, int], dtype: Any
+) -> dict:
+    """`bias_stream` with a barrier for its arrival: products start before it."""
+    if dtype is None:
+        return {}
+    _, stages, wgs = lead
+    full = bar(stages, arrivals(wgs, shape[1], dtype))
+    return dict(bias_full=full, **bias_stream(bar, lead, shape, dtype))
 
 
 def arrivals(wgs: int, columns: int, dtype: Any) -> int:

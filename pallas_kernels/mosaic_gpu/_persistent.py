@@ -339,7 +339,8 @@ class Walker(Teams):
                         at = (b, columns, h_col) if tiles else (b, h_col, columns)
                         plgpu.copy_gmem_to_smem(array.at[at], s[name].at[slot], full)
                 if _bias.streamed(lists.bias):
-                    full = s[f"{streams[0].name}_full"][slot]
+                    own = "bias_full" in s
+                    full = s["bias_full" if own else f"{streams[0].name}_full"][slot]
                     nth = lax.div(n, per_block)
                     self.load_bias(fields, lists.bias, nth, column, s, slot, full)
                 return following
@@ -361,7 +362,7 @@ class Walker(Teams):
     ) -> None:
         """Fetches the bias of a step of the nth block, a tile for each warpgroup.
 
-        It arrives at the barrier ``full`` of the first stream.
+        It arrives at ``full``: a barrier of its own, or the first stream's.
         """
         number = 0
         if isinstance(bias, BlockBias):

@@ -207,7 +207,6 @@ def scratch_spec(
     tile = lambda *shape: _persistent.tiles((c.teams, *shape), dtype)
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
     shared = _sharing.scratch_spec(c.teams, value_dim) if c.share else {}
-    of_bias = _biased.arrivals(wgs, c.tile_kv, bias_dtype)
     return dict(
         **shared,
         q=tile(c.num_q_stages, wgs, 64, head_dim),
@@ -218,11 +217,11 @@ def scratch_spec(
         item=_persistent.item_slots(c.teams, c.num_q_stages),
         fixed_full=bar(c.num_q_stages, 1 + wgs),
         fixed_free=bar(c.num_q_stages, wgs),
-        k_full=bar(c.num_stages, 1 + of_bias),
+        k_full=bar(c.num_stages, 1),
         k_free=bar(c.num_stages, wgs),
         v_full=bar(c.num_stages, 1),
         v_free=bar(c.num_stages, wgs),
-        **_biased.bias_stream(
+        **_biased.late_bias_stream(
             bar, (c.teams, c.num_stages, wgs), (64, c.tile_kv), bias_dtype
         ),
     )
