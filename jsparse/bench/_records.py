@@ -6,6 +6,7 @@ newest record of each case on each device.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ def records_folder(to_write: bool = False) -> Path:
 
 
 def write_record(record: Record, folder: Path) -> Path:
-    """Writes one record and returns its file.
+    """Writes one record and returns its file, which is a new one.
 
     Args:
         record: made by `run_case`.
@@ -70,7 +71,10 @@ def write_record(record: Record, folder: Path) -> Path:
     where = f"{device['platform']}-{name}-{device['cores']}cores"
     # Records of the same case that say something else.
     kind = f"-{record['kind']}" if record["kind"] in _BESIDE else ""
-    file = folder / f"{record['case']}{kind}.{where}.{stamp}.json"
+    stem = f"{record['case']}{kind}.{where}.{stamp}"
+    again = (f"-{n}" for n in itertools.count(2))
+    files = (folder / f"{stem}{more}.json" for more in itertools.chain([""], again))
+    file = next(file for file in files if not file.exists())
     write_file(file, to_json(record) + "\n")
     return file
 

@@ -128,6 +128,14 @@ def test_written_record_is_read_back(tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir()] == [file.name]
 
 
+def test_records_of_the_same_second_are_all_kept(tmp_path: Path):
+    records = [attention(about=str(n)) for n in range(3)]
+    names = [write_record(record, tmp_path).name for record in records]
+    stem = "tiny.cpu-acme-9000-tm-2cores.20260102T030405Z"
+    assert names == [f"{stem}{more}.json" for more in ("", "-2", "-3")]
+    assert sorted(x["about"] for x in read_records(tmp_path)) == ["0", "1", "2"]
+
+
 def test_records_come_oldest_first(tmp_path: Path):
     late = attention(case="a", date="2026-05-01T00:00:00+00:00")
     write_record(late, tmp_path)
