@@ -236,7 +236,7 @@ def test_only_the_forward_kernel_is_tuned_without_backward(hopper, monkeypatch):
 def test_configs_beside_a_bias(case, bias, hopper, monkeypatch):
     monkeypatch.setattr(_tuning, "build", lambda *_: Invented(1.0))
     record = run_case(case, Options(kind="tune", repeats=1), Progress())
-    assert record["choices"] == []  # there is none: CUDA kernels take no bias
+    assert record["choices"] == []  # of the attention of models none is made
     assert [(x["kernel"], x["bias"]) for x in record["entries"]] == [
         (kernel, bias) for kernel in ("forward", "dq", "dkv")
     ]

@@ -155,7 +155,7 @@ def test_a_bias_without_a_gradient(on_cpu):
         def loss(q, k, v):
             attend = functools.partial(block_sparse_attention, bias=case.bias)
             out = attend(q, k, v, mask, implementation=implementation)
-            return (out * case.dout).sum(dtype="float32")
+            return (out.astype("float32") * case.dout.astype("float32")).sum()
 
         return jax.grad(loss, (0, 1, 2))(*arrays)
 
