@@ -42,9 +42,7 @@ def headers() -> list[Path]:
     return [*found, found[-1] / "cccl"]
 
 
-def compiled(
-    factory: pytest.TempPathFactory, name: str, *sources: str
-) -> ctypes.CDLL:
+def compiled(factory: pytest.TempPathFactory, name: str, *sources: str) -> ctypes.CDLL:
     """A library of sources in this folder, for the CPU; workers of one run share it."""
     folder = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

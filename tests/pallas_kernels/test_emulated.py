@@ -135,9 +135,7 @@ def test_rules():
     check(make_case(rng, mask, heads=(1, 1)))
 
 
-@pytest.mark.parametrize(
-    "launch, static", [("few_blocks", True), ("few_rows", False)]
-)
+@pytest.mark.parametrize("launch, static", [("few_blocks", True), ("few_rows", False)])
 def test_split_rows(launch, static, monkeypatch):
     # Rows of 1 and 6 blocks, fewer than workers: the longer one comes first.
     monkeypatch.setattr(fwd_sm90, "launch_of", lambda *_: launch)
