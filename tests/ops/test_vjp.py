@@ -40,8 +40,13 @@ def asked(monkeypatch):
 
 @pytest.mark.parametrize(
     "transform, kind",
-    [("", "dense"), ("vmap", "linear"), ("checkpoint", "dense")]
-    + [("jit", "dense"), ("jit", "linear")],
+    [
+        ("", "dense"),
+        ("vmap", "linear"),
+        ("checkpoint", "dense"),
+        ("jit", "dense"),
+        ("jit", "linear"),
+    ],
 )
 def test_only_a_bias_that_is_differentiated_gets_a_gradient(
     kind, transform, problem, asked
