@@ -35,6 +35,8 @@ _COLOURS = {
 }
 _HATCHED = {"hatch": "////", "alpha": 0.75}  # another result: every pair
 _OURS = "ours"
+_LEGEND_COLUMN = 1.5
+"""Inches; as wide as the longest label."""
 
 
 def plots(records: Sequence[Record], theme: Theme = LIGHT) -> dict[str, bytes]:
@@ -306,9 +308,11 @@ def _line(colour: str, dense: bool, _: Theme) -> Any:
 
 
 def _shared_legend(figure: Any, handles: list[Any], theme: Theme) -> None:
+    """Below the panels, in as many columns as the figure has room for."""
+    fit = int(figure.get_figwidth() / _LEGEND_COLUMN)
     add_legend(
         *(figure, theme),
         handles=handles,
         loc="outside lower center",
-        ncols=len(handles),
+        ncols=min(len(handles), max(1, fit)),
     )
