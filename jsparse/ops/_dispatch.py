@@ -119,14 +119,16 @@ def _faster(problem: Problem, table: Mapping[_measured.Key, _measured.Entry]) ->
     """The faster rival in each pass."""
     names, reasons = [], []
     for direction in _measured.PASSES:
-        entry = table.get(_measured.Key.of(problem, direction))
+        key = _measured.Key.of(problem, direction)
+        entry = _measured.find(table, key)
         if entry is None:
             names.append(_measured.RIVALS[0])
             reasons.append(f"{direction} was not measured: {names[-1]} comes first")
         else:
             names.append(entry["fastest"])
             case = entry["measured"]["case"]
-            reasons.append(f"{direction}: {names[-1]} was faster on {case}")
+            there = "" if entry["device"] == key.device else f" ({entry['device']})"
+            reasons.append(f"{direction}: {names[-1]} was faster on {case}{there}")
     return Choice(names[0], names[1], "; ".join(reasons))
 
 

@@ -91,10 +91,16 @@ def test_other_problems_have_no_entry(table, change):
     assert choice("auto", other, table(forward="cutlass")).forward == "mosaic_gpu"
 
 
-def test_other_gpus_have_no_entry(table, monkeypatch):
-    found = table(forward="cutlass")
+def test_another_gpu_counts_where_this_one_was_not_measured(table, monkeypatch):
+    of_h100 = table(forward="cutlass", backward="cutlass")
     monkeypatch.setattr(_measured, "device_kind", lambda: "NVIDIA H200")
-    assert choice("auto", TAKEN, found).forward == "mosaic_gpu"
+    of_h200 = table(forward="mosaic_gpu")
+    assert choice("auto", TAKEN, of_h100 | of_h200) == (
+        "mosaic_gpu",
+        "cutlass",
+        "forward: mosaic_gpu was faster on some_case; "
+        f"backward: cutlass was faster on some_case ({H100})",
+    )
 
 
 @pytest.mark.parametrize("change", [{"head_dim": 50}, {"dtype": "float16"}], ids=str)
