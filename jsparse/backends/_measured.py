@@ -90,8 +90,7 @@ def shipped() -> Mapping[Key, Entry]:
 def find(table: Mapping[Key, Entry], key: Key) -> Entry | None:
     """The entry of a pass, measured on this kind of GPU, or else on another.
 
-    Multiprocessors of all Hopper GPUs are alike; memory and clocks seldom turn which
-    kernel is faster, so another GPU's word is better than none.
+    Multiprocessors of all Hopper GPUs are alike: another's word is better than none.
     """
     others = (entry for other, entry in table.items() if other[1:] == key[1:])
     return table.get(key) or next(others, None)
