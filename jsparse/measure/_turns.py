@@ -37,7 +37,10 @@ class Turns:
             try:
                 self._lock = self._open.enter_context(self._file.open("a"))
             except OSError as err:
-                raise BadInput(f"--lock {self._file}: {err.strerror}.") from err
+                raise BadInput(
+                    f"--lock {self._file}: {err.strerror}; expected a file in a folder "
+                    "that exists, which may be written."
+                ) from err
             fcntl.flock(self._lock, fcntl.LOCK_SH)
         return self
 
