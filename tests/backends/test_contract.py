@@ -446,6 +446,37 @@ def test_bad_bias_reaches_only_its_row(implementation, value, on_blocks):
         assert np.isnan(np.asarray(x)[row]).any()
 
 
+def check_bad_bias(implementation: str, value: float, on_blocks: bool) -> None:
+    """A bias of -inf masks its element, of another bad value reaches only its row."""
+    if value == -np.inf:
+        test_bias_of_minus_infinity_masks_the_element(implementation, on_blocks)
+    else:
+        test_bad_bias_reaches_only_its_row(implementation, value, on_blocks)
+
+
+def check_memory_of_a_shared_bias(implementation: Any) -> None:
+    """64 entries share 64 MB: nothing so large is allocated beside the gradient."""
+    rng, length = np.random.default_rng(11), 2048
+    mask = random_mask(rng, (length, length, 128, 128), 600, elements=False)
+    case = make_case(rng, mask, batch=(64,), heads=(4, 4), dims=(32, 32))
+    case = case.cast("bfloat16")
+    bias = jnp.zeros((4, length, length), jnp.float32)
+
+    def gradients(q, k, v, bias, dout):
+        def attend(q, k, v, bias):
+            return block_sparse_attention(
+                q, k, v, mask, bias=bias, implementation=implementation
+            )
+
+        out, pullback = jax.vjp(attend, q, k, v, bias)
+        return out, *pullback(dout)
+
+    args = (case.q, case.k, case.v, bias, case.dout)
+    memory: Any = jax.jit(gradients).lower(*args).compile().memory_analysis()
+    ends = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    assert memory.temp_size_in_bytes < 0.05 * ends + 64e6
+
+
 @pytest.mark.parametrize("form", ["linear", "quadratic", "table"])
 @pytest.mark.parametrize("implementation", WITH_BIAS)
 def test_an_atom_without_a_place_reaches_only_who_sees_it(implementation, form):

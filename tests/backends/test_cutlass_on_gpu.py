@@ -8,7 +8,6 @@ split rows of queries and of keys; and all of it beside a bias.
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import functools
 from typing import Any
 
@@ -17,18 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsparse import BlockBias, block_sparse_attention
 from jsparse.backends import cutlass
 from tests.backends import test_contract as contract
 from tests.support.cases import (
     CASES,
     Case,
-    biases,
-    cast_bias,
     growing_logits,
     make_case,
+    pair,
     random_mask,
     uneven_rows,
+    with_bias,
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cutlass_on_gpu")]
@@ -147,25 +145,6 @@ def test_the_same_bits_a_thousand_times(dim, kind):
 # ------------------------------------------------------------------------- with a bias
 
 
-def with_bias(case: Case, kind: str, dtype: str = "float32") -> Case:
-    """The case with a bias; a dense one has no batch axis where the case has none."""
-    rng, batch = np.random.default_rng(8), case.q.shape[:-3]
-    count = int(np.prod(batch))
-    made = biases(rng, case.mask, case.q.shape[-2], count)[kind]
-    if not batch and not isinstance(made, BlockBias) and made.ndim == 4:
-        made = made[0]
-    return dataclasses.replace(case, bias=cast_bias(made, dtype))
-
-
-def pair(
-    sizes: tuple[int, int, int, int], dim: int = 32, batch: tuple[int, ...] = (2,)
-) -> Case:
-    """Two batch entries, query heads that share key heads."""
-    rng = np.random.default_rng(12)
-    mask = random_mask(rng, sizes, 12)
-    return make_case(rng, mask, batch=batch, heads=(4, 2), dims=(dim, dim))
-
-
 @pytest.mark.parametrize("bias_dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", BIASES)
 def test_every_bias(kind, bias_dtype):
@@ -222,13 +201,7 @@ def test_bias_of_half_rows(half_rows, kind, dim):
 @pytest.mark.parametrize("on_blocks", [False, True], ids=["dense", "block"])
 @pytest.mark.parametrize("value", [-np.inf, np.inf, np.nan])
 def test_bad_bias(value, on_blocks):
-    if value == -np.inf:
-        test = contract.test_bias_of_minus_infinity_masks_the_element
-    else:
-        test = functools.partial(
-            contract.test_bad_bias_reaches_only_its_row, value=value
-        )
-    test("cutlass", on_blocks=on_blocks)
+    contract.check_bad_bias("cutlass", value, on_blocks)
 
 
 def test_bad_bias_outside_the_mask():
@@ -236,23 +209,4 @@ def test_bad_bias_outside_the_mask():
 
 
 def test_memory_of_a_shared_bias():
-    # 64 entries share 64 MB: nothing of that size beside the gradient is allocated.
-    rng, length = np.random.default_rng(11), 2048
-    mask = random_mask(rng, (length, length, 128, 128), 600, elements=False)
-    case = make_case(rng, mask, batch=(64,), heads=(4, 4), dims=(32, 32))
-    case = case.cast("bfloat16")
-    bias = jnp.zeros((4, length, length), jnp.float32)
-
-    def gradients(q, k, v, bias, dout):
-        def attend(q, k, v, bias):
-            return block_sparse_attention(
-                q, k, v, mask, bias=bias, implementation="cutlass"
-            )
-
-        out, pullback = jax.vjp(attend, q, k, v, bias)
-        return out, *pullback(dout)
-
-    args = (case.q, case.k, case.v, bias, case.dout)
-    memory: Any = jax.jit(gradients).lower(*args).compile().memory_analysis()
-    ends = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    assert memory.temp_size_in_bytes < 0.05 * ends + 64e6
+    contract.check_memory_of_a_shared_bias("cutlass")

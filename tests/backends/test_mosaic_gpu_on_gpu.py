@@ -6,7 +6,6 @@ beyond 16 and 32 bits; memory and compilation.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from typing import Any
@@ -25,10 +24,11 @@ from tests.support.cases import (
     CASES,
     Case,
     biases,
-    cast_bias,
     make_case,
+    pair,
     random_mask,
     uneven_rows,
+    with_bias,
 )
 
 pytestmark = pytest.mark.gpu
@@ -150,19 +150,6 @@ def test_items_of_half_a_block(name, config, monkeypatch):
     check(CASES[name](np.random.default_rng(6), (300, 700, 128, 128)), "bfloat16")
 
 
-def with_bias(case: Case, kind: str, dtype: str = "float32") -> Case:
-    rng = np.random.default_rng(8)
-    made = biases(rng, case.mask, case.q.shape[-2], 2)[kind]
-    return dataclasses.replace(case, bias=cast_bias(made, dtype))
-
-
-def pair(sizes: tuple[int, int, int, int], dim: int = 32) -> Case:
-    """Two batch entries, query heads that share key heads."""
-    rng = np.random.default_rng(12)
-    mask = random_mask(rng, sizes, 12)
-    return make_case(rng, mask, batch=(2,), heads=(4, 2), dims=(dim, dim))
-
-
 @pytest.mark.parametrize("bias_dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", contract.KINDS)
 def test_every_bias(kind, bias_dtype):
@@ -276,13 +263,7 @@ def test_every_number_of_weights(form, count):
 @pytest.mark.parametrize("on_blocks", [False, True], ids=["dense", "block"])
 @pytest.mark.parametrize("value", [-np.inf, np.inf, np.nan])
 def test_bad_bias(value, on_blocks):
-    if value == -np.inf:
-        test = contract.test_bias_of_minus_infinity_masks_the_element
-    else:
-        test = functools.partial(
-            contract.test_bad_bias_reaches_only_its_row, value=value
-        )
-    test("mosaic_gpu", on_blocks=on_blocks)
+    contract.check_bad_bias("mosaic_gpu", value, on_blocks)
 
 
 @pytest.mark.parametrize("block_kv", mosaic_gpu.BLOCKS["block_kv"])
@@ -325,23 +306,7 @@ def test_an_atom_without_a_place(form):
 
 
 def test_memory_of_a_shared_bias():
-    # 64 entries share 64 MB: nothing of that size beside the gradient is allocated.
-    rng, length = np.random.default_rng(11), 2048
-    mask = random_mask(rng, (length, length, 128, 128), 600, elements=False)
-    case = make_case(rng, mask, batch=(64,), heads=(4, 4), dims=(32, 32))
-    case = case.cast("bfloat16")
-    bias = jnp.zeros((4, length, length), jnp.float32)
-
-    def gradients(q, k, v, bias, dout):
-        out, pullback = jax.vjp(
-            lambda q, k, v, bias: attend(q, k, v, mask, bias=bias), q, k, v, bias
-        )
-        return out, *pullback(dout)
-
-    args = (case.q, case.k, case.v, bias, case.dout)
-    memory: Any = jax.jit(gradients).lower(*args).compile().memory_analysis()
-    ends = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    assert memory.temp_size_in_bytes < 0.05 * ends + 64e6
+    contract.check_memory_of_a_shared_bias("mosaic_gpu")
 
 
 @pytest.mark.parametrize(

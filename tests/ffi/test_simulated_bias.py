@@ -23,11 +23,10 @@ from tests.pallas_kernels.emulation import emulated
 from tests.support.cases import (
     CASES,
     Case,
-    biases,
-    cast_bias,
     make_case,
     random_mask,
     uneven_rows,
+    with_bias,
 )
 
 BIASES = (
@@ -40,17 +39,6 @@ OWN = (
     *(("per_key", "float32"), ("block", "float32"), ("block", "bfloat16")),
 )
 """Those of which, without batch axes, the CUDA kernels compute the gradient."""
-
-
-def with_bias(case: Case, kind: str, dtype: str = "float32") -> Case:
-    """The case with a bias; a dense one without batch axes where it has none."""
-    batch = case.q.shape[:-3]
-    rng = np.random.default_rng(1)
-    count = int(np.prod(batch))
-    bias = biases(rng, case.mask, case.q.shape[-2], count)[kind]
-    if not batch and kind == "dense":
-        bias = bias[0]
-    return dataclasses.replace(case, bias=cast_bias(bias, dtype))
 
 
 def check_gradients(case: Case, dtype: str = "bfloat16", known: bool = False) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
-import functools
 
 import jax
 import numpy as np
@@ -317,13 +316,7 @@ def test_bias_shared_over_some_batch_axes(lead):
 )
 def test_bad_bias(value, on_blocks, monkeypatch):
     monkeypatch.setitem(contract.BLOCKS, "mosaic_gpu", SIZES["64 x 64"])
-    if value == -np.inf:
-        test = contract.test_bias_of_minus_infinity_masks_the_element
-    else:
-        test = functools.partial(
-            contract.test_bad_bias_reaches_only_its_row, value=value
-        )
-    test("mosaic_gpu", on_blocks=on_blocks)
+    contract.check_bad_bias("mosaic_gpu", value, on_blocks)
 
 
 def test_bad_bias_outside_the_mask(monkeypatch):

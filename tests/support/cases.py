@@ -276,3 +276,22 @@ def cast_bias(bias: Any, dtype: str) -> Any:
     if isinstance(bias, DistanceBias):
         return bias
     return jax.tree_util.tree_map(lambda x: jnp.asarray(x).astype(dtype), bias)
+
+
+def with_bias(case: Case, kind: str, dtype: str = "float32") -> Case:
+    """The case with a bias; a dense one has no batch axis where the case has none."""
+    batch = case.q.shape[:-3]
+    heads, count = case.q.shape[-2], int(np.prod(batch))
+    made = biases(np.random.default_rng(8), case.mask, heads, count)[kind]
+    if not batch and isinstance(made, np.ndarray) and made.ndim == 4:
+        made = made[0]
+    return dataclasses.replace(case, bias=cast_bias(made, dtype))
+
+
+def pair(
+    sizes: tuple[int, int, int, int], dim: int = 32, batch: tuple[int, ...] = (2,)
+) -> Case:
+    """Two batch entries, query heads that share key heads."""
+    rng = np.random.default_rng(12)
+    mask = random_mask(rng, sizes, 12)
+    return make_case(rng, mask, batch=batch, heads=(4, 2), dims=(dim, dim))
