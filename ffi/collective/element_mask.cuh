@@ -22,6 +22,18 @@ __host__ __device__ constexpr int first_column(int thread) { return thread % 4 *
 __host__ __device__ constexpr int word_of(int i) { return i / 16; }
 __host__ __device__ constexpr int bit_of(int i) { return i % 16 / 4 * 8 + i % 2; }
 
+// The first row and column of a thread in the tile that its warpgroup computes.
+struct Place {
+  int batch;
+  int row;
+  int column;
+};
+
+// Bits of the columns before `end`, of 32 from `first` on.
+__host__ __device__ constexpr uint32_t bits_before(int end, int first) {
+  return end <= first ? 0 : end - first >= 32 ? 0xffffffff : (1u << (end - first)) - 1;
+}
+
 template <int kColumns>
 struct ElementMask {
   static constexpr int kWords = kColumns / 32;
@@ -59,13 +71,20 @@ struct ElementMask {
       }
     }
   }
-};
 
-// The first row and column of a thread in the tile that its warpgroup computes.
-struct Place {
-  int batch;
-  int row;
-  int column;
+  // Lets only those elements count whose column is in `interval(half)`, first and past the last.
+  template <class Interval>
+  __device__ void restrict_to_interval(const Place &place, Interval interval) {
+    CUTE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      int2 ends = interval(half);
+      CUTE_UNROLL
+      for (int w = 0; w < kWords; ++w) {
+        int first = place.column + 32 * w;
+        words[half][w] &= bits_before(ends.y, first) & ~bits_before(ends.x, first);
+      }
+    }
+  }
 };
 
 // The elements of one step that count.
@@ -82,10 +101,8 @@ class ElementTest {
     if (elements.lengths != nullptr) {
       const int32_t *lengths = elements.lengths + 2 * int64_t(place.batch);
       int rows = lengths[0], columns = lengths[1];
-      mask.restrict_to([&](int pair) {
-        return [=](int half, int second) {
-          return place.row + 8 * half < rows && place.column + 8 * pair + second < columns;
-        };
+      mask.restrict_to_interval(place, [=](int half) {
+        return make_int2(0, place.row + 8 * half < rows ? columns : 0);
       });
     }
     for (int i = 0; i < elements.num_rules; ++i) apply_rule(mask, sizes, elements.rules[i], place);
@@ -131,12 +148,8 @@ class ElementTest {
       case JSPARSE_ROW_INTERVAL: {
         auto of_row = entry<int>(rule.first, rule.first_batched, place, rows) + place.row;
         auto stop_of_row = entry<int>(rule.second, rule.second_batched, place, rows) + place.row;
-        int start[2] = {of_row[0], of_row[8]}, stop[2] = {stop_of_row[0], stop_of_row[8]};
-        mask.restrict_to([&](int pair) {
-          return [=](int half, int second) {
-            int column = place.column + 8 * pair + second;
-            return start[half] <= column && column < stop[half];
-          };
+        mask.restrict_to_interval(place, [=](int half) {
+          return make_int2(of_row[8 * half], stop_of_row[8 * half]);
         });
         return;
       }

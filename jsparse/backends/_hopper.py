@@ -280,7 +280,7 @@ class Call:
         if bits is not None:
             bits = jax.lax.bitcast_convert_type(bits, jnp.int32)
         lengths = None
-        if not any(isinstance(rule, Within) for rule in rules):
+        if all(isinstance(rule, SameLabel) for rule in rules):  # see `_kernel_rule`
             shape = (self.q.shape[0],)
             both = [jnp.broadcast_to(x.lengths, shape) for x in (rows, columns)]
             lengths = jnp.stack(both, 1).reshape(-1).astype(jnp.int32)
@@ -299,23 +299,30 @@ def _kernel_rule(
 ) -> Rule:
     """A rule by row and column, its arrays padded to whole blocks.
 
-    Tokens that do not exist get coordinates that are NaN, and are close to nothing.
+    An interval and a cut-off rule out tokens that do not exist: those have no interval,
+    and end those of others; or their coordinates are NaN, and close to nothing.
     """
 
     def whole(x, tokens):
         return _pad_last(x.astype(jnp.int32), tokens.padded, 0)
 
+    def interval(window, tokens, others):
+        exists = np.arange(window.stop.shape[-1]) < tokens.lengths[:, None]
+        stop = jnp.clip(window.stop, 0, others.lengths[:, None])
+        ends = jnp.maximum(window.start, 0), jnp.where(exists, stop, 0)
+        return [whole(x, tokens) for x in ends]
+
     def by_axis(x, tokens):
-        exists = jnp.arange(x.shape[-2]) < tokens.lengths[:, None]
+        exists = np.arange(x.shape[-2]) < tokens.lengths[:, None]
         x = jnp.where(exists[..., None], x.astype(jnp.float32), jnp.nan)
         return _pad_last(jnp.moveaxis(x, -1, -2), tokens.padded, jnp.nan)
 
     if isinstance(rule, Segments):
         return SameLabel(whole(rule.q_ids, rows), whole(rule.kv_ids, columns))
     if isinstance(rule, Window):
-        by_row = rule.side == "q"
-        ends = [whole(x, rows if by_row else columns) for x in (rule.start, rule.stop)]
-        return RowInterval(*ends) if by_row else ColumnInterval(*ends)
+        if rule.side == "q":
+            return RowInterval(*interval(rule, rows, columns))
+        return ColumnInterval(*interval(rule, columns, rows))
     cutoff = rule.cutoff[:, 0].astype(jnp.float32)
     coords = by_axis(rule.q_coords, rows), by_axis(rule.kv_coords, columns)
     return Within(*coords, cutoff * cutoff)

@@ -373,7 +373,7 @@ def _first(count: Array) -> Array:
 
 
 def _slots(column: Array) -> Array:
-    return jnp.arange(column.shape[-1], dtype=jnp.int32)
+    return np.arange(column.shape[-1], dtype=np.int32)
 
 
 def _by_place(mask: BlockMask, values: list, fill: int) -> Array:

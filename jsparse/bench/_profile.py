@@ -1,8 +1,7 @@
 """Hardware counters of our kernels, read by Nsight Compute (``ncu``).
 
-``ncu`` runs a child process, `run_child`, that calls one pass a few times. What it
-launches before, to tune while it compiles and for the residuals of a backward pass, is
-told apart by its order. Called by ``_runner.py``.
+``ncu`` runs a child process, ``_profiled.py``, which calls one pass a few times and has
+the driver say when to look. Called by ``_runner.py``.
 """
 
 from __future__ import annotations
@@ -21,13 +20,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from jsparse.bench._cases import AttentionCase, all_cases
-from jsparse.bench._contract import Direction, Task
-from jsparse.bench._jax_peers import Ours
+from jsparse.bench._contract import Direction
 from jsparse.measure import BadInput
 
 CALLS = 3
@@ -52,7 +45,7 @@ _UNITS = {
     **{"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9},
     **{"%": 1.0, "inst": 1.0, "": 1.0},
 }
-_CHILD = "import sys, jsparse.bench._profile as p; p.run_child(sys.argv[1])"
+_CHILD = "import sys, jsparse.bench._profiled as p; p.run(sys.argv[1])"
 _PLACES = ("/usr/local/cuda/bin/ncu", "/opt/nvidia/nsight-compute/*/ncu")
 
 
@@ -65,9 +58,9 @@ class Pass:
         direction: the pass.
         implementation: ours.
         traced: whether the mask is an argument.
-        heads: number of heads.
-        head_dim: channels of each.
-        dtype: of queries, keys and values.
+        heads: number of heads; a model has its own.
+        head_dim: channels of each; likewise.
+        dtype: of queries, keys and values; likewise.
     """
 
     case: str
@@ -119,6 +112,7 @@ def profile_pass(what: Pass) -> list[dict[str, Any]]:
         command = [
             *(ncu, "--csv", "--print-units", "base", "--clock-control", "none"),
             *("--target-processes", "all", "--log-file", str(log)),
+            *("--profile-from-start", "off"),
             *("--metrics", ",".join(METRICS.values())),
             *(sys.executable, "-c", _CHILD, json.dumps(asdict(what))),
         ]
@@ -133,13 +127,7 @@ def profile_pass(what: Pass) -> list[dict[str, Any]]:
     launches = parse_counters(text.splitlines())
     if done.returncode or not launches:
         raise BadInput(_failure(done, text))
-    kernels = by_kernel(of_the_calls(launches))
-    if not kernels:
-        raise BadInput(
-            f"--profile: the last of {len(launches)} launches are not {CALLS} times "
-            "the same kernels; expected the calls of one pass."
-        )
-    return kernels
+    return by_kernel(launches)
 
 
 def _failure(done: subprocess.CompletedProcess[str], log: str) -> str:
@@ -196,26 +184,6 @@ def parse_counters(lines: Iterable[str]) -> list[Launch]:
     return list(launches.values())
 
 
-def of_the_calls(launches: list[Launch]) -> list[Launch]:
-    """The last launches, as many as are `CALLS` times the same kernels.
-
-    Example:
-        >>> launches = [Launch(name, {}) for name in "aaaab" + CALLS * "ac"]
-        >>> "".join(launch.kernel for launch in of_the_calls(launches))
-        'acacac'
-    """
-    for each in range(len(launches) // CALLS, 0, -1):
-        last = launches[-each * CALLS :]
-        calls = (
-            sorted(launch.kernel for launch in last[n : n + each])
-            for n in range(0, len(last), each)
-        )
-        first = next(calls)
-        if all(call == first for call in calls):
-            return last
-    return []
-
-
 def by_kernel(launches: list[Launch]) -> list[dict[str, Any]]:
     """Means of the counters over the launches of each kernel; see `profile_pass`.
 
@@ -248,30 +216,3 @@ def _number(text: str) -> float | None:
 
 def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-# ------------------------------------------------------------------------ the child
-
-
-def run_child(text: str) -> None:
-    """Runs one pass `CALLS` times, and launches nothing after.
-
-    Args:
-        text: a `Pass` as JSON.
-    """
-    what = Pass(**json.loads(text))
-    case = all_cases()[what.case]
-    assert isinstance(case, AttentionCase)  # the parent has seen to it
-    mask = case.load().mask
-    rng = np.random.default_rng(0)
-    shape = (mask.q_len, what.heads, what.head_dim)
-    q, k, v, dout = (
-        jax.device_put(
-            rng.standard_normal(shape, np.float32).astype(jnp.dtype(what.dtype))
-        )
-        for _ in range(4)
-    )
-    ours = Ours(what.implementation, what.traced)
-    call = ours.enter(Task(mask, [(q, k, v, dout)])).ready(what.direction)
-    for _ in range(CALLS):
-        jax.block_until_ready(call.compiled.call(*call.sets[0]))

@@ -234,7 +234,7 @@ def _run_attention(
     mask = pattern.mask
     size = jnp.dtype(dtype).itemsize
     check_inputs(4 * _SETS, mask.q_len, heads, head_dim, size)
-    sets = [_inputs(seed, mask, heads, head_dim, dtype) for seed in range(_SETS)]
+    sets = [draw_inputs(seed, mask, heads, head_dim, dtype) for seed in range(_SETS)]
     ours = Ours(_implementation(options, sets[0], mask), options.traced)
     if options.traced:
         record["case"] += "-traced"
@@ -243,8 +243,8 @@ def _run_attention(
     _describe(record, options, ours.name, pattern, ours.static, sizes)
     if options.kind == "profile":
         del sets  # the child makes its own
-        # Not alone: ncu has a lock of its own.
-        _run_profile(case, options, progress, record)
+        directions = _directions(options, True)
+        _run_profile(case.name, directions, options, progress, record)
         return
     known = PEERS | _rivals(ours, options, sets[0], mask)
     directions = _directions(options, kernels)
@@ -331,10 +331,9 @@ def _run_model(
             raise BadInput(
                 f"case {case.name!r} has the {name} of a model; expected none other."
             )
-    if options.kind == "profile" or options.traced:
-        what = "traced" if options.traced else options.kind
+    if options.traced:
         raise BadInput(
-            f"case {case.name!r} is of a model; expected a case of blocks for --{what}."
+            f"case {case.name!r} is of a model; expected a case of blocks for --traced."
         )
     _check_gpu(options)
     with progress.stage(f"{case.name}: pattern"):
@@ -344,7 +343,7 @@ def _run_model(
     numbers = sum(math.prod(x.shape) for x in model.shapes)
     # Those of a contender in another layout are held beside them.
     check_inputs(2 * _SETS, numbers, 1, 1, size)
-    sets = [_model_inputs(seed, model) for seed in range(_SETS)]
+    sets = [draw_model_inputs(seed, model) for seed in range(_SETS)]
     ours = _ours(options, model)
     kernels = record["device"]["platform"] == "gpu"
     sizes = {"batch": model.pattern.batch, "heads": case.heads}
@@ -354,8 +353,12 @@ def _run_model(
         drawn = "uniform slopes, normal coordinates, else standard normal"
     static = not model.data
     _describe(record, options, ours.name, model.pattern, static, sizes, drawn)
-    known = _model_rivals(ours, model) | {peer.name: peer for peer in model.peers}
     directions = _directions(options, kernels and case.alone)
+    if options.kind == "profile":
+        del sets  # the child makes its own
+        _run_profile(case.name, directions, options, progress, record)
+        return
+    known = _model_rivals(ours, model) | {peer.name: peer for peer in model.peers}
     _attend(
         *(options, progress, turns, record),
         *(model.pattern, Task(mask, sets), ours, known, directions),
@@ -367,7 +370,7 @@ def _ours(options: Options, model: Model) -> ModelPeer:
     reasons = {}
     names = IMPLEMENTATIONS if options.implementation == "auto" else ()
     for name in names or (options.implementation,):
-        ours = _implemented(model, name)
+        ours = implemented(model, name)
         reason = ours.available()
         if reason is None:
             return ours
@@ -375,7 +378,7 @@ def _ours(options: Options, model: Model) -> ModelPeer:
     raise BadInput(" ".join(reasons.values()))
 
 
-def _implemented(model: Model, name: str) -> ModelPeer:
+def implemented(model: Model, name: str) -> ModelPeer:
     """Ours with an implementation; `available` says whether it can."""
     attend = functools.partial(model.attend, implementation=name)
     make = functools.partial(ModelPeer, name, attend, model.data, arrange=model.arrange)
@@ -390,10 +393,10 @@ def _implemented(model: Model, name: str) -> ModelPeer:
 
 def _model_rivals(ours: ModelPeer, model: Model) -> dict[str, Peer]:
     """Our other kernels, to be timed in the same rounds."""
-    return {name: _implemented(model, name) for name in RIVALS if name != ours.name}
+    return {name: implemented(model, name) for name in RIVALS if name != ours.name}
 
 
-def _model_inputs(seed: int, model: Model) -> Inputs:
+def draw_model_inputs(seed: int, model: Model) -> Inputs:
     """What `Inputs` says, of a model."""
     keys = jax.random.split(jax.random.key(seed), len(model.shapes) + 2)
     own = 3 if model.draw else len(model.shapes)
@@ -407,19 +410,26 @@ def _model_inputs(seed: int, model: Model) -> Inputs:
 
 
 def _run_profile(
-    case: AttentionCase, options: Options, progress: Progress, record: dict[str, Any]
+    name: str,
+    directions: tuple[Direction, ...],
+    options: Options,
+    progress: Progress,
+    record: dict[str, Any],
 ) -> None:
-    """Fills in the counters of each pass; results are checked by the other runs."""
-    if case.name not in all_cases():
+    """Fills in the counters of each pass; results are checked by the other runs.
+
+    Not alone: ``ncu`` has a lock of its own.
+    """
+    if name not in all_cases():
         raise BadInput(
-            f"case {case.name!r} is of a structure file; expected a named case for "
+            f"case {name!r} is of a structure file; expected a named case for "
             "--profile, see --list."
         )
     shape = record["input"]
     record["timer"] = "ncu --clock-control none; means of a kernel's launches"
-    for direction in _directions(options, True):
+    for direction in directions:
         what = Pass(
-            *(case.name, direction, record["ours"], options.traced),
+            *(name, direction, record["ours"], options.traced),
             *(shape["heads"], shape["head_dim"], shape["dtype"]),
         )
         title = f"{record['case']}: counters, {direction}"
@@ -434,7 +444,7 @@ def _directions(options: Options, kernels: bool) -> tuple[Direction, ...]:
     return ("forward", "backward" if kernels else "forward_backward")
 
 
-def _inputs(
+def draw_inputs(
     seed: int, mask: BlockMask, heads: int, head_dim: int, dtype: str
 ) -> Inputs:
     """q, k, v and a cotangent of the output."""

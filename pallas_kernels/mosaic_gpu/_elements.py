@@ -41,30 +41,20 @@ class SameLabel(NamedTuple):
         """What it needs for two neighbouring columns."""
         return [at.columns(self.columns, pair)]
 
-    def allows(self, row: Values, column: Values, i: ir.Value, j: ir.Value):
-        """Whether the element of row i and column j counts."""
-        del i, j
+    def allows(self, row: Values, column: Values, i: ir.Value):
+        """Whether the element of row i and a column counts."""
+        del i
         return _compare("eq", row[0], column[0])
 
 
 class RowInterval(NamedTuple):
-    """Allows columns ``start <= c < stop`` of each row, ``[B or 1, R]`` int32."""
+    """Allows columns ``start <= c < stop`` of each row, ``[B or 1, R]`` int32.
+
+    Tested by bit, as lengths are: see `Place.words`.
+    """
 
     start: Array
     stop: Array
-
-    def by_row(self, at: Place) -> Values:
-        """See `SameLabel`."""
-        return [at.rows(self.start), at.rows(self.stop)]
-
-    def by_column(self, at: Place, pair: int) -> Values:
-        """See `SameLabel`."""
-        return []
-
-    def allows(self, row: Values, column: Values, i: ir.Value, j: ir.Value):
-        """See `SameLabel`."""
-        start, stop = row
-        return _both(_compare("sle", start, j), _compare("slt", j, stop))
 
 
 class ColumnInterval(NamedTuple):
@@ -81,7 +71,7 @@ class ColumnInterval(NamedTuple):
         """See `SameLabel`."""
         return [at.columns(self.start, pair), at.columns(self.stop, pair)]
 
-    def allows(self, row: Values, column: Values, i: ir.Value, j: ir.Value):
+    def allows(self, row: Values, column: Values, i: ir.Value):
         """See `SameLabel`."""
         start, stop = column
         return _both(_compare("sle", start, i), _compare("slt", i, stop))
@@ -109,9 +99,9 @@ class Within(NamedTuple):
         """See `SameLabel`."""
         return [at.columns(self.columns, pair, axis) for axis in range(3)]
 
-    def allows(self, row: Values, column: Values, i: ir.Value, j: ir.Value):
+    def allows(self, row: Values, column: Values, i: ir.Value):
         """See `SameLabel`."""
-        del i, j
+        del i
         *xyz, cutoff2 = row
         dx, dy, dz = (r.sub(x, y) for x, y in zip(xyz, column, strict=True))
         square = r.fma(dz, dz, r.fma(dy, dy, r.mul(dx, dx)))
@@ -176,12 +166,12 @@ class Place:
             first = arith.addi(first, arith.muli(self.batch, r.integer(entry)))
         return arith.addi(first, r.integer(axis * shape[-1]))
 
-    def rows(self, ref: ir.Value, axis: int = 0) -> list[ir.Value]:
-        """Values of the thread's two rows."""
+    def rows(self, ref: ir.Value, axis: int = 0, here: bool = False) -> list[ir.Value]:
+        """Values of the thread's two rows; ``here`` as in `_registers.global_word`."""
         ty = ir.MemRefType(ref.type).element_type
         first = arith.addi(self.row0, self.thread_row)
         at = self._start(ref, axis, first)
-        return [r.global_word(ref, at, 8 * half, ty) for half in range(2)]
+        return [r.global_word(ref, at, 8 * half, ty, here) for half in range(2)]
 
     def columns(self, ref: ir.Value, pair: int, axis: int = 0) -> list[ir.Value]:
         """Values of two neighbouring columns of the thread."""
@@ -196,12 +186,13 @@ class Place:
         at = r.integer(0) if shared else self.batch
         return r.global_word(ref, at, 0, r.f32())
 
-    def words(self, lengths: Any, bits: Any) -> list[list[ir.Value]]:
-        """For each row half, bits of the columns that exist and whose own bit is set.
+    def words(self, lengths: Any, bits: Any, intervals: Sequence) -> list[ir.Value]:
+        """For each row half, a bit for each of the thread's columns: see `_bit`.
 
-        Bit 0 of a word is the thread's column of that word.
+        It is set if row and column exist, if their own bit is and if the intervals of
+        the row have the column.
         """
-        count = _words(self.num_columns)
+        count = -(-self.num_columns // 32)
         out = [[r.integer(-1)] * count for _ in range(2)]
         if bits is not None:
             stride = ir.MemRefType(bits.type).shape[-1]
@@ -215,13 +206,43 @@ class Place:
             rows, columns = (
                 r.global_word(lengths, two, i, r.i32(), True) for i in range(2)
             )
-            left = arith.subi(columns, self.column(0))
-            for half, w in itertools.product(range(2), range(count)):
-                exist = r.low_bits(arith.subi(left, r.integer(32 * w)))
+            exist = [self._before(columns, w) for w in range(count)]
+            for half in range(2):
                 row_exists = _compare("slt", self.row(half), rows)
-                exist = arith.select(row_exists, exist, r.integer(0))
-                out[half][w] = arith.andi(out[half][w], exist)
-        return out
+                for w, word in enumerate(out[half]):
+                    counts = arith.select(row_exists, exist[w], r.integer(0))
+                    out[half][w] = _both(word, counts)
+        for start, stop in intervals:
+            ends = [self.rows(x, here=True) for x in (start, stop)]
+            for half, (first, last) in enumerate(zip(*ends, strict=True)):
+                for w, word in enumerate(out[half]):
+                    too_low = arith.xori(self._before(first, w), r.integer(-1))
+                    inside = _both(self._before(last, w), too_low)
+                    out[half][w] = _both(word, inside)
+        return [_packed(words) for words in out]
+
+    def _before(self, column: ir.Value, w: int) -> ir.Value:
+        """Bits of the w-th 32 columns from the thread's first that are before one."""
+        return r.low_bits(arith.subi(column, self.column(8 * w)))
+
+
+def _packed(words: Sequence[ir.Value]) -> ir.Value:
+    """Two bits of each byte of each word, those of a byte side by side."""
+    out = r.integer(0)
+    for w, word in enumerate(words):
+        own = arith.shli(_both(word, r.integer(0x03030303)), r.integer(2 * w))
+        out = arith.ori(out, own)
+    return out
+
+
+def _bit(n: int) -> int:
+    """The bit of a thread's n-th column in a word of `Place.words`.
+
+    Neighbours, of which it has two every 8 columns, are side by side, and so are those
+    32 columns on: compilers then make predicates of a byte at a time.
+    """
+    pair, second = divmod(n, 2)
+    return pair % 4 * 8 + pair // 4 * 2 + second
 
 
 def _compare(how: str, x: ir.Value, y: ir.Value) -> ir.Value:
@@ -232,53 +253,47 @@ def _both(x: ir.Value, y: ir.Value) -> ir.Value:
     return arith.andi(x, y)
 
 
-def _words(columns: int) -> int:
-    """Words of a row's bits."""
-    return -(-columns // 32)
+WORDS = (64, 8)
+"""An array whose registers, four a thread, hold a tile's words."""
+
+
+def _intervals(elements: Elements) -> list[RowInterval]:
+    return [rule for rule in elements.rules if isinstance(rule, RowInterval)]
 
 
 def _has_words(elements: Elements) -> bool:
-    return elements.lengths is not None or elements.bits is not None
+    given = elements.lengths is not None or elements.bits is not None
+    return given or bool(_intervals(elements))
 
 
-def _words_shape(columns: int) -> tuple[int, int]:
-    """An array whose registers, two at least for each word, hold a tile's words."""
-    return (64, max(8, 4 * _words(columns)))
-
-
-def no_words(elements: Elements, columns: int) -> Array | None:
+def no_words(elements: Elements) -> Array | None:
     """What `fetch` returns, with nothing in it."""
     if not _has_words(elements):
         return None
-    zeros = jnp.zeros(_words_shape(columns), jnp.float32)
-    return plgpu.layout_cast(zeros, r.ACC)
+    return plgpu.layout_cast(jnp.zeros(WORDS, jnp.float32), r.ACC)
 
 
 def fetch(elements: Elements, columns: int, rows: int) -> Callable:
-    """``f(position) -> words``: what `apply` tests bits and lengths by, or None.
+    """``f(position) -> words``: what `apply` tests, by bit, all but the other rules by.
 
-    The words are integers in registers of a float32 array.
+    The words, or None, are integers in registers of a float32 array.
     """
     if not _has_words(elements):
         return lambda position: None
-    given = [x for x in (elements.lengths, elements.bits) if x is not None]
-    shape = _words_shape(columns)
+    used = elements.lengths, elements.bits, _intervals(elements)
+    refs, tree = jax.tree_util.tree_flatten(used)
 
     @plgpu.inline_mgpu(
-        arg_types=(*[plgpu.RefType()] * len(given), *[r.SCALAR] * 4),
-        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=r.ACC),
+        arg_types=(*[plgpu.RefType()] * len(refs), *[r.SCALAR] * 4),
+        return_type=plgpu.ShapeDtypeStruct(WORDS, jnp.float32, layout=r.ACC),
     )
     def f(_, *args):
-        refs = list(args[: len(given)])
-        at = Place([x.registers.item() for x in args[len(given) :]], columns, rows)
-        lengths = refs.pop(0) if elements.lengths is not None else None
-        bits = refs.pop(0) if elements.bits is not None else None
-        words = itertools.chain(*at.words(lengths, bits))
+        at = Place([x.registers.item() for x in args[len(refs) :]], columns, rows)
+        words = at.words(*jax.tree_util.tree_unflatten(tree, args[: len(refs)]))
         values = [arith.bitcast(r.f32(), word) for word in words]
-        values += [r.number(0.0)] * (shape[1] // 2 - len(values))
-        return r.accumulator(values, shape)
+        return r.accumulator(values + [r.number(0.0)] * 2, WORDS)
 
-    return lambda position: f(*given, *position)
+    return lambda position: f(*refs, *position)
 
 
 def apply(elements: Elements, columns: int, fill: float, rows: int) -> Callable:
@@ -288,8 +303,9 @@ def apply(elements: Elements, columns: int, fill: float, rows: int) -> Callable:
     ``columns``. Where a block has only 32 ``rows``, the others are tested as if they
     were these: nothing beyond the block is read.
     """
-    refs, tree = jax.tree_util.tree_flatten(elements.rules)
-    count, given = _words(columns), int(_has_words(elements))
+    others = [rule for rule in elements.rules if not isinstance(rule, RowInterval)]
+    refs, tree = jax.tree_util.tree_flatten(others)
+    given = int(_has_words(elements))
 
     @plgpu.inline_mgpu(
         arg_types=(
@@ -313,17 +329,15 @@ def apply(elements: Elements, columns: int, fill: float, rows: int) -> Callable:
             pair, half, second = i >> 2, (i >> 1) & 1, i & 1
             if i % 4 == 0:
                 values = [rule.by_column(at, pair) for rule in rules]
-            row, column = at.row(half), at.column(2 * pair + second)
             tests = []
             if words:
-                position = 8 * pair + second
-                bit = r.integer(_signed(1 << (position % 32)))
-                bit = arith.andi(words[half * count + position // 32], bit)
+                bit = r.integer(_signed(1 << _bit(2 * pair + second)))
+                bit = arith.andi(words[half], bit)
                 tests.append(_compare("ne", bit, r.integer(0)))
             for rule, of_row, of_column in zip(rules, by_row, values, strict=True):
                 of_row = [x[half] for x in of_row]
                 of_column = [x[second] for x in of_column]
-                tests.append(rule.allows(of_row, of_column, row, column))
+                tests.append(rule.allows(of_row, of_column, at.row(half)))
             counts = functools.reduce(_both, tests)
             out[i] = arith.select(counts, x, r.number(fill))
         return r.accumulator(out, (64, columns))

@@ -512,7 +512,7 @@ class Walker(Teams):
 
         def nothing(_):
             zero = jnp.int32(0)
-            words = _elements.no_words(lists.elements, self.tile)
+            words = _elements.no_words(lists.elements)
             return Seen(Position(*4 * [zero]), zero > 0, words)
 
         return lax.cond(fields[4] > 0, seen, nothing, 0)

@@ -350,6 +350,20 @@ def shared_pairs(ref: ir.Value, count: int) -> list[ir.Value]:
     return out
 
 
+def fence_reads() -> Callable:
+    """``f()``: TMA may overwrite what this thread has read of shared memory.
+
+    For queries kept in registers, whose tile is given back as soon as it is read, while
+    stores of the item before are under way: without it some rows were the next item's.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(), return_type=())
+    def f(_):
+        command("fence.proxy.async.shared::cta;")
+
+    return f
+
+
 # --------------------------------------------------------------------- named barriers
 
 

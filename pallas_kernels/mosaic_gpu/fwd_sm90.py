@@ -361,6 +361,7 @@ class _Forward(BiasedWalker):
         q = s["q"].at[stage, w]
         if in_regs:
             q = plgpu.load(q, layout=r.OPERAND)
+            r.fence_reads()()
             plgpu.barrier_arrive(s["fixed_free"][stage])
 
         slot, seen = self.first_slot(step0), self.look_first(fields, lists)

@@ -22,7 +22,7 @@ from jsparse.bench._models import (
     triangle_case,
     windows_case,
 )
-from jsparse.bench._runner import _model_inputs, _ours
+from jsparse.bench._runner import _ours, draw_model_inputs
 from jsparse.measure import BadInput, Progress
 
 CASES: dict[str, tuple[ModelCase, list[str]]] = {
@@ -69,7 +69,7 @@ def test_every_kind_of_case_runs_and_is_right(name):
 def test_gradients_of_every_peer_agree_with_ours(name):
     case, _ = CASES[name]
     model = case.load()
-    inputs = _model_inputs(0, model)
+    inputs = draw_model_inputs(0, model)
     ours = _ours(Options(), model)
     *arranged, dout = ours.arrange(*inputs)
     _, *grads = jax.jit(ours.backward)(
@@ -122,7 +122,7 @@ def test_shapes_are_those_of_the_models():
 
 def test_random_slopes_are_positive_and_coordinates_wide():
     model = CASES["distance"][0].load()
-    *_, slope, coords, dout = _model_inputs(0, model)
+    *_, slope, coords, dout = draw_model_inputs(0, model)
     assert 0 <= slope.min() <= slope.max() <= 1
     assert 25 < float(jnp.std(coords)) < 35
     assert dout.shape == model.shapes[0].shape
@@ -143,7 +143,7 @@ def test_peers_of_other_libraries_say_what_is_missing():
     "options, message",
     [
         ({"heads": 2}, "has the heads of a model"),
-        ({"kind": "profile"}, "expected a case of blocks for --profile"),
+        ({"kind": "profile"}, "--profile cannot run here: it needs"),
         ({"kind": "tune"}, "--tune cannot run here: it needs"),
         ({"traced": True}, "expected a case of blocks for --traced"),
         ({"against": ("gather",)}, "peer 'gather' does not compute pair"),

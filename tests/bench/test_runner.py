@@ -394,7 +394,7 @@ def test_inputs_that_do_not_fit_are_not_made(monkeypatch):
     def forbidden(*_):
         raise AssertionError("the inputs were made")
 
-    monkeypatch.setattr(_runner, "_inputs", forbidden)
+    monkeypatch.setattr(_runner, "draw_inputs", forbidden)
     with pytest.raises(BadInput, match="1 heads of 99999 are 99,999 channels"):
         run(heads=1, head_dim=99999)
     monkeypatch.setattr(_runner.measure, "available_memory", lambda: 1000)

@@ -171,13 +171,17 @@ def named_barrier(text):
     return lambda index: None
 
 
+def fence_reads():
+    return lambda: None
+
+
 def rows(values, b, h, first):
     return values[b, h, pl.ds(first, 64)]
 
 
 def fetch(elements, columns, rows):
     """Nothing: `apply` reads what it tests."""
-    return lambda at: _elements.no_words(elements, columns)
+    return lambda at: _elements.no_words(elements)
 
 
 def apply(elements, columns, fill, rows):
@@ -488,6 +492,7 @@ _STAND_INS = {
         *(probabilities_by_column, logits_gradient_by_column),
     ),
     _elements: (fetch, apply, poison, zero_columns),
+    _registers: (named_barrier, fence_reads),
     _bias: (*(load_tile, store_tile, add_tile, add_columns, add_rows),),
     _distance: (
         *(read_table, add_distance, distances, add_gaussian, add_distance_sums),
@@ -508,9 +513,6 @@ def emulated() -> Iterator[None]:
         for module, functions in _STAND_INS.items():
             for f in functions:
                 stack.enter_context(mock.patch.object(module, f.__name__, f))
-        stack.enter_context(
-            mock.patch.object(_registers, "named_barrier", named_barrier)
-        )
         stack.enter_context(
             mock.patch.object(jax_callback, "io_callback_impl", io_callback)
         )
