@@ -28,9 +28,8 @@ CALLS = 3
 METRICS = {
     "seconds": "gpu__time_duration.sum",
     "tensor_instructions": "sm__inst_executed_pipe_tensor_op_gmma.sum",
-    "tensor_percent": (
-        "sm__inst_executed_pipe_tensor_op_gmma.avg.pct_of_peak_sustained_active"
-    ),
+    "tensor_percent": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+    "issue_percent": "smsp__issue_active.avg.pct_of_peak_sustained_active",
     "sm_percent": "sm__throughput.avg.pct_of_peak_sustained_elapsed",
     "dram_percent": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "dram_read_bytes": "dram__bytes_read.sum",

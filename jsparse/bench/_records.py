@@ -37,7 +37,7 @@ DIRECTIONS = {
 
 
 _BESIDE = ("latency", "profile", "tune")
-_COUNTERS = ("tensor", "SM", "memory", "occupancy", "read", "written")
+_COUNTERS = ("tensor", "issue", "SM", "memory", "occupancy", "read", "written")
 _TIMERS = {"wall": "wall clock", "kernels": "kernels"}
 
 
@@ -179,7 +179,7 @@ def _profile_rows(record: Record, direction: str) -> list[tuple[str, ...]]:
     rows = []
     for found in record.get(direction, []):
         time = found["seconds"]
-        percents = [found[f"{n}_percent"] for n in ("tensor", "sm", "dram")]
+        percents = [found[f"{n}_percent"] for n in ("tensor", "issue", "sm", "dram")]
         occupancy = found["occupancy_percent"]
         rows.append(
             (
@@ -220,7 +220,7 @@ def _config(fields: Record) -> str:
 
 def _short(name: str) -> str:
     """The name of a kernel without its signature."""
-    return name.split("(")[0].split("<")[0][-40:]
+    return name.split("(")[0].split("<")[0].removeprefix("void ")[-40:]
 
 
 def _latency_facts(record: Record, direction: str, title: str) -> Facts:

@@ -17,6 +17,7 @@ import pytest
 
 from jsparse import BlockMask, DistanceBias, block_sparse_attention
 from jsparse.backends import mosaic_gpu
+from jsparse.nn.functional import atom_window_attention
 from jsparse.pallas_kernels.mosaic_gpu import fwd_sm90
 from tests.backends import test_contract as contract
 from tests.backends import test_score_function as score_function
@@ -335,6 +336,34 @@ def test_the_same_bits_a_thousand_times(kind):
     _, first = differs(*args, None)
     wrong = sum(differs(*args, first)[0] for _ in range(1000))
     assert int(wrong) == 0
+
+
+def test_queries_kept_in_registers_are_those_of_their_item(monkeypatch):
+    """Of many short items: the next one's come as soon as the tile is given back."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 102_400, 4, 32), jnp.bfloat16)
+    bias = jax.random.normal(jax.random.key(1), (3200, 4, 32, 128), jnp.bfloat16)
+
+    def attend_windows(q, k, v, bias):
+        return atom_window_attention(q, k, v, bias, implementation="mosaic_gpu")
+
+    expected = np.asarray(jax.jit(attend_windows)(q, k, v, bias), np.float32)
+    config = fwd_sm90.Config(
+        *(64, 64),
+        num_stages=3,
+        ping_pong=False,
+        q_in_registers=True,
+        teams=4,
+        staged=False,
+    )
+    monkeypatch.setattr(fwd_sm90.Config, "choose", lambda *_, **__: config)
+    jax.clear_caches()
+    try:
+        run = jax.jit(lambda *args: attend_windows(*args))
+        for _ in range(20):
+            found = np.asarray(run(q, k, v, bias), np.float32)
+            np.testing.assert_array_equal(found, expected)
+    finally:
+        jax.clear_caches()
 
 
 def test_more_than_65536_tokens():
