@@ -10,7 +10,7 @@ import json
 
 import jax
 
-from jsparse.bench._cases import ModelCase, all_cases
+from jsparse.bench._cases import AttentionCase, ModelCase, all_cases
 from jsparse.bench._contract import Task
 from jsparse.bench._jax_peers import Ours
 from jsparse.bench._profile import CALLS, Pass
@@ -42,6 +42,7 @@ def _entered(what: Pass):
         model = case.load()
         ours = implemented(model, what.implementation)
         return ours.enter(Task(model.pattern.mask, [draw_model_inputs(0, model)]))
+    assert isinstance(case, AttentionCase)  # the parent has seen to it
     mask = case.load().mask
     inputs = draw_inputs(0, mask, what.heads, what.head_dim, what.dtype)
     return Ours(what.implementation, what.traced).enter(Task(mask, [inputs]))

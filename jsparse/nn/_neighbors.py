@@ -178,14 +178,16 @@ def _places(
     ascending = jnp.where(slots < counts[:, None], lists, jnp.iinfo(jnp.int32).max)
     wanted = jnp.pad(column, ((0, len(counts) * block_q - len(index)), (0, 0)))
     wanted = wanted.reshape(len(counts), -1)
-    slot = jax.vmap(jnp.searchsorted)(ascending, wanted).astype(jnp.int32)
+    # As a loop each step of the search would be several launches on a GPU.
+    find = functools.partial(jnp.searchsorted, method="scan_unrolled")
+    slot = jax.vmap(find)(ascending, wanted).astype(jnp.int32)
     slot = slot.reshape(-1, index.shape[1])[: len(index)]
     block = (jnp.cumsum(counts) - counts)[row] + slot
 
     order = jnp.argsort(index, axis=1, stable=True)
     ranked = jnp.take_along_axis(index, order, 1)
     again = jnp.pad(ranked[:, 1:] == ranked[:, :-1], ((0, 0), (1, 0)))
-    again = jnp.take_along_axis(again, jnp.argsort(order, axis=1), 1)
+    again = jnp.zeros_like(again).at[t, order].set(again, unique_indices=True)
     placed = (index >= 0) & (index < kv_len) & ~again
     nowhere = room + jnp.arange(index.size, dtype=jnp.int32).reshape(index.shape)
     block = jnp.where(placed, block, nowhere)

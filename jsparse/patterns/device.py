@@ -435,8 +435,11 @@ def _block_lists(active: Array, width: int) -> tuple[Array, Array]:
     counts = upto[..., -1]
     slots = jnp.arange(width, dtype=jnp.int32)
     # Entry n of a row is where its running count reaches n + 1. Looking that up is a
-    # few gathers per entry, where sorting or scattering would touch the whole map.
-    find = jax.vmap(lambda row: jnp.searchsorted(row, slots + 1))
+    # few gathers per entry, where sorting or scattering would touch the whole map. As a
+    # loop each of its steps would be three launches on a GPU.
+    find = jax.vmap(
+        lambda row: jnp.searchsorted(row, slots + 1, method="scan_unrolled")
+    )
     indices = find(upto.reshape(-1, upto.shape[-1])).astype(jnp.int32)
     indices = indices.reshape(*counts.shape, width)
     return counts, jnp.where(slots < counts[..., None], indices, 0)
@@ -539,20 +542,25 @@ def _set_bits(index: Array, sizes: Sizes, num_bits: int) -> tuple[Array, Array]:
     col, s = index // sizes.block_kv, index % sizes.block_kv
     exists = index < sizes.kv_len
     col = jnp.where(exists, col, nk)
-    active = jnp.zeros((nq, nk), bool).at[row, col].set(True, mode="drop")
+    # Of neighbours in the same block only the first writes: a GPU takes turns at those
+    # that write to one place.
+    seen = jnp.where(_is_first(col), col, nk)
+    active = jnp.zeros((nq, nk), bool).at[row, seen].set(True, mode="drop")
     entry = jnp.cumsum(active.reshape(-1), dtype=jnp.int32) - 1
     entry = entry[row * nk + jnp.minimum(col, nk - 1)]
     # Of equal neighbours in the sorted row only the first adds its bit, so that adding
     # is setting and no order of the additions matters.
-    first = jnp.concatenate(
-        [jnp.ones_like(exists[:, :1]), index[:, 1:] != index[:, :-1]], axis=1
-    )
-    entry = jnp.where(exists & first, entry, num_bits)
+    entry = jnp.where(exists & _is_first(index), entry, num_bits)
     word = q * sizes.words + s // WORD
     bit = jnp.left_shift(jnp.uint32(1), (s % WORD).astype(jnp.uint32))
     bits = jnp.zeros((num_bits, sizes.block_q * sizes.words), jnp.uint32)
     bits = bits.at[entry, word].add(bit, mode="drop")
     return active, bits.reshape(num_bits, sizes.block_q, sizes.words)
+
+
+def _is_first(x: Array) -> Array:
+    """Which entries of each row ``[T, k]`` differ from the one before."""
+    return jnp.pad(x[:, 1:] != x[:, :-1], ((0, 0), (1, 0)), constant_values=True)
 
 
 def _each(f: Callable[..., Any], batch: int, *args: Array) -> Any:

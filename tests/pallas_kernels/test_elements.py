@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,13 @@ def thread(monkeypatch):
     return number
 
 
-def counting(place: _elements.Place, words) -> dict[tuple[int, int], bool]:
+def place_of(batch: int, column: int, columns: int, word: int) -> Any:
+    """The thread's place in a tile that begins at row 0."""
+    scalars: Any = [I32(x) for x in (batch, 0, column, word)]
+    return _elements.Place(scalars, columns, ROWS)
+
+
+def counting(place: Any, words) -> dict[tuple[int, int], bool]:
     """By row and column of the arrays, whether each element of the thread counts."""
     return {
         (int(place.row(half)), int(place.column(n))): bool(
@@ -91,8 +98,7 @@ def test_words_are_bits_lengths_and_intervals(thread, columns):
         seen = {}
         for column0 in range(0, COLUMNS, columns):
             for thread[0] in range(128):
-                scalars = batch, 0, column0, column0 // 32
-                place = _elements.Place([I32(x) for x in scalars], columns, ROWS)
+                place = place_of(batch, column0, columns, column0 // 32)
                 intervals = (Ref(start), Ref(stop)), (Ref(first), Ref(all_columns))
                 words = place.words(Ref(lengths), Ref(packed.view(I32)), intervals)
                 seen |= counting(place, words)
@@ -102,5 +108,5 @@ def test_words_are_bits_lengths_and_intervals(thread, columns):
 
 
 def test_all_elements_count_where_nothing_is_asked(thread):
-    place = _elements.Place([I32(0)] * 4, 128, ROWS)
+    place = place_of(0, 0, 128, 0)
     assert all(counting(place, place.words(None, None, ())).values())
