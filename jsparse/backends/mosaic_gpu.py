@@ -144,7 +144,9 @@ def backward(
     beside = _bias.kind(call.bias), _bias.lane_sums(call.bias)
     config = bwd_dq_sm90.choose(*sizes, *beside)
     lists = call.rows
-    schedule = call.schedule(lists, config.num_workers)
+    block_q, block_kv = call.blocks
+    tiles = block_q // config.rows(block_q)
+    schedule = call.schedule(lists, config.num_workers, tiles=tiles)
     of_queries = call.statistics(out, lse, dout, dlse)
     dout = call.flat(_hopper.pad_dim(dout))
     arrays = (q, k, v, dout, of_queries.lse2, of_queries.delta)
@@ -152,7 +154,7 @@ def backward(
     bad_keys = call.bad_keys(k)
     dq, of_bias = bwd_dq_sm90.backward_dq(
         *arrays,
-        *call.entries(lists, bad_keys, call.blocks[1]),
+        *call.entries(lists, bad_keys, block_kv),
         call.elements(bad_keys),
         schedule,
         blocks=call.blocks,
@@ -162,11 +164,12 @@ def backward(
     )
     config = bwd_dkv_sm90.choose(*sizes, *beside)
     lists, group = call.columns, call.q.shape[2] // call.k.shape[2]
+    tiles = block_kv // config.rows(block_kv)
     dk, dv, by_key = bwd_dkv_sm90.backward_dkv(
         *arrays,
-        *call.entries(lists, of_queries.bad, call.blocks[0]),
+        *call.entries(lists, of_queries.bad, block_q),
         call.transposed_elements(of_queries.bad),
-        call.schedule(lists, config.num_workers, group),
+        call.schedule(lists, config.num_workers, group, tiles),
         blocks=call.blocks,
         scale=call.scale,
         config=config,

@@ -50,6 +50,8 @@ DQ = (
     BackwardConfig(tile=64, num_stages=3, teams=2),
     BackwardConfig(tile=64, num_stages=4, teams=2),
     BackwardConfig(tile=64, num_stages=3, teams=3),
+    BackwardConfig(tile=64, num_stages=3, teams=3, tile_rows=64),
+    BackwardConfig(tile=64, num_stages=3, teams=3, staged=False, tile_rows=64),
     BackwardConfig(tile=32, num_stages=3),
     BackwardConfig(tile=32, num_stages=4, teams=2),
 )
@@ -63,6 +65,9 @@ DKV = (
     BackwardConfig(tile=64, num_stages=2, teams=2),
     BackwardConfig(tile=64, num_stages=3, teams=2),
     BackwardConfig(tile=64, num_stages=2, teams=3),
+    BackwardConfig(tile=64, num_stages=2, num_fixed_stages=2, teams=3),
+    BackwardConfig(tile=64, num_stages=2, teams=3, tile_rows=64),
+    BackwardConfig(tile=64, num_stages=2, teams=3, staged=False, tile_rows=64),
     BackwardConfig(tile=32, num_stages=2),
     BackwardConfig(tile=32, num_stages=3, teams=2),
 )
@@ -101,6 +106,10 @@ def _runs(key: Key, config: Any, dtype: Any) -> bool:
         if rows % config.tile_q:
             return False
         rows = config.tile_q
+    elif config.tile_rows >= rows and config.tile_rows < 128:
+        return False  # as with 128
+    else:
+        rows = config.rows(rows)
     wgs = _persistent.warpgroups(rows)
     if wgs * config.teams not in _persistent.COMPUTE_REGISTERS:
         return False

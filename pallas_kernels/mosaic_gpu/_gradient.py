@@ -221,6 +221,8 @@ class BackwardConfig:
         ping_pong: whether two compute warpgroups take turns on the tensor core.
         teams: teams of a CTA, each with a load warp of its own.
         staged: whether outputs leave by shared memory, see `fwd_sm90.Config`.
+        tile_rows: rows of one item, 64 or 128; a block may hold two such items, or be
+            smaller.
         num_ctas: CTAs of the launch; one fits on a multiprocessor.
     """
 
@@ -230,9 +232,16 @@ class BackwardConfig:
     ping_pong: bool = False
     teams: int = 1
     staged: bool = True
+    tile_rows: int = 128
     num_ctas: int = 132
 
     def __post_init__(self):
+        if self.tile_rows not in (64, 128):
+            raise ValueError(f"tile_rows={self.tile_rows}; expected 64 or 128.")
+        if self.ping_pong and self.tile_rows == 64:
+            raise ValueError(
+                "tile_rows=64 has one warpgroup; with ping_pong expected 128."
+            )
         if self.tile not in (32, 64, 128):
             raise ValueError(f"tile={self.tile}; expected 32, 64 or 128.")
         if self.num_stages < 2:
@@ -248,6 +257,10 @@ class BackwardConfig:
     def num_workers(self) -> int:
         """Walkers of the schedule."""
         return self.num_ctas * self.teams
+
+    def rows(self, block: int) -> int:
+        """Rows of an item where a block has so many."""
+        return min(self.tile_rows, block)
 
     def walker(self) -> dict:
         """The fields that `_persistent.Walker` shares."""

@@ -76,7 +76,7 @@ def choose(
 
 def scratch_spec(
     config: BackwardConfig,
-    block_kv: int,
+    tile_kv: int,
     head_dim: int,
     value_dim: int,
     dtype,
@@ -86,7 +86,7 @@ def scratch_spec(
 
     A launch for dk or dv alone leaves some of it unused.
     """
-    c, wgs = config, _persistent.warpgroups(block_kv)
+    c, wgs = config, _persistent.warpgroups(tile_kv)
     tile = lambda *shape: _persistent.tiles((c.teams, *shape), dtype)
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
     row = plgpu.SMEM((c.teams, c.num_stages, c.tile), jnp.float32)
@@ -158,15 +158,15 @@ def backward_dkv(
         ValueError: for a config that does not fit into shared memory.
     """
     kv_len, head_dim, value_dim = k.shape[1], q.shape[-1], v.shape[-1]
-    block_kv = blocks[1]
+    tile_kv = config.rows(blocks[1])
     scratch = scratch_spec(
-        config, block_kv, head_dim, value_dim, q.dtype, _bias.dtype_of(bias)
+        config, tile_kv, head_dim, value_dim, q.dtype, _bias.dtype_of(bias)
     )
     _persistent.check_smem("backward_dkv", config, scratch)
     q, k, v, dout = (_persistent.pad_rows(x) for x in (q, k, v, dout))
     kernel = _BackwardDkv(
         **config.walker(),
-        block_rows=block_kv,
+        block_rows=tile_kv,
         block_columns=blocks[0],
         group=q.shape[2] // k.shape[2],
         rows_are_queries=False,
@@ -190,11 +190,11 @@ def backward_dkv(
         )
         if part.row_sums:
             *outs, whole, parts = outs
-            sums = _biased.merge_sums(whole, parts, schedule, block_kv, kv_len)
+            sums = _biased.merge_sums(whole, parts, schedule, tile_kv, kv_len)
         half = len(outs) // 2
         for whole, parts in zip(outs[:half], outs[half:], strict=True):
             whole = gradient.merge(whole, parts, schedule)
-            found.append(_persistent.crop(whole, kv_len, block_kv))
+            found.append(_persistent.crop(whole, kv_len, tile_kv))
     return *found, sums
 
 

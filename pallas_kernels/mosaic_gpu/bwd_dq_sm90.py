@@ -87,7 +87,7 @@ def choose(
 
 def scratch_spec(
     config: BackwardConfig,
-    block_q: int,
+    tile_q: int,
     head_dim: int,
     value_dim: int,
     dtype,
@@ -95,7 +95,7 @@ def scratch_spec(
     lane_sums=0,
 ) -> dict:
     """Shared memory of one CTA; the estimate and the launch both read it."""
-    c, wgs = config, block_q // 64
+    c, wgs = config, tile_q // 64
     tile = lambda *shape: _persistent.tiles((c.teams, *shape), dtype)
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
     of_bias = _biased.arrivals(wgs, c.tile, bias_dtype)
@@ -149,7 +149,8 @@ def backward_dq(
         kv_indices: int32, flattened lists of partial blocks.
         full_kv_indices: int32, flattened lists of full blocks.
         elements: test of the partial blocks; rows are queries; ``bad`` tells of k.
-        schedule: from `_schedule`, of these lists.
+        schedule: from `_schedule`, of these lists, with ``block_q // tile_rows`` items
+            for each row.
         blocks: ``block_q`` and ``block_kv``.
         scale: factor of the logits; above 0.
         config: see `BackwardConfig`.
@@ -163,7 +164,7 @@ def backward_dq(
         ValueError: for a config that does not fit into shared memory.
     """
     _, q_len, heads, head_dim = q.shape
-    value_dim, block_q = v.shape[-1], blocks[0]
+    value_dim, tile_q = v.shape[-1], config.rows(blocks[0])
     if config.num_stages < 3:
         # A step holds its own tiles and the last step's, and waits for the next step's.
         raise ValueError(
@@ -171,20 +172,20 @@ def backward_dq(
         )
     lane_sums = _bias.lane_sums(bias)
     scratch = scratch_spec(
-        *(config, block_q, head_dim, value_dim, q.dtype),
+        *(config, tile_q, head_dim, value_dim, q.dtype),
         *(_bias.dtype_of(bias), lane_sums),
     )
     _persistent.check_smem("backward_dq", config, scratch)
     q, k, v, dout = (_persistent.pad_rows(x) for x in (q, k, v, dout))
     slots = max(schedule.num_slots, 1)
-    rows = _persistent.rows_of(q_len, block_q, head_dim, config.staged)
+    rows = _persistent.rows_of(q_len, tile_q, head_dim, config.staged)
     out_type = [
         jax.ShapeDtypeStruct((q.shape[0], rows, heads, head_dim), q.dtype),
-        jax.ShapeDtypeStruct((slots, block_q, head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((slots, tile_q, head_dim), jnp.float32),
     ]
     kernel = _BackwardDq(
         **config.walker(),
-        block_rows=block_q,
+        block_rows=tile_q,
         block_columns=blocks[1],
         group=heads // k.shape[2],
         rows_are_queries=True,
@@ -211,7 +212,7 @@ def backward_dq(
     values = sums.pop() if kernel.writes_bias else None
     by_row = by_pair = None
     if sums:
-        by_row = _biased.merge_sums(*sums[:2], schedule, block_q, q_len)
+        by_row = _biased.merge_sums(*sums[:2], schedule, tile_q, q_len)
     if lane_sums:
         by_pair = _biased.merge_lane_sums(*sums[2:], schedule)
     return dq, BiasGradient(by_row, by_pair, values)

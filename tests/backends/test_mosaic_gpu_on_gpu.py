@@ -18,7 +18,8 @@ import pytest
 from jsparse import BlockMask, DistanceBias, block_sparse_attention
 from jsparse.backends import mosaic_gpu
 from jsparse.nn.functional import atom_window_attention
-from jsparse.pallas_kernels.mosaic_gpu import fwd_sm90
+from jsparse.pallas_kernels.mosaic_gpu import bwd_dkv_sm90, bwd_dq_sm90, fwd_sm90
+from jsparse.pallas_kernels.mosaic_gpu._gradient import BackwardConfig
 from tests.backends import test_contract as contract
 from tests.backends import test_score_function as score_function
 from tests.support.cases import (
@@ -149,6 +150,21 @@ NARROW = (
 def test_items_of_half_a_block(name, config, monkeypatch):
     monkeypatch.setattr(fwd_sm90.Config, "choose", lambda *_: config)
     check(CASES[name](np.random.default_rng(6), (300, 700, 128, 128)), "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "window", "grouped_query", "dense", "block", "per_key", "linear"]
+)
+def test_backward_items_of_half_a_block(name, monkeypatch):
+    for module, teams in ((bwd_dq_sm90, 2), (bwd_dkv_sm90, 3)):
+        half = BackwardConfig(tile=32, num_stages=3, teams=teams, tile_rows=64)
+        monkeypatch.setattr(module, "choose", lambda *_, half=half: half)
+    sizes = (300, 700, 128, 128)
+    if name in CASES:
+        case = CASES[name](np.random.default_rng(6), sizes)
+    else:
+        case = with_bias(pair(sizes), name, "float32")
+    check(case, "bfloat16")
 
 
 @pytest.mark.parametrize("bias_dtype", ["float32", "bfloat16", "float16"])

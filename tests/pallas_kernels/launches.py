@@ -100,7 +100,8 @@ class Launch:
         """Rows of an item."""
         if self.kernel == "forward":
             return self.config().tile_q
-        return self.blocks[self.kernel == "dkv"]
+        block = self.blocks[self.kernel == "dkv"]
+        return block if self.kernel == "dbias" else self.config().rows(block)
 
     def lower(self) -> str:
         """The text of the program for an H100."""
@@ -199,7 +200,7 @@ class Launch:
         if self.on_host:
             make, partial, full = schedule_on_host, *self.counts()
         group = self.heads[0] // self.heads[1] if self.kernel == "dkv" else 1
-        tiles = self.blocks[0] // self.rows if self.kernel == "forward" else 1
+        tiles = self.blocks[self.kernel == "dkv"] // self.rows
         lists = np.zeros((1, 1, rows, columns), np.int32)
         schedule = make(
             *(Blocks(partial, lists), Blocks(full, lists)),

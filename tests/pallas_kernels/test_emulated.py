@@ -23,6 +23,7 @@ from jsparse.pallas_kernels.mosaic_gpu import (
     bwd_dq_sm90,
     fwd_sm90,
 )
+from jsparse.pallas_kernels.mosaic_gpu._gradient import BackwardConfig
 from jsparse.patterns import BlockMask
 from tests.backends import test_contract as contract
 from tests.backends import test_score_function as score_function
@@ -394,6 +395,34 @@ def test_bias_beside_items_of_half_a_block(kind, monkeypatch):
     mask = uneven_rows(rng, (1, 3), (170, 380, 128, 128))
     case = make_case(rng, mask, heads=(2, 1))
     case.bias = biases(rng, mask, 2, 1)[kind]
+    check(case)
+
+
+def backward_of_half_a_block(monkeypatch):
+    for module in (bwd_dq_sm90, bwd_dkv_sm90):
+        half = BackwardConfig(num_stages=3, teams=2, tile_rows=64)
+        monkeypatch.setattr(module, "choose", lambda *_, half=half: half)
+
+
+@pytest.mark.parametrize("name", ["uneven", "window", "grouped_query"])
+def test_backward_items_of_half_a_block(name, monkeypatch):
+    backward_of_half_a_block(monkeypatch)
+    rng, sizes = np.random.default_rng(5), (170, 380, 128, 128)
+    if name == "uneven":
+        case = make_case(rng, uneven_rows(rng, (1, 3), sizes), heads=(2, 1))
+    else:
+        case = CASES[name](rng, sizes)
+    check(case, static=name != "window")
+
+
+@pytest.mark.parametrize("kind", ["dense", "block", "per_key", "linear", "table"])
+def test_bias_beside_backward_items_of_half_a_block(kind, monkeypatch):
+    backward_of_half_a_block(monkeypatch)
+    rng = np.random.default_rng(7)
+    mask = uneven_rows(rng, (1, 3), (170, 380, 128, 128))
+    case = make_case(rng, mask, heads=(2, 1))
+    bias = biases(rng, mask, 2, 1)[kind]
+    case.bias = bias[0] if kind == "dense" else bias
     check(case)
 
 

@@ -25,6 +25,7 @@ from jsparse.pallas_kernels.mosaic_gpu import (
     bwd_dq_sm90,
     fwd_sm90,
 )
+from jsparse.pallas_kernels.mosaic_gpu._gradient import BackwardConfig
 from tests.backends.test_score_function import KERNELS as SCORES
 from tests.pallas_kernels.launches import DISTANCES, H100, KERNELS, TUNED, Launch
 from tests.support.cases import MOVES, random_mask
@@ -271,6 +272,25 @@ def test_tiles_of_queries_divide_the_block_and_take_no_turns_alone():
     wide = dataclasses.replace(config, tile_q=128)
     with pytest.raises(ValueError, match="tile_q=128.* for block_q=64"):
         Launch("forward", blocks=(64, 128), given=wide).lower()
+
+
+def test_rows_of_backward_items_are_one_or_two_warpgroups_that_take_turns():
+    config = Launch("dq").config()
+    with pytest.raises(ValueError, match="tile_rows=32; expected 64 or 128"):
+        dataclasses.replace(config, tile_rows=32)
+    with pytest.raises(ValueError, match="tile_rows=64 has one warpgroup"):
+        dataclasses.replace(config, tile_rows=64, ping_pong=True)
+    assert [config.rows(block) for block in (32, 64, 128)] == [32, 64, 128]
+    half = dataclasses.replace(config, tile_rows=64)
+    assert [half.rows(block) for block in (32, 64, 128)] == [32, 64, 64]
+
+
+@pytest.mark.parametrize("bias", [None, "bfloat16", "block", "linear", "table"])
+@pytest.mark.parametrize("kernel", ["dq", "dkv"])
+def test_backward_items_of_half_a_block(kernel, bias):
+    launch = Launch(kernel, dims=(32, 32), bias=bias)
+    half = BackwardConfig(tile=32, num_stages=3, teams=2, tile_rows=64)
+    dataclasses.replace(launch, given=half).lower()
 
 
 def test_steps_that_overlap_need_three_stages():

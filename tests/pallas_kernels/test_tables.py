@@ -97,10 +97,11 @@ def test_candidates_begin_with_the_chosen_one(key):
     for config in found:
         tile = config.tile_kv if key.kernel == "forward" else config.tile
         assert columns % tile == 0
-        tile_q = getattr(config, "tile_q", rows)
-        assert rows % tile_q == 0
-        assert config.teams * tile_q // 64 <= 4
-        assert tile_q == 128 or not config.ping_pong
+        forward = key.kernel == "forward"
+        tile_rows = config.tile_q if forward else config.rows(rows)
+        assert rows % tile_rows == 0
+        assert config.teams * tile_rows // 64 <= 4
+        assert tile_rows == 128 or not config.ping_pong
 
 
 def test_candidates_that_need_more_memory_than_there_is_are_left_out():
