@@ -36,6 +36,7 @@ from tests.support.cases import (
     make_case,
     random_mask,
     uneven_rows,
+    with_bias,
 )
 
 SIZES = {
@@ -420,10 +421,7 @@ def test_bias_beside_backward_items_of_half_a_block(kind, monkeypatch):
     backward_of_half_a_block(monkeypatch)
     rng = np.random.default_rng(7)
     mask = uneven_rows(rng, (1, 3), (170, 380, 128, 128))
-    case = make_case(rng, mask, heads=(2, 1))
-    bias = biases(rng, mask, 2, 1)[kind]
-    case.bias = bias[0] if kind == "dense" else bias
-    check(case)
+    check(with_bias(make_case(rng, mask, heads=(2, 1)), kind))
 
 
 def test_negative_scale():
