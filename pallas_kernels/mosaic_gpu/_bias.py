@@ -24,6 +24,7 @@ from jax._src.lib.mlir.dialects import arith
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
 
+from . import _distance
 from . import _registers as r
 from ._distance import DistanceBias
 from ._score import Score
@@ -103,7 +104,7 @@ class KeyBias(_Shared):
 
 STREAMED = {"16 bits": jnp.bfloat16, "32 bits": jnp.float32}
 """Kinds of a streamed bias, and a dtype of each."""
-COMPUTED = ("linear", "quadratic", "table", "gaussian", "score")
+COMPUTED = (*_distance.FORMS, "score")
 """Kinds of a bias that takes registers."""
 Streamed = DenseBias | BlockBias
 Bias = Streamed | KeyBias | DistanceBias | Score
@@ -180,6 +181,11 @@ def lane_sums(bias: Bias | None) -> int:
     """How many sums over all pairs it needs of the dq kernel."""
     own = isinstance(bias, DistanceBias) and not bias.constant
     return bias.lane_sums if own else 0
+
+
+def has_points(bias: Bias | None) -> bool:
+    """Whether the points of a step's columns come through shared memory."""
+    return isinstance(bias, DistanceBias)
 
 
 def dtype_of(bias: Bias | None) -> Any:

@@ -1,8 +1,9 @@
 """What a walker does with a bias: reads it, adds it, sums its gradient by row.
 
-A streamed bias has a tile for each warpgroup and step; the others are read by position
-(see `_bias` and `_distance`). The gradient of a streamed bias that nobody shares is the
-dq kernel's ds: it takes the place of the tile in shared memory, and leaves from there.
+A streamed bias has a tile for each warpgroup and step, one by distance the points of a
+step's columns; the others are read by position (see `_bias` and `_distance`). The
+gradient of a streamed bias that nobody shares is the dq kernel's ds: it takes the place
+of the tile in shared memory, and leaves from there.
 Of a bias by key or by distance, the dq and the dk and dv kernel sum up for each row
 what its gradient is made of, and the dq kernel, for each item, what a table's or
 Gaussians' is. A score function is a bias that also changes the gradient of the products
@@ -68,7 +69,8 @@ class BiasedWalker(Walker):
             if bias.form == "table":
                 read = _distance.read_table(bias.weights.shape[-1])
                 table = read(bias, bias.entry(*fields[:2]))
-            return _distance.Read(self.position(fields, lists, n), table)
+            columns = _distance.read_columns(self.tile)(s["points"].at[slot])
+            return _distance.Read(fields[0], self.first_row(fields), columns, table)
         if isinstance(bias, KeyBias):
             b, h = bias.entry(*fields[:2])
             if not self.rows_are_queries:
@@ -101,7 +103,8 @@ class BiasedWalker(Walker):
         if isinstance(bias, Score):
             return _score.new_logits(bias, *self.score_options)(x, fields[1], read)
         if isinstance(bias, DistanceBias):
-            add = _distance.with_bias(self.tile, scale, self.rows_tested)
+            slopes = self.row_sums > 0
+            add = _distance.with_bias(self.tile, scale, self.rows_tested, slopes)
             return add(x, bias, bias.entry(*fields[:2]), read)
         if not isinstance(bias, KeyBias):
             return _bias.add_tile(self.tile, scale, bias.values.dtype)(x, read.values)
@@ -247,15 +250,15 @@ class BiasedWalker(Walker):
         return self.scale * LOG2E
 
 
-def room(bias: str) -> Any:
-    """A dtype for whose tiles a backward config leaves room beside a kind of bias.
+def room(bias: str) -> dict:
+    """What a backward config leaves room for beside a kind of bias.
 
     One that is computed takes as many registers as a streamed one of 32 bits; a table
     or Gaussians take more, and sums in shared memory in place of tiles.
     """
     if bias in ("table", "gaussian"):
-        return None
-    return _bias.STREAMED.get(bias, jnp.float32)
+        return dict(points=True)
+    return dict(bias_dtype=_bias.STREAMED.get(bias, jnp.float32))
 
 
 def widest_step(bias: str, head_dim: int, value_dim: int) -> int:
@@ -301,6 +304,12 @@ def late_bias_stream(
 def arrivals(wgs: int, columns: int, dtype: Any) -> int:
     """Copies of a step's bias, ``columns`` keys; dtype None: there is none."""
     return 0 if dtype is None else wgs * _bias.parts(columns, dtype)[0]
+
+
+def points_scratch(config: Any, columns: int, points: bool) -> dict:
+    """Shared memory of the points of a step's columns; they are of the first stream."""
+    shape = (config.teams, config.num_stages, 3, columns)
+    return dict(points=plgpu.SMEM(shape, jnp.float32)) if points else {}
 
 
 def lane_sums_scratch(teams: int, wgs: int, count: int) -> dict:

@@ -1,9 +1,10 @@
 """Bias by distance in the kernels: a function of how far apart two points are.
 
-Distances are computed from points in float32 where they are needed, read as the element
-tests read theirs. A table lies in the registers of a warp, an entry a lane, and is read
-by shuffles, which meet no bank conflicts; Gaussians are computed one after another for
-a whole tile.
+Distances are computed from points in float32 where they are needed. Those of a step's
+columns come to shared memory by TMA, with its first stream, and are read while its
+products are in flight. A table lies in the registers of a warp, an entry a lane, and is
+read by shuffles, which meet no bank conflicts; Gaussians are computed one after another
+for a whole tile.
 
 A table's and Gaussians' gradients need sums over all pairs. Every thread keeps its own
 in shared memory, one below the other, so that they need no atomics; `store_lane_sums`
@@ -15,6 +16,7 @@ May assume: at most `MOST` entries or Gaussians. Called by `_biased`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -28,9 +30,10 @@ from jax.experimental.mosaic.gpu import utils
 
 from .._common import LOG2E
 from . import _registers as r
-from ._elements import Place, Position
+from ._elements import Place
 
 Array = Any
+FORMS = ("linear", "quadratic", "table", "gaussian")
 MOST = {"table": 64, "gaussian": 32}
 """Entries, or Gaussians, of a head that registers and shared memory have room for."""
 LANES = 32
@@ -38,6 +41,8 @@ _TABLE_COLUMNS = 8
 """Of an array with four registers a thread, which hold a table."""
 _WHOLE = 2.0**23
 """Added to a smaller number, it leaves no fraction, and the integer in the low bits."""
+_LEAST = 1e-30
+"""Of a squared distance: nothing beside that of two points that float32 tells apart."""
 
 
 class Entry(NamedTuple):
@@ -49,9 +54,18 @@ class Entry(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What a step knows of its bias: where its tile is, and the lanes' table."""
+    """What a step knows of its bias.
 
-    at: Position
+    Attributes:
+        batch: the tile's batch entry.
+        row: its first row.
+        columns: of `read_columns`.
+        table: of `read_table`, or None.
+    """
+
+    batch: Array
+    row: Array
+    columns: Array
     table: Array | None
 
 
@@ -88,6 +102,10 @@ class DistanceBias:
         own = self.inverse is not None and self.inverse.shape[0] > 1
         return Entry(b if count > 1 else 0, h if heads > 1 else 0, b if own else 0)
 
+    def columns_at(self, b, columns) -> Array:
+        """The points of some columns of a batch entry."""
+        return self.columns.at[b if self.columns.shape[0] > 1 else 0, :, columns]
+
     def first(self, entry: Entry) -> Array | int:
         """Where an entry's weights begin in the flattened array."""
         _, heads, n = self.weights.shape
@@ -117,24 +135,42 @@ class DistanceBias:
 # ------------------------------------------------------------------ added to products
 
 
-def with_bias(columns: int, scale: float, rows: int) -> Callable:
+def with_bias(columns: int, scale: float, rows: int, slopes: bool) -> Callable:
     """``f(s, bias, entry, read) -> s`` with the bias over the scale of the logits.
 
-    See `_elements.apply` for rows.
+    See `_elements.apply` for rows. ``slopes`` tells whether `with_sums` follows.
     """
 
     def f(s, bias, entry, read):
         if bias.form != "gaussian":
             count = bias.weights.shape[-1]
-            add = add_distance(columns, scale, bias.form, rows, count)
+            add = add_distance(columns, scale, bias.form, rows, count, slopes)
             return add(s, bias, entry, read)
-        d = distances(columns, rows)(bias, read.at)
+        d = distances(columns, rows)(bias, read)
         add, inverse = add_gaussian(columns, scale), bias.inverse[entry.points]
 
         def one(n, x):
             return add(x, d, *_gaussian(bias, entry, n), inverse)
 
         return lax.fori_loop(0, bias.weights.shape[-1], one, s)
+
+    return f
+
+
+def read_columns(columns: int) -> Callable:
+    """``f(points) -> points`` of the thread's columns, from shared memory.
+
+    Three registers a column, axis by axis, in an array that has room for them.
+    """
+    shape = 64, columns * 3 // 2
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=_tile(shape[1]))
+    def f(_, points):
+        values = [
+            r.shared_pairs(utils.memref_slice(points, axis), columns // 8)
+            for axis in range(3)
+        ]
+        return r.accumulator(list(itertools.chain(*values)), shape)
 
     return f
 
@@ -166,52 +202,52 @@ def read_table(count: int) -> Callable:
 
 
 def add_distance(
-    columns: int, scale: float, form: str, rows: int, count: int
+    columns: int, scale: float, form: str, rows: int, count: int, slopes: bool
 ) -> Callable:
     """``f(s, bias, entry, read) -> s``, as `with_bias`, for all forms but Gaussians."""
     is_table = form == "table"
+    # What a derivative needs is computed once for both.
+    root = _root_of_inverse if slopes else r.sqrt
 
     @plgpu.inline_mgpu(
-        arg_types=(r.ACC, *[plgpu.RefType()] * 3, *[r.SCALAR] * 5, *[r.ACC] * is_table),
+        arg_types=(r.ACC, plgpu.RefType(), r.SCALAR, *_POINTS, *[r.ACC] * is_table),
         return_type=_tile(columns),
     )
-    def f(_, s, points, others, numbers, index, *args):
-        *position, table = args if is_table else (*args, None)
-        at = _place(position, columns, rows)
+    def f(_, s, numbers, index, *args):
+        *points, table = args if is_table else (*args, None)
         number = r.global_word(numbers, index.registers.item(), 0, r.f32())
         factor, slope = r.number(1 / scale), r.mul(number, r.number(-1 / scale))
-        found = _differences(at, points, others, columns)
         out = []
-        for x, (_, square) in zip(r.scalars(s), found, strict=True):
+        for x, (_, square) in zip(
+            r.scalars(s), _differences(points, rows), strict=True
+        ):
             if is_table:
-                cell = _Cell(r.sqrt(square), number, count, r.minimum)
+                cell = _Cell(root(square), number, count, r.minimum)
                 value, step = (cell.look_up(x) for x in _lanes(table, count))
                 out.append(r.fma(r.fma(cell.fraction, step, value), factor, x))
             else:
-                distance = square if form == "quadratic" else r.sqrt(square)
+                distance = square if form == "quadratic" else root(square)
                 out.append(r.fma(slope, distance, x))
         return r.accumulator(out, (64, columns))
 
     def add(s, bias, entry, read):
-        points = bias.rows, bias.columns
+        points = _points(bias, read)
         if is_table:
-            return f(s, *points, bias.inverse, entry.points, *read.at, read.table)
-        return f(s, *points, bias.weights, bias.first(entry), *read.at)
+            return f(s, bias.inverse, entry.points, *points, read.table)
+        return f(s, bias.weights, bias.first(entry), *points)
 
     return add
 
 
 def distances(columns: int, rows: int) -> Callable:
-    """``f(bias, position) -> d`` of each element."""
+    """``f(bias, read) -> d`` of each element."""
 
-    @plgpu.inline_mgpu(
-        arg_types=(*[plgpu.RefType()] * 2, *[r.SCALAR] * 4), return_type=_tile(columns)
-    )
-    def f(_, points, others, *position):
-        found = _differences(_place(position, columns, rows), points, others, columns)
+    @plgpu.inline_mgpu(arg_types=_POINTS, return_type=_tile(columns))
+    def f(_, *points):
+        found = _differences(points, rows)
         return r.accumulator([r.sqrt(square) for _, square in found], (64, columns))
 
-    return lambda bias, position: f(bias.rows, bias.columns, *position)
+    return lambda bias, read: f(*_points(bias, read))
 
 
 def add_gaussian(columns: int, scale: float) -> Callable:
@@ -246,7 +282,7 @@ def with_sums(columns: int, rows: int, every: bool, partial: bool) -> Callable:
     def f(sums, p, ds, bias, entry, read, lanes):
         count, slopes = bias.weights.shape[-1], None
         if bias.form == "gaussian":
-            d, seen = seen_distances(columns, rows)(p, ds, bias, read.at)
+            d, seen = seen_distances(columns, rows)(p, ds, bias, read)
             add = add_gaussian_slope(columns, count, every)
             inverse = bias.inverse[entry.points]
 
@@ -286,19 +322,17 @@ def add_distance_sums(
         arg_types=(
             *[r.ROW] * num_sums,
             *[r.ACC] * 2,
-            *[plgpu.RefType()] * 2,
-            *[r.SCALAR] * 4,
+            *_POINTS,
             *more,
         ),
         return_type=(sums_type,) * num_sums,
     )
     def f(_, *args):
         totals = [r.scalars(x) for x in args[:num_sums]]
-        p, ds, points, others, *position = args[num_sums : num_sums + 8]
-        more = args[num_sums + 8 :]
+        p, ds, *args = args[num_sums:]
+        points, more = args[: len(_POINTS)], args[len(_POINTS) :]
         derivative = _derivatives(form, every, count, more)
-        at = _place(position, columns, rows, again=form == "gaussian")
-        found = _differences(at, points, others, columns)
+        found = _differences(points, rows, again=form == "gaussian")
         values = zip(r.scalars(p), r.scalars(ds), found, strict=True)
         for i, (weight, x, (difference, square)) in enumerate(values):
             factor, distance = derivative(i, square, weight, x)
@@ -321,7 +355,7 @@ def add_distance_sums(
             more = (bias.inverse, entry.points, read.table, *[lanes] * every)
         elif form == "gaussian":
             more = (slopes,)
-        return f(*sums, p, ds, bias.rows, bias.columns, *read.at, *more)
+        return f(*sums, p, ds, *_points(bias, read), *more)
 
     return add
 
@@ -365,15 +399,13 @@ def _derivatives(form: str, every: bool, count: int, more: tuple) -> Callable:
 
 
 def seen_distances(columns: int, rows: int) -> Callable:
-    """``f(p, ds, bias, position) -> d, ds``, both 0 where p is."""
+    """``f(p, ds, bias, read) -> d, ds``, both 0 where p is."""
 
     @plgpu.inline_mgpu(
-        arg_types=(r.ACC, r.ACC, *[plgpu.RefType()] * 2, *[r.SCALAR] * 4),
-        return_type=(_tile(columns),) * 2,
+        arg_types=(r.ACC, r.ACC, *_POINTS), return_type=(_tile(columns),) * 2
     )
-    def f(_, p, ds, points, others, *position):
-        at = _place(position, columns, rows, again=True)
-        found = _differences(at, points, others, columns)
+    def f(_, p, ds, *points):
+        found = _differences(points, rows, again=True)
         weights, shape = r.scalars(p), (64, columns)
         d = [
             r.zero_with(r.sqrt(square), weight)
@@ -382,7 +414,7 @@ def seen_distances(columns: int, rows: int) -> Callable:
         seen = [r.zero_with(*x) for x in zip(r.scalars(ds), weights, strict=True)]
         return r.accumulator(d, shape), r.accumulator(seen, shape)
 
-    return lambda p, ds, bias, position: f(p, ds, bias.rows, bias.columns, *position)
+    return lambda p, ds, bias, read: f(p, ds, *_points(bias, read))
 
 
 def add_gaussian_slope(columns: int, count: int, every: bool) -> Callable:
@@ -527,24 +559,36 @@ def _tile(columns: int) -> plgpu.ShapeDtypeStruct:
     return plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=r.ACC)
 
 
-def _place(position: Sequence, columns: int, rows: int, again: bool = False) -> Place:
-    """Where a tile is; with ``again``, another that compilers do not know to be it.
+_POINTS = (plgpu.RefType(), r.SCALAR, r.SCALAR, r.ACC)
+"""Of `_points`, which `_differences` takes."""
 
-    What is computed of it is then computed again, rather than kept since the last time:
-    the differences of the points alone would take three registers an element.
+
+def _points(bias: DistanceBias, read: Read) -> tuple:
+    """What the points of a tile are read from."""
+    return bias.rows, read.batch, read.row, read.columns
+
+
+def _differences(points: Sequence, rows: int, again: bool = False) -> Iterator:
+    """For each register, the difference of its two points and its square.
+
+    With ``again``, compilers do not know them from those of before: they are computed
+    again, rather than kept since, which would take three registers an element. What is
+    added to the square changes none but 0, and leaves that an inverse square root.
     """
-    scalars = [x.registers.item() for x in position]
-    return Place(r.tied(scalars, "", "r") if again else scalars, columns, rows)
+    ref, batch, row, columns = points
+    zero, values = r.integer(0), r.scalars(columns)
+    scalars = [batch.registers.item(), row.registers.item(), zero, zero]
+    at, count = Place(scalars, 0, rows), len(values) // 3
+    mine = [at.rows(ref, axis) for axis in range(3)]
+    theirs = r.tied(values, "") if again else values
+    for pair, half, second in itertools.product(range(count // 2), range(2), range(2)):
+        x, y, z = (
+            r.sub(mine[axis][half], theirs[axis * count + 2 * pair + second])
+            for axis in range(3)
+        )
+        square = r.fma(x, x, r.number(_LEAST))
+        yield (x, y, z), r.fma(z, z, r.fma(y, y, square))
 
 
-def _differences(at: Place, points: Any, others: Any, columns: int) -> Iterator:
-    """For each register, the difference of its two points and its square."""
-    mine = [at.rows(points, axis) for axis in range(3)]
-    for pair in range(columns // 8):
-        theirs = [at.columns(others, pair, axis) for axis in range(3)]
-        for half in range(2):
-            for second in range(2):
-                x, y, z = (
-                    r.sub(a[half], b[second]) for a, b in zip(mine, theirs, strict=True)
-                )
-                yield (x, y, z), r.fma(z, z, r.fma(y, y, r.mul(x, x)))
+def _root_of_inverse(square: ir.Value) -> ir.Value:
+    return r.mul(square, r.inverse_sqrt(square))

@@ -338,6 +338,10 @@ class Walker(Teams):
                         tiles = len(array.shape) == 4
                         at = (b, columns, h_col) if tiles else (b, h_col, columns)
                         plgpu.copy_gmem_to_smem(array.at[at], s[name].at[slot], full)
+                if "points" in s:
+                    full = s[f"{streams[0].name}_full"][slot]
+                    points = lists.bias.columns_at(b, columns)
+                    plgpu.copy_gmem_to_smem(points, s["points"].at[slot], full)
                 if _bias.streamed(lists.bias):
                     own = "bias_full" in s
                     full = s["bias_full" if own else f"{streams[0].name}_full"][slot]

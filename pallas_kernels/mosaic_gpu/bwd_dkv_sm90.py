@@ -57,10 +57,10 @@ def choose(
     if measured is not None:
         return BackwardConfig(**measured, num_ctas=num_ctas)
     if bias in (*_bias.STREAMED, *_bias.COMPUTED):
-        dims = block_kv, head_dim, value_dim, jnp.bfloat16, _biased.room(bias)
+        dims, room = (block_kv, head_dim, value_dim, jnp.bfloat16), _biased.room(bias)
         widest = _biased.widest_step(bias, head_dim, value_dim)
         configs = gradient.beside_bias(block_kv, block_q, num_ctas, widest)
-        return _biased.first_fit(configs, lambda c: scratch_spec(c, *dims))
+        return _biased.first_fit(configs, lambda c: scratch_spec(c, *dims, **room))
     widest = max(head_dim, value_dim)
     narrow = widest <= 64
     if widest > 128:
@@ -81,6 +81,7 @@ def scratch_spec(
     value_dim: int,
     dtype,
     bias_dtype=None,
+    points=False,
 ) -> dict:
     """Shared memory of one CTA; the estimate and the launch both read it.
 
@@ -90,6 +91,7 @@ def scratch_spec(
     tile = lambda *shape: _persistent.tiles((c.teams, *shape), dtype)
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
     row = plgpu.SMEM((c.teams, c.num_stages, c.tile), jnp.float32)
+    of_bias = _biased.arrivals(wgs, 64, bias_dtype)
     return dict(
         k=tile(c.num_fixed_stages, wgs, 64, head_dim),
         v=tile(c.num_fixed_stages, wgs, 64, value_dim),
@@ -101,11 +103,12 @@ def scratch_spec(
         item=_persistent.item_slots(c.teams, c.num_fixed_stages),
         fixed_full=bar(c.num_fixed_stages, 1 + 2 * wgs),
         fixed_free=bar(c.num_fixed_stages, wgs),
-        queries_full=bar(c.num_stages, 4 + _biased.arrivals(wgs, 64, bias_dtype)),
+        queries_full=bar(c.num_stages, 4 + of_bias + points),
         queries_free=bar(c.num_stages, wgs),
         **_biased.bias_stream(
             bar, (c.teams, c.num_stages, wgs), (c.tile, 64), bias_dtype
         ),
+        **_biased.points_scratch(c, c.tile, points),
     )
 
 
@@ -160,7 +163,8 @@ def backward_dkv(
     kv_len, head_dim, value_dim = k.shape[1], q.shape[-1], v.shape[-1]
     tile_kv = config.rows(blocks[1])
     scratch = scratch_spec(
-        config, tile_kv, head_dim, value_dim, q.dtype, _bias.dtype_of(bias)
+        *(config, tile_kv, head_dim, value_dim, q.dtype),
+        *(_bias.dtype_of(bias), _bias.has_points(bias)),
     )
     _persistent.check_smem("backward_dkv", config, scratch)
     q, k, v, dout = (_persistent.pad_rows(x) for x in (q, k, v, dout))

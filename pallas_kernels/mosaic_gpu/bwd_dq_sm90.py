@@ -68,10 +68,10 @@ def choose(
         return BackwardConfig(**measured, num_ctas=num_ctas)
     if bias in (*_bias.STREAMED, *_bias.COMPUTED):
         dims = block_q, head_dim, value_dim, jnp.bfloat16
-        room = _biased.room(bias), lane_sums
+        room = _biased.room(bias) | dict(lane_sums=lane_sums)
         widest = _biased.widest_step(bias, head_dim, value_dim)
         configs = gradient.beside_bias(block_q, block_kv, num_ctas, widest, stages=3)
-        return _biased.first_fit(configs, lambda c: scratch_spec(c, *dims, *room))
+        return _biased.first_fit(configs, lambda c: scratch_spec(c, *dims, **room))
     widest = max(head_dim, value_dim)
     if widest > 128:
         found = BackwardConfig(tile=32, num_stages=3)
@@ -92,6 +92,7 @@ def scratch_spec(
     value_dim: int,
     dtype,
     bias_dtype=None,
+    points=False,
     lane_sums=0,
 ) -> dict:
     """Shared memory of one CTA; the estimate and the launch both read it."""
@@ -108,13 +109,14 @@ def scratch_spec(
         item=_persistent.item_slots(c.teams, c.num_fixed_stages),
         fixed_full=bar(c.num_fixed_stages, 1 + 2 * wgs),
         fixed_free=bar(c.num_fixed_stages, wgs),
-        k_full=bar(c.num_stages, 1 + of_bias),
+        k_full=bar(c.num_stages, 1 + of_bias + points),
         k_free=bar(c.num_stages, wgs),
         v_full=bar(c.num_stages, 1),
         v_free=bar(c.num_stages, wgs),
         **_biased.bias_stream(
             bar, (c.teams, c.num_stages, wgs), (64, c.tile), bias_dtype
         ),
+        **_biased.points_scratch(c, c.tile, points),
         **_biased.lane_sums_scratch(c.teams, wgs, lane_sums),
     )
 
@@ -173,7 +175,7 @@ def backward_dq(
     lane_sums = _bias.lane_sums(bias)
     scratch = scratch_spec(
         *(config, tile_q, head_dim, value_dim, q.dtype),
-        *(_bias.dtype_of(bias), lane_sums),
+        *(_bias.dtype_of(bias), _bias.has_points(bias), lane_sums),
     )
     _persistent.check_smem("backward_dq", config, scratch)
     q, k, v, dout = (_persistent.pad_rows(x) for x in (q, k, v, dout))

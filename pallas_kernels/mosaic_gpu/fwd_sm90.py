@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._common import tile_transforms
-from . import _bias, _biased, _elements, _persistent, _sharing, _tables
+from . import _bias, _biased, _distance, _elements, _persistent, _sharing, _tables
 from . import _registers as r
 from . import _softmax as softmax
 from ._bias import Bias
@@ -142,7 +142,7 @@ class Config:
         if measured is not None:
             return cls(**measured, num_ctas=num_ctas)
         if bias in _bias.STREAMED or (bias in _bias.COMPUTED and widest > 64):
-            return cls._beside_bias(*sizes, num_ctas, _bias.STREAMED.get(bias))
+            return cls._beside_bias(*sizes, num_ctas, bias)
         if widest > 128:
             turns = block_q == 128
             found = cls(tile_q=block_q, tile_kv=64, num_stages=2, ping_pong=turns)
@@ -164,7 +164,7 @@ class Config:
 
     @classmethod
     def _beside_bias(
-        cls, head_dim, value_dim, block_q, block_kv, num_ctas, bias_dtype
+        cls, head_dim, value_dim, block_q, block_kv, num_ctas, bias
     ) -> Config:
         """The first that fits: four warpgroups and three stages, or two with turns."""
         choices = (
@@ -189,7 +189,8 @@ class Config:
                 if wgs == 2 or max(head_dim, value_dim) <= 64
             ),
             lambda c: scratch_spec(
-                c, block_q, head_dim, value_dim, jnp.bfloat16, bias_dtype
+                *(c, block_q, head_dim, value_dim, jnp.bfloat16),
+                *(_bias.STREAMED.get(bias), bias in _distance.FORMS),
             ),
         )
 
@@ -201,6 +202,7 @@ def scratch_spec(
     value_dim: int,
     dtype,
     bias_dtype=None,
+    points=False,
 ) -> dict:
     """Shared memory of one CTA; the estimate and the launch both read it."""
     c, wgs = config, tile_q // 64
@@ -217,13 +219,14 @@ def scratch_spec(
         item=_persistent.item_slots(c.teams, c.num_q_stages),
         fixed_full=bar(c.num_q_stages, 1 + wgs),
         fixed_free=bar(c.num_q_stages, wgs),
-        k_full=bar(c.num_stages, 1),
+        k_full=bar(c.num_stages, 1 + points),
         k_free=bar(c.num_stages, wgs),
         v_full=bar(c.num_stages, 1),
         v_free=bar(c.num_stages, wgs),
         **_biased.late_bias_stream(
             bar, (c.teams, c.num_stages, wgs), (64, c.tile_kv), bias_dtype
         ),
+        **_biased.points_scratch(c, c.tile_kv, points),
     )
 
 
@@ -271,7 +274,8 @@ def forward(
     if block_q % tile_q:
         raise ValueError(f"forward: {config} for block_q={block_q}; tile_q divides it.")
     scratch = scratch_spec(
-        config, tile_q, head_dim, value_dim, q.dtype, _bias.dtype_of(bias)
+        *(config, tile_q, head_dim, value_dim, q.dtype),
+        *(_bias.dtype_of(bias), _bias.has_points(bias)),
     )
     _persistent.check_smem("forward", config, scratch)
     q, k, v = (_persistent.pad_rows(x) for x in (q, k, v))

@@ -273,15 +273,22 @@ def add_rows(columns, scale):
     return lambda s, values: s + values[:, None] / scale
 
 
-def _difference(bias, at, rows, columns):
+def read_columns(columns):
+    """The points, in the first numbers of an array as large as the kernels'."""
+
+    def f(points):
+        values = _value(points).reshape(-1)
+        room = jnp.zeros(64 * columns * 3 // 2 - values.size, F32)
+        return jnp.concatenate([values, room]).reshape(64, -1)
+
+    return f
+
+
+def _difference(bias, read, rows, columns):
     """By axis, of the points of a 64-row tile."""
-    x, y = (
-        points[at.batch if points.shape[0] > 1 else 0, :, pl.ds(first, count)]
-        for points, first, count in (
-            (bias.rows, at.row, rows),
-            (bias.columns, at.column, columns),
-        )
-    )
+    batch = read.batch if bias.rows.shape[0] > 1 else 0
+    x = bias.rows[batch, :, pl.ds(read.row, rows)]
+    y = read.columns.reshape(-1)[: 3 * columns].reshape(3, columns)
     return [_tile(a[:, None]) - b[None] for a, b in zip(x, y, strict=True)]
 
 
@@ -303,11 +310,11 @@ def _hats(d, bias, entry):
     return [jnp.maximum(0, 1 - jnp.abs(u - n)) for n in range(last + 1)]
 
 
-def add_distance(columns, scale, form, rows, count):
-    del count
+def add_distance(columns, scale, form, rows, count, slopes):
+    del count, slopes
 
     def f(s, bias, entry, read):
-        d = distances(columns, rows)(bias, read.at)
+        d = distances(columns, rows)(bias, read)
         weights = _weights(bias, entry)
         if form == "table":
             hats = _hats(d, bias, entry)
@@ -320,8 +327,8 @@ def add_distance(columns, scale, form, rows, count):
 
 
 def distances(columns, rows):
-    def f(bias, at):
-        difference = _difference(bias, at, rows, columns)
+    def f(bias, read):
+        difference = _difference(bias, read, rows, columns)
         return jnp.sqrt(sum(x * x for x in difference))
 
     return f
@@ -348,7 +355,7 @@ def add_distance_sums(columns, form, rows, every, count, partial):
     del count
 
     def f(sums, p, ds, bias, entry, read, slopes, lanes):
-        difference = _difference(bias, read.at, rows, columns)
+        difference = _difference(bias, read, rows, columns)
         square = sum(x * x for x in difference)
         d, more = jnp.sqrt(square), []
         factor = jnp.where(square > 0, 1 / d, 0)
@@ -377,8 +384,8 @@ def _add_to_lanes(lanes, n, x):
 
 
 def seen_distances(columns, rows):
-    def f(p, ds, bias, at):
-        d = distances(columns, rows)(bias, at)
+    def f(p, ds, bias, read):
+        d = distances(columns, rows)(bias, read)
         return jnp.where(p == 0, 0, d), jnp.where(p == 0, 0, ds)
 
     return f
@@ -495,7 +502,14 @@ _STAND_INS = {
     _registers: (named_barrier, fence_reads),
     _bias: (*(load_tile, store_tile, add_tile, add_columns, add_rows),),
     _distance: (
-        *(read_table, add_distance, distances, add_gaussian, add_distance_sums),
+        *(
+            read_columns,
+            read_table,
+            add_distance,
+            distances,
+            add_gaussian,
+            add_distance_sums,
+        ),
         *(seen_distances, add_gaussian_slope, store_lane_sums),
     ),
     _score: (new_logits, products_gradient),

@@ -126,9 +126,10 @@ def test_as_many_weights_as_there_may_be_fit_into_shared_memory(kernel, bias):
     sizes = range(16, mosaic_gpu.LARGEST_HEAD_WITH_BIAS + 1, 16)
     for dims, blocks in itertools.product(itertools.product(sizes, sizes), BLOCKS):
         launch = Launch(kernel, (dims[0], dims[1]), blocks, bias=bias)
-        config, room = launch.config(), {}
+        config = launch.config()
+        room: dict[str, int] = {"points": True}
         if kernel == "dq":
-            room = {"lane_sums": _bias.lane_sums(launch.bias_shape())}
+            room["lane_sums"] = _bias.lane_sums(launch.bias_shape())
             assert room["lane_sums"] > _distance.MOST[bias]
         scratch = SCRATCH[kernel](config, launch.rows, *dims, "bfloat16", **room)
         _persistent.check_smem(kernel, config, scratch)
