@@ -226,9 +226,15 @@ class BiasedWalker(Walker):
             s = s | dict(bias_gradient=outs[-1])
         super().compute(arrays, lists, outs, s)
 
-    def sums_type(self, batch: int, heads: int, length: int, slots: int) -> list:
-        """Outputs of `store_sums`: sums by row, and of each warpgroup's pairs."""
-        blocks = -(-length // self.block_rows) * self.wgs
+    def sums_type(
+        self, batch: int, heads: int, length: int, block: int, slots: int
+    ) -> list:
+        """Outputs of `store_sums`: sums by row, and of each warpgroup's pairs.
+
+        For every item of the pattern's blocks, ``block`` rows each: these copies go on
+        where an array ends.
+        """
+        blocks = -(-length // block) * _persistent.warpgroups(block)
         shapes = []
         if n := self.row_sums:
             shapes += [(n, batch, heads, blocks * 64), (n, slots, self.wgs * 64)]

@@ -187,7 +187,7 @@ def backward_dkv(
     arrays, found, sums = (q, k, v, dout, lse2, delta), [], None
     slots = max(schedule.num_slots, 1)
     for part in kernel.launches():
-        out_type = part.out_type(k.shape, kv_len, slots, lse2.shape[1])
+        out_type = part.out_type(k.shape, kv_len, blocks[1], slots, lse2.shape[1])
         room = scratch | part.sums_scratch()
         outs = part.launch(
             arrays, lists, out_type, room, config.num_ctas, part.kernel_name
@@ -240,11 +240,11 @@ class _BackwardDkv(BiasedWalker):
         ]
 
     def out_type(
-        self, shape, length: int, slots: int, q_heads: int
+        self, shape, length: int, block: int, slots: int, q_heads: int
     ) -> list[jax.ShapeDtypeStruct]:
         """The products, then the parts of rows that are split; then row sums."""
-        (batch, _, heads, _), rows = shape, self.block_rows
-        padded = lambda dim: _persistent.rows_of(length, rows, dim, self.staged)
+        batch, _, heads, _ = shape
+        padded = lambda dim: _persistent.rows_of(length, block, dim, self.staged)
         sums = [
             jax.ShapeDtypeStruct((batch, padded(dim), heads, dim), self.dtype)
             for dim in self.dims.values()
@@ -252,7 +252,7 @@ class _BackwardDkv(BiasedWalker):
             jax.ShapeDtypeStruct((slots, self.wgs * 64, dim), jnp.float32)
             for dim in self.dims.values()
         ]
-        return sums + self.sums_type(batch, q_heads, length, slots)
+        return sums + self.sums_type(batch, q_heads, length, block, slots)
 
     def tiles(self, arrays):
         q, k, v, dout, lse2, delta = arrays

@@ -180,7 +180,7 @@ def backward_dq(
     _persistent.check_smem("backward_dq", config, scratch)
     q, k, v, dout = (_persistent.pad_rows(x) for x in (q, k, v, dout))
     slots = max(schedule.num_slots, 1)
-    rows = _persistent.rows_of(q_len, tile_q, head_dim, config.staged)
+    rows = _persistent.rows_of(q_len, blocks[0], head_dim, config.staged)
     out_type = [
         jax.ShapeDtypeStruct((q.shape[0], rows, heads, head_dim), q.dtype),
         jax.ShapeDtypeStruct((slots, tile_q, head_dim), jnp.float32),
@@ -201,7 +201,7 @@ def backward_dq(
         lane_sums=lane_sums,
         writes_bias=_bias.own_gradient(bias, q.shape[0], heads),
     )
-    out_type += kernel.sums_type(q.shape[0], heads, q_len, slots)
+    out_type += kernel.sums_type(q.shape[0], heads, q_len, blocks[0], slots)
     if kernel.writes_bias:
         out_type.append(jax.ShapeDtypeStruct(bias.values.shape, bias.values.dtype))
     lists = Lists.of(kv_indices, full_kv_indices, elements, schedule, bias)

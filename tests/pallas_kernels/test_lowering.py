@@ -16,6 +16,7 @@ from jsparse import block_sparse_attention
 from jsparse.backends import mosaic_gpu
 from jsparse.pallas_kernels.mosaic_gpu import (
     _bias,
+    _biased,
     _candidates,
     _distance,
     _persistent,
@@ -133,6 +134,23 @@ def test_as_many_weights_as_there_may_be_fit_into_shared_memory(kernel, bias):
             assert room["lane_sums"] > _distance.MOST[bias]
         scratch = SCRATCH[kernel](config, launch.rows, *dims, "bfloat16", **room)
         _persistent.check_smem(kernel, config, scratch)
+
+
+def test_row_sums_have_room_for_items_beyond_the_last_row():
+    walker = _biased.BiasedWalker(
+        **BackwardConfig(tile_rows=64).walker(),
+        block_rows=64,
+        block_columns=128,
+        group=1,
+        rows_are_queries=True,
+        any_partial=True,
+        items_per_worker=1,
+        scale=1.0,
+        row_sums=3,
+        lane_sums=5,
+    )
+    shapes = [x.shape for x in walker.sums_type(2, 4, 650, 128, 7)]
+    assert shapes == [(3, 2, 4, 768), (3, 7, 64), (2, 12, 4, 5), (7, 1, 5)]
 
 
 @pytest.mark.parametrize("name", SCORES)
