@@ -6,6 +6,7 @@ Each value is that of all threads of a warpgroup; float32, rounded as PTX says.
 from __future__ import annotations
 
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,3 +71,65 @@ def test_a_cell_of_a_table(count, monkeypatch):
     assert row.max() == 512 * (count - 1) == row[1] == row[2]
     index = np.minimum(np.where(np.isnan(d), np.inf, d) / width, count - 1)
     np.testing.assert_array_equal(row[4:], 512 * np.floor(index[4:]).astype(int))
+
+
+def inline(**_):
+    """Runs what would become instructions."""
+    return lambda f: lambda *args: f(None, *args)
+
+
+def scalar(x):
+    """As a kernel passes one."""
+    return types.SimpleNamespace(registers=types.SimpleNamespace(item=lambda: x))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_differences_of_points(again, monkeypatch):
+    rng, columns, rows = np.random.default_rng(3), 32, 64
+    mine, theirs = (rng.uniform(-1000, 1000, (3, n)) for n in (rows, columns))
+    mine, theirs = mine.astype(F32), theirs.astype(F32)
+    mine[:, 9] = theirs[:, 5]  # no distance: an inverse that is finite
+    thread = np.arange(THREADS)
+    row, column = thread // 32 * 16 + thread % 32 // 4, thread % 4 * 2
+
+    class Place:
+        def __init__(self, scalars, *_):
+            assert scalars == ["batch", "row", 0, 0]
+
+        def rows(self, ref, axis):
+            return [ref[axis, row], ref[axis, row + 8]]
+
+    registers = types.SimpleNamespace(
+        **vars(REGISTERS),
+        integer=int,
+        fma=lambda x, y, z: (np.float64(x) * y + z).astype(F32),
+        inverse_sqrt=lambda x: 1 / np.sqrt(x),
+        scalars=list,
+        tied=lambda values, text: values,
+        accumulator=lambda values, shape: values[: shape[0] * shape[1] // THREADS],
+        shared_pairs=lambda ref, count: [
+            ref[8 * j + column + i] for j in range(count) for i in range(2)
+        ],
+        ACC=None,
+    )
+    monkeypatch.setattr(_distance, "r", registers)
+    monkeypatch.setattr(_distance, "Place", Place)
+    monkeypatch.setattr(_distance, "_tile", lambda columns: None)
+    utils = types.SimpleNamespace(memref_slice=lambda ref, axis: ref[axis])
+    monkeypatch.setattr(_distance, "utils", utils)
+    monkeypatch.setattr(_distance.plgpu, "inline_mgpu", inline)
+
+    read: Any = theirs
+    read = _distance.read_columns(columns)(read)
+    points = mine, scalar("batch"), scalar("row"), read
+    found: list[Any] = list(_distance._differences(points, rows, again))
+    assert len(found) == columns // 2
+    for i, (difference, square) in enumerate(found):
+        at = row + (i >> 1 & 1) * 8, i // 4 * 8 + column + (i & 1)
+        expected = mine[:, at[0]] - theirs[:, at[1]]
+        np.testing.assert_array_equal(difference, expected)
+        exact = (expected.astype(np.float64) ** 2).sum(0)
+        np.testing.assert_allclose(square, exact, rtol=3e-7, atol=2e-30)
+        root: Any = _distance._root_of_inverse(square)
+        assert np.isfinite(registers.inverse_sqrt(square)).all()
+        np.testing.assert_allclose(root, np.sqrt(exact), rtol=1e-6, atol=2e-15)
