@@ -43,6 +43,8 @@ _WHOLE = 2.0**23
 """Added to a smaller number, it leaves no fraction, and the integer in the low bits."""
 _LEAST = 1e-30
 """Of a squared distance: nothing beside that of two points that float32 tells apart."""
+_POINTS = (plgpu.RefType(), r.SCALAR, r.SCALAR, r.ACC)
+"""What `_points` returns and `_differences` takes, as arguments."""
 
 
 class Entry(NamedTuple):
@@ -557,10 +559,6 @@ def _add_to_own(base: ir.Value, index: ir.Value, *values: ir.Value) -> None:
 
 def _tile(columns: int) -> plgpu.ShapeDtypeStruct:
     return plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=r.ACC)
-
-
-_POINTS = (plgpu.RefType(), r.SCALAR, r.SCALAR, r.ACC)
-"""Of `_points`, which `_differences` takes."""
 
 
 def _points(bias: DistanceBias, read: Read) -> tuple:

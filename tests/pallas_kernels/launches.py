@@ -42,7 +42,7 @@ KERNELS = {
 }
 TUNED = {name: KERNELS[name] for name in ("forward", "dq", "dkv")}
 """Kernels with a table of measured configs."""
-DISTANCES = ("linear", "quadratic", "table", "gaussian")
+DISTANCES = _distance.FORMS
 H100 = AbstractDevice(
     device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
 )
