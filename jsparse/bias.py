@@ -1,9 +1,10 @@
 """Biases added to the scaled logits before softmax, beside a plain dense array.
 
-`BlockBias` stores values on the mask's blocks only; `DistanceBias` stores none and is
-computed from coordinates where it is needed; `ScoreFunction` is a function of the logit
-and of where it stands. All are pytrees, so ``jax.grad`` gives a gradient of the same
-type. `jsparse.ops` accepts them; `jsparse.backends` evaluates them.
+`BlockBias` stores values on the mask's blocks only, `EntryBias` only where their bits
+are set; `DistanceBias` stores none and is computed from coordinates where it is needed;
+`ScoreFunction` is a function of the logit and of where it stands. All are pytrees, so
+``jax.grad`` gives a gradient of the same type. `jsparse.ops` accepts them;
+`jsparse.backends` evaluates them.
 """
 
 from __future__ import annotations
@@ -141,6 +142,46 @@ def _block_coordinates(mask: BlockMask, count: int) -> tuple[Array, Array]:
     (row_p, col_p), (row_f, col_f) = found
     partial = n < split
     return jnp.where(partial, row_p, row_f), jnp.where(partial, col_p, col_f)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class EntryBias:
+    """A bias with one value for each set bit of a mask, which has no full blocks.
+
+    What neighbour lists need: blocks hold ten times as many pairs as the lists name.
+    The order is that of the bits: block by block as in the lists, query by query, keys
+    ascending. For ``"mosaic_gpu"`` and ``"reference"``; `jsparse.nn.functional`'s
+    `neighbor_attention` makes one, or else a `BlockBias`.
+
+    Args:
+        values: ``[B or 1, H or 1, n]``; n is at least the number of set bits, and what
+            is beyond them counts for nothing. The mask has one pattern for all heads.
+
+    Example:
+        >>> import jax.numpy as jnp, jsparse
+        >>> index = jnp.array([[1, 2], [0, -1], [2, 3]])
+        >>> mask = jsparse.patterns.device.neighbors(
+        ...     index, kv_len=4, block_q=64, block_kv=64, capacity=1
+        ... )
+        >>> bias = EntryBias(jnp.array([[[1.0, 2, 3, 4, 5]]]))
+        >>> q, k, v = (jnp.zeros((n, 1, 8)) for n in (3, 4, 4))
+        >>> _, lse = jsparse.block_sparse_attention(
+        ...     *(q, k, v, mask), bias=bias, implementation="reference", return_lse=True
+        ... )
+        >>> [round(float(x), 2) for x in lse[0]]
+        [2.31, 3.0, 5.31]
+    """
+
+    values: Array
+
+    @staticmethod
+    def before(bits: Array) -> Array:
+        """How many set bits come before each word of ``[..., n, block_q, words]``."""
+        counts = jax.lax.population_count(bits).astype(jnp.int32)
+        flat = counts.reshape(*counts.shape[:-3], -1)
+        upto = jnp.cumsum(flat, -1, dtype=jnp.int32)
+        return (upto - flat).reshape(counts.shape)
 
 
 @jax.tree_util.register_dataclass
@@ -420,4 +461,4 @@ class ScoreFunction:
     arrays: tuple[Array, ...] = ()
 
 
-Bias = Array | BlockBias | DistanceBias | ScoreFunction
+Bias = Array | BlockBias | EntryBias | DistanceBias | ScoreFunction

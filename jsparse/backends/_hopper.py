@@ -249,12 +249,12 @@ class Call:
         bits, rules = self.mask.bits, tuple(x.transpose() for x in self.mask.rules)
         if bits is not None:
             bits = _transpose_bits(
-                bits, self._order_by_key(bits.shape[1]), self.mask.block_kv
+                bits, self.order_by_key(bits.shape[1]), self.mask.block_kv
             )
         q, kv = self._tokens
         return self._elements(kv, q, bits, rules, bad)
 
-    def _order_by_key(self, count: int) -> Array:
+    def order_by_key(self, count: int) -> Array:
         """``[B or 1, n]``: number by query block of each partial block by key block.
 
         Known before tracing if the pattern is.
@@ -384,7 +384,7 @@ def _transpose_bits(bits: Array, order: Array, block_kv: int) -> Array:
 
 
 def _order_by_key(xp: Any, count: int, counts: Array, indices: Array) -> Array:
-    """`Call._order_by_key` of one batch entry, with NumPy or jnp."""
+    """`Call.order_by_key` of one batch entry, with NumPy or jnp."""
     heads, _, capacity = indices.shape
     slots = np.arange(capacity)
     valid = slots < counts[..., None]

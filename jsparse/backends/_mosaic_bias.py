@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.backends import _score as programs
-from jsparse.bias import Bias, BlockBias, DistanceBias, ScoreFunction
+from jsparse.bias import Bias, BlockBias, DistanceBias, EntryBias, ScoreFunction
 from jsparse.pallas_kernels.mosaic_gpu import _bias, _distance, _score
 from jsparse.pallas_kernels.mosaic_gpu._schedule import Blocks as Listed
 from jsparse.pallas_kernels.mosaic_gpu.bwd_dbias_sm90 import (
@@ -36,7 +36,7 @@ def kernel_bias(
 ) -> _bias.Bias | None:
     """A bias of `Operands` for the kernels, for launches by query block.
 
-    A `BlockBias` gets its numbers by `launched`.
+    A `BlockBias` gets its numbers, an `EntryBias` its order by `launched`.
 
     The last axis is padded, which is a copy, where TMA could not address a row of it.
     """
@@ -50,6 +50,8 @@ def kernel_bias(
     values, inner = _join_batch(_values(bias), batch)
     if values.dtype.itemsize > 4:
         values = values.astype(jnp.float32)
+    if isinstance(bias, EntryBias):
+        return _bias.EntryBias(values, inner, table=_entry_table(mask.bits))
     if isinstance(bias, BlockBias):
         return _bias.BlockBias(values, inner)
     if values.shape[2] == 1:
@@ -59,6 +61,12 @@ def kernel_bias(
     pitch = 16 // values.dtype.itemsize
     whole = -(-values.shape[-1] // pitch) * pitch
     return _bias.DenseBias(_pad_last(values, whole), inner)
+
+
+def _entry_table(bits: Array) -> Array:
+    """See `_bias.EntryBias`."""
+    words = jax.lax.bitcast_convert_type(bits, jnp.int32)
+    return jnp.stack([words, EntryBias.before(bits)], -1)
 
 
 def _distance_bias(
@@ -102,6 +110,15 @@ def launched(bias: _bias.Bias | None, mask: BlockMask, side: str) -> _bias.Bias 
             at = jnp.minimum(rows, last), j[..., None]  # beyond the count: anything
             numbers.append(places[b[..., None], h[..., None], *at])
     return dataclasses.replace(bias, numbers=tuple(numbers))
+
+
+def entry_gradient(
+    grad: Array, mask: BlockMask, primal: EntryBias, batch: tuple[int, ...]
+) -> Bias:
+    """From ``grad [B, H, n]``, undefined where no bit is set."""
+    bits = jax.lax.population_count(mask.bits).sum((1, 2, 3), dtype=jnp.int32)
+    is_set = jnp.arange(grad.shape[-1], dtype=jnp.int32) < bits[:, None, None]
+    return like(jnp.where(is_set, grad, 0), primal, batch)
 
 
 def bias_blocks(bias: _bias.Streamed, mask: BlockMask) -> Blocks:
@@ -171,7 +188,8 @@ def like(grad: Array, primal: Bias, batch: tuple[int, ...]) -> Bias:
     if axes:
         grad = grad.astype(jnp.float32).sum(axes, keepdims=True)
     grad = grad.astype(values.dtype)
-    return BlockBias(grad) if isinstance(primal, BlockBias) else grad
+    stored = isinstance(primal, BlockBias | EntryBias)
+    return type(primal)(grad) if stored else grad
 
 
 def distance_gradient(
@@ -292,7 +310,7 @@ def _shaped(grad: Array, primal: Array, batch: tuple[int, ...]) -> Array:
 
 
 def _values(bias: Bias) -> Array:
-    return bias.values if isinstance(bias, BlockBias) else bias
+    return bias.values if isinstance(bias, BlockBias | EntryBias) else bias
 
 
 def _pad_last(x: Array, length: int) -> Array:

@@ -160,7 +160,7 @@ def backward(
         arrays,
         (*call.entries(lists, bad, block_kv), call.elements(bad), schedule),
         _BiasOperands.of(call, "kv"),
-        [q, _parts(schedule, block_q, dim), bias.values if own else _NOTHING],
+        [q, _parts(schedule, block_q, dim), _NOTHING if own is None else own],
         **_attributes(call),
     )
 
@@ -189,7 +189,7 @@ def backward(
     # The gradient of a bias that is shared has one kernel, which is Mosaic's.
     arrays = (call.q, call.k, call.v, _hopper.pad_dim(dout), *of_queries[:2])
     by_key = jnp.moveaxis(by_key[:, None], -1, 1) if by_key.size else None
-    found = by_key, dbias if own else None
+    found = by_key, None if own is None else dbias
     gradient = mosaic_gpu.streamed_bias_gradient
     return dq, dk, dv, gradient(call, arrays, *found, operands.bias)
 

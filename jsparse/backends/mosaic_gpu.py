@@ -17,12 +17,13 @@ from jsparse.backends._contract import HostPattern, Operands, Problem
 from jsparse.backends._mosaic_bias import (
     bias_blocks,
     distance_gradient,
+    entry_gradient,
     launched,
     like,
     score_gradient,
     zero_unlisted,
 )
-from jsparse.bias import Bias, DistanceBias, ScoreFunction
+from jsparse.bias import Bias, DistanceBias, EntryBias, ScoreFunction
 from jsparse.pallas_kernels.mosaic_gpu import (
     _bias,
     _distance,
@@ -173,7 +174,7 @@ def backward(
         blocks=call.blocks,
         scale=call.scale,
         config=config,
-        bias=launched(call.bias, call.mask, "q"),
+        bias=_by_key(call),
     )
     if call.sign != 1:
         dq = dq * jnp.asarray(call.sign, dq.dtype)
@@ -183,6 +184,14 @@ def backward(
     dlse = jnp.where(of_queries.blind, 0, dlse)
     found = _Found(of_bias.by_row, by_key, of_bias.by_pair, of_bias.values, dlse)
     return (*grads, _bias_gradient(call, arrays, found, operands.bias))
+
+
+def _by_key(call: _hopper.Call) -> _bias.Bias | None:
+    """The bias for a launch over the lists by key block."""
+    bias = launched(call.bias, call.mask, "q")
+    if isinstance(bias, _bias.EntryBias):
+        return dataclasses.replace(bias, order=call.order_by_key(bias.table.shape[1]))
+    return bias
 
 
 class _Found(NamedTuple):
@@ -212,6 +221,8 @@ def _bias_gradient(
     if isinstance(primal, DistanceBias):
         dlse = found.dlse.reshape(-1, *found.dlse.shape[-2:])
         return distance_gradient(bias, *found[:3], dlse, primal, call.batch)
+    if isinstance(primal, EntryBias):
+        return entry_gradient(found.values, call.mask, primal, call.batch)
     if isinstance(primal, ScoreFunction):
         dlse = found.dlse.reshape(-1, *found.dlse.shape[-2:])
         return score_gradient(bias, *found[:2], dlse, primal, call.batch)

@@ -19,7 +19,7 @@ from jsparse.backends._contract import (
     accumulator_dtype,
     matmul_precision,
 )
-from jsparse.bias import BlockBias, DistanceBias, ScoreFunction
+from jsparse.bias import BlockBias, DistanceBias, EntryBias, ScoreFunction
 from jsparse.patterns import BlockMask
 
 Array = Any
@@ -133,11 +133,27 @@ def _spread(blocks: Array, mask: BlockMask) -> Array:
 
 
 def _dense_bits(mask: BlockMask, ids: Array) -> Array:
+    return _place_blocks(_bits(mask)[..., None, :, :, :], ids, mask)
+
+
+def _bits(mask: BlockMask) -> Array:
+    """``[*B, n, block_q, block_kv]`` bool."""
     words = jnp.asarray(mask.bits)
     shift = jnp.arange(32, dtype=jnp.uint32)
     bits = (words[..., None] >> shift) & jnp.uint32(1)
-    bits = bits.reshape(*words.shape[:-1], -1)[..., : mask.block_kv] != 0
-    return _place_blocks(bits[..., None, :, :, :], ids, mask)
+    return bits.reshape(*words.shape[:-1], -1)[..., : mask.block_kv] != 0
+
+
+def _values_of_bits(values: Array, mask: BlockMask) -> Array:
+    """The blocks of an `EntryBias` ``[*B, H or 1, n]``."""
+    bits = _bits(mask)[..., None, :, :, :]
+    flat = bits.reshape(*bits.shape[:-3], -1)
+    place = jnp.cumsum(flat, -1, dtype=jnp.int32) - 1
+    lead = jnp.broadcast_shapes(values.shape[:-1], flat.shape[:-1])
+    values = jnp.broadcast_to(values, (*lead, values.shape[-1]))
+    place = jnp.broadcast_to(jnp.maximum(place, 0), (*lead, place.shape[-1]))
+    found = jnp.where(flat, jnp.take_along_axis(values, place, -1), 0)
+    return found.reshape(*lead, *bits.shape[-3:])
 
 
 def _place_blocks(blocks: Array, ids: Array, mask: BlockMask) -> Array:
@@ -181,6 +197,8 @@ def _new_scores(
 def _dense_bias(bias: Any, mask: BlockMask, ids: Array) -> Array:
     if isinstance(bias, BlockBias):
         return _place_blocks(bias.values, ids, mask)
+    if isinstance(bias, EntryBias):
+        return _place_blocks(_values_of_bits(bias.values, mask), ids, mask)
     if isinstance(bias, DistanceBias):
         return bias.dense()
     return bias

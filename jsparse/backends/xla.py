@@ -47,6 +47,8 @@ def why_not(problem: Problem) -> str | None:
     """Takes every problem whose arrays are floating point."""
     if not jnp.issubdtype(jnp.dtype(problem.dtype), jnp.floating):
         return f"dtype {problem.dtype} is not a floating-point type"
+    if problem.bias == "entry":
+        return "an entry bias; expected another, such as a BlockBias"
     return None
 
 

@@ -1,25 +1,29 @@
 """Attention through neighbour lists in tables of bounded size.
 
 A table holds what belongs to the blocks that a pattern touches: bits that say which
-elements count, and the bias. Its size is static, the number of blocks is not: a pattern
-that touches more than a table holds is taken a few query blocks at a time, as many as
-fit even if they touch every key block. Called by `functional.py`.
+elements count, and, for kernels that cannot read it by bit, the bias. Its size is
+static, the number of blocks is not: a pattern that touches more than a table holds is
+taken a few query blocks at a time, as many as fit even if they touch every key block.
+Called by `functional.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jsparse.bias import Bias, BlockBias, DistanceBias
-from jsparse.ops import block_sparse_attention
+from jsparse.bias import Bias, BlockBias, DistanceBias, EntryBias
+from jsparse.ops import block_sparse_attention, support
 from jsparse.patterns import BlockMask, device
 
 Array = Any
+READS_BITS = "mosaic_gpu"
+"""The implementation that takes an `EntryBias` of any size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +93,15 @@ def _mask(index: Array, kv_len: int, tables: Tables, room: int) -> BlockMask:
 
 def _launch(q, k, v, mask: BlockMask, index, bias, tables: Tables) -> Array:
     """Attention over a mask whose blocks all have room."""
+    mask = dataclasses.replace(mask, needed_capacity=None)
     if bias is not None and not isinstance(bias, DistanceBias):
-        bias = neighbor_bias(bias, mask, index)
+        entries = _Entries.of(mask, index)
+        by_bit = entries.bias_of_bits(bias)
+        fits = support(q, k, v, mask, bias=by_bit)[READS_BITS] is None
+        asked = tables.implementation in ("auto", READS_BITS)
+        bias = by_bit if fits and asked else entries.bias_of_blocks(bias)
     return block_sparse_attention(
-        *(q, k, v),
-        dataclasses.replace(mask, needed_capacity=None),
+        *(q, k, v, mask),
         bias=bias,
         scale=tables.scale,
         implementation=tables.implementation,
@@ -137,59 +145,98 @@ def _in_parts(q, k, v, index, bias, tables: Tables, rows: int) -> Array:
     return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
 
 
-def neighbor_bias(bias: Array, mask: BlockMask, index: Array) -> BlockBias:
-    """``[B or 1, H or 1, T, n]`` on the blocks of a mask made of ``index``.
+class _Entries(NamedTuple):
+    """Where the entries of neighbour lists are in a mask made of them, ``[B, T, n]``.
 
-    Of a key that a list names twice, the first entry counts.
+    Of a key that a list names twice the first entry counts. What does not count, or
+    does not exist, has a block and a bit beyond all others, each a different one.
+
+    Attributes:
+        mask: the mask.
+        block: number of the block.
+        row: query in the block.
+        column: key in the block.
+        bit: how many set bits come before its own.
     """
-    batch = max(bias.shape[0], index.shape[0])
-    counts, lists = (
-        jnp.asarray(x)[:, 0] for x in (mask.kv_num_blocks, mask.kv_indices)
-    )
-    room = mask.bits.shape[1]  # pyright: ignore[reportOptionalMemberAccess]
-    find = functools.partial(_places, sizes=(mask.kv_len, mask.block_q, mask.block_kv))
-    places = jax.vmap(functools.partial(find, room=room))(counts, lists, index)
 
-    def fill(bias, places):
-        shape = (bias.shape[0], room, mask.block_q, mask.block_kv)
-        return (
-            jnp.zeros(shape, bias.dtype)
-            .at[:, *places]
-            .set(bias, mode="drop", unique_indices=True)
+    mask: BlockMask
+    block: Array
+    row: Array
+    column: Array
+    bit: Array
+
+    @classmethod
+    def of(cls, mask: BlockMask, index: Array) -> _Entries:
+        """The entries of ``index [B, T, n]``."""
+        counts, lists = (
+            jnp.asarray(x)[:, 0] for x in (mask.kv_num_blocks, mask.kv_indices)
         )
+        bits = jnp.asarray(mask.bits)
+        words = jnp.stack([bits, EntryBias.before(bits).astype(bits.dtype)], -1)
+        sizes = mask.kv_len, mask.block_q, mask.block_kv
+        find = functools.partial(_places, sizes=sizes)
+        return cls(mask, *jax.vmap(find)(counts, lists, words, index))
 
-    bias, *places = (
-        jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in (bias, *places)
-    )
-    return BlockBias(jax.vmap(fill)(bias, tuple(places)))
+    def bias_of_bits(self, bias: Array) -> EntryBias:
+        """``bias [B or 1, H or 1, T, n]`` by bit."""
+        count = self.bit[0].size
+
+        def fill(bias, bit):
+            places = jnp.zeros((bias.shape[0], count), bias.dtype).at[:, bit]
+            return places.set(bias, mode="drop", unique_indices=True)
+
+        return EntryBias(self._each(fill, bias, self.bit))
+
+    def bias_of_blocks(self, bias: Array) -> BlockBias:
+        """``bias [B or 1, H or 1, T, n]`` by block."""
+        room = jnp.shape(self.mask.bits)[1]
+
+        def fill(bias, *places):
+            shape = (bias.shape[0], room, self.mask.block_q, self.mask.block_kv)
+            empty = jnp.zeros(shape, bias.dtype)
+            return empty.at[:, *places].set(bias, mode="drop", unique_indices=True)
+
+        return BlockBias(self._each(fill, bias, self.block, self.row, self.column))
+
+    def _each(self, fill: Callable, bias: Array, *places: Array) -> Array:
+        """``fill`` of every batch entry of a bias or of the places."""
+        batch = max(bias.shape[0], len(self.bit))
+        whole = (jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in (bias, *places))
+        return jax.vmap(fill)(*whole)
 
 
 def _places(
-    counts: Array, lists: Array, index: Array, sizes: tuple[int, int, int], room: int
-) -> tuple[Array, Array, Array]:
-    """Block, row and column ``[T, n]`` of each entry of ``index``.
+    counts: Array, lists: Array, words: Array, index: Array, sizes: tuple[int, int, int]
+) -> tuple[Array, Array, Array, Array]:
+    """Block, row, column and bit of `_Entries`, each ``[T, n]``.
 
-    What has no place gets a block beyond ``room``, each a different one.
+    ``words [room, block_q, words, 2]`` are bits, and how many are set before them.
     """
     kv_len, block_q, block_kv = sizes
     t = jnp.arange(index.shape[0], dtype=jnp.int32)[:, None]
-    row, column = t // block_q, index // block_kv
+    row, exists = t // block_q, (index >= 0) & (index < kv_len)
     slots = jnp.arange(lists.shape[1], dtype=jnp.int32)
     ascending = jnp.where(slots < counts[:, None], lists, jnp.iinfo(jnp.int32).max)
-    wanted = jnp.pad(column, ((0, len(counts) * block_q - len(index)), (0, 0)))
+    wanted = index // block_kv
+    wanted = jnp.pad(wanted, ((0, len(counts) * block_q - len(index)), (0, 0)))
     wanted = wanted.reshape(len(counts), -1)
     # As a loop each step of the search would be several launches on a GPU.
     find = functools.partial(jnp.searchsorted, method="scan_unrolled")
     slot = jax.vmap(find)(ascending, wanted).astype(jnp.int32)
     slot = slot.reshape(-1, index.shape[1])[: len(index)]
     block = (jnp.cumsum(counts) - counts)[row] + slot
+    row = jnp.broadcast_to(t % block_q, index.shape)
+    column = index % block_kv
 
-    order = jnp.argsort(index, axis=1, stable=True)
-    ranked = jnp.take_along_axis(index, order, 1)
-    again = jnp.pad(ranked[:, 1:] == ranked[:, :-1], ((0, 0), (1, 0)))
-    again = jnp.zeros_like(again).at[t, order].set(again, unique_indices=True)
-    placed = (index >= 0) & (index < kv_len) & ~again
-    nowhere = room + jnp.arange(index.size, dtype=jnp.int32).reshape(index.shape)
-    block = jnp.where(placed, block, nowhere)
-    shape = index.shape
-    return block, jnp.broadcast_to(t % block_q, shape), index % block_kv
+    word = words.at[block, row, column // 32].get(mode="clip")
+    below = (jnp.uint32(1) << (column % 32).astype(jnp.uint32)) - 1
+    before = jax.lax.population_count(word[..., 0] & below)
+    bit = (word[..., 1] + before).astype(jnp.int32)
+
+    # Who is first at a bit: the least of all numbers that are sent there.
+    number = jnp.arange(index.size, dtype=jnp.int32).reshape(index.shape)
+    first = jnp.full(index.size, index.size, jnp.int32)
+    first = first.at[jnp.where(exists, bit, index.size)].min(number, mode="drop")
+    placed = exists & (first.at[bit].get(mode="clip") == number)
+    block = jnp.where(placed, block, len(words) + number)
+    return block, row, column, jnp.where(placed, bit, index.size + number)

@@ -17,7 +17,7 @@ import numpy as np
 
 from jsparse.backends import _score
 from jsparse.backends._contract import Operands, Problem, accumulator_dtype
-from jsparse.bias import Bias, BlockBias, DistanceBias, ScoreFunction
+from jsparse.bias import Bias, BlockBias, DistanceBias, EntryBias, ScoreFunction
 from jsparse.patterns import BlockMask
 
 Array = Any
@@ -53,7 +53,12 @@ def canonical(
 def describe(operands: Operands) -> Problem:
     """The static description that backends judge."""
     q, k, v, mask, bias = operands
-    kinds = {BlockBias: "block", ScoreFunction: "score_fn", type(None): None}
+    kinds = {
+        BlockBias: "block",
+        EntryBias: "entry",
+        ScoreFunction: "score_fn",
+        type(None): None,
+    }
     form = getattr(bias, "form", "dense")
     by_distance = isinstance(bias, DistanceBias)
     return Problem(
@@ -207,6 +212,9 @@ def _batched_bias(bias: Any, q: Array, k: Array, mask: BlockMask) -> Bias | None
     if isinstance(bias, BlockBias):
         _check_block_bias(bias, mask, math.prod(batch), num_heads)
         return jax.tree_util.tree_map(lambda x: _unfold(x, batch), bias)
+    if isinstance(bias, EntryBias):
+        _check_entry_bias(bias, mask, math.prod(batch), num_heads)
+        return EntryBias(_unfold(bias.values, batch))
     if isinstance(bias, DistanceBias):
         _check_distance_bias(bias, mask, math.prod(batch), num_heads)
         coords = [
@@ -290,6 +298,33 @@ def _check_block_bias(
             f"{_OP}: the BlockBias holds {shape[2]} blocks but the mask has {needed}; "
             "it was made for another mask. Make it again, e.g. with "
             "BlockBias.from_function."
+        )
+
+
+def _check_entry_bias(
+    bias: EntryBias, mask: BlockMask, batch: int, num_heads: int
+) -> None:
+    shape = bias.values.shape
+    if mask.bits is None or mask.capacity.full_kv or mask.num_heads > 1:
+        raise ValueError(
+            f"{_OP}: an EntryBias needs a mask with bits, one pattern for all heads "
+            f"and no full blocks; this has {'no' if mask.bits is None else 'its'} "
+            f"bits, {mask.num_heads} head patterns and at most "
+            f"{mask.capacity.full_kv} full blocks a row. Make it with "
+            "patterns.device.neighbors, or use a BlockBias."
+        )
+    if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] not in (1, num_heads):
+        raise ValueError(
+            f"{_OP}: EntryBias.values has shape {shape}; expected [{batch} or 1, "
+            f"{num_heads} or 1, n]."
+        )
+    if isinstance(mask.bits, jax.core.Tracer):
+        return
+    needed = int(np.bitwise_count(np.asarray(mask.bits)).sum((-1, -2, -3)).max())
+    if shape[2] < needed:
+        raise ValueError(
+            f"{_OP}: the EntryBias holds {shape[2]} values but the mask has {needed} "
+            "set bits; it was made for another mask."
         )
 
 

@@ -102,12 +102,37 @@ class KeyBias(_Shared):
     """``values [b, H or 1, S]`` float32, of whole blocks: the same for all queries."""
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EntryBias(_Shared):
+    """``values [b, H or 1, n]``, one for each set bit of the partial blocks, in order.
+
+    There are no full blocks, and one pattern for all heads.
+
+    Attributes:
+        table: ``[B or 1, blocks, block_q, words, 2]`` int32, blocks as in the lists by
+            query block: bits, and how many are set before them.
+        order: ``[B or 1, blocks]`` int32, for launches over the lists by key block: of
+            each block the number in the table; else None.
+    """
+
+    table: Any = None
+    order: Array | None = None
+
+    def number(self, b, n) -> Array:
+        """Where the n-th block of a launch is in the table."""
+        if self.order is not None:
+            n = self.order[b if self.order.shape[0] > 1 else 0, n]
+        count, blocks = self.table.shape[:2]
+        return n + (b * blocks if count > 1 else 0)
+
+
 STREAMED = {"16 bits": jnp.bfloat16, "32 bits": jnp.float32}
 """Kinds of a streamed bias, and a dtype of each."""
-COMPUTED = (*_distance.FORMS, "score")
+COMPUTED = (*_distance.FORMS, "score", "entry")
 """Kinds of a bias that takes registers."""
 Streamed = DenseBias | BlockBias
-Bias = Streamed | KeyBias | DistanceBias | Score
+Bias = Streamed | KeyBias | EntryBias | DistanceBias | Score
 
 
 class TilePlace(NamedTuple):
@@ -170,11 +195,23 @@ def row_sums(bias: Bias | None, rows_are_queries: bool) -> int:
     return int(isinstance(bias, KeyBias) and not rows_are_queries)
 
 
-def own_gradient(bias: Bias | None, batch: int, heads: int) -> bool:
-    """Whether the dq kernel computes the gradient of a bias, which nobody shares."""
-    if bias is None or bias.constant or not streamed(bias):
-        return False
-    return not any(bias.shared(batch, heads))
+def own_gradient(
+    bias: Bias | None, batch: int, heads: int
+) -> jax.ShapeDtypeStruct | None:
+    """What the dq kernel writes of the gradient of a bias, if it does.
+
+    Of a streamed one that nobody shares, all of it; of a bias by entry that of each
+    batch entry and head.
+    """
+    if bias is None or bias.constant:
+        return None
+    shared = any(bias.shared(batch, heads))
+    if isinstance(bias, EntryBias):
+        dtype = jnp.float32 if shared else bias.values.dtype
+        return jax.ShapeDtypeStruct((batch, heads, bias.values.shape[-1]), dtype)
+    if not streamed(bias) or shared:
+        return None
+    return jax.ShapeDtypeStruct(bias.values.shape, bias.values.dtype)
 
 
 def lane_sums(bias: Bias | None) -> int:
@@ -202,6 +239,8 @@ def kind(bias: Bias | None) -> str | None:
         return bias.form
     if isinstance(bias, Score):
         return "score"
+    if isinstance(bias, EntryBias):
+        return "entry"
     if bias is None or not streamed(bias):
         return None
     return f"{8 * jnp.dtype(bias.values.dtype).itemsize} bits"

@@ -1,9 +1,10 @@
 """What a walker does with a bias: reads it, adds it, sums its gradient by row.
 
 A streamed bias has a tile for each warpgroup and step, one by distance the points of a
-step's columns; the others are read by position (see `_bias` and `_distance`). The
-gradient of a streamed bias that nobody shares is the dq kernel's ds: it takes the place
-of the tile in shared memory, and leaves from there.
+step's columns; the others are read by position (see `_bias` and `_distance`) or by bit
+(`_entries`). The gradient of a streamed bias that nobody shares is the dq kernel's ds:
+it takes the place of the tile in shared memory, and leaves from there. That of a bias
+by entry is written as it is read.
 Of a bias by key or by distance, the dq and the dk and dv kernel sum up for each row
 what its gradient is made of, and the dq kernel, for each item, what a table's or
 Gaussians' is. A score function is a bias that also changes the gradient of the products
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -23,17 +24,25 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._common import LOG2E
-from . import _bias, _distance, _persistent, _score
+from . import _bias, _distance, _entries, _persistent, _score
 from . import _gradient as gradient
 from . import _registers as r
-from ._bias import BlockBias, KeyBias, TilePlace
+from ._bias import BlockBias, EntryBias, KeyBias, TilePlace
 from ._distance import DistanceBias
 from ._elements import Position
+from ._entries import TileEntries
 from ._persistent import HALF, Lists, Walker
 from ._schedule import Schedule
 from ._score import Score
 
 Array = Any
+
+
+class _Entries(NamedTuple):
+    """What a step knows of a bias by entry: its number, and its values."""
+
+    step: Array
+    values: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +53,7 @@ class BiasedWalker(Walker):
         scale: factor of the logits.
         row_sums: sums of each row that the gradient of the bias needs.
         lane_sums: sums over all pairs that it needs.
-        writes_bias: whether the last output is the gradient of a streamed bias.
+        writes_bias: whether the last output is the gradient of a bias.
     """
 
     scale: float
@@ -71,6 +80,12 @@ class BiasedWalker(Walker):
                 table = read(bias, bias.entry(*fields[:2]))
             columns = _distance.read_columns(self.tile)(s["points"].at[slot])
             return _distance.Read(fields[0], self.first_row(fields), columns, table)
+        if isinstance(bias, EntryBias):
+            read = _entries.read(self.tile, self.rows_tested, self.rows_are_queries)
+            b, h = bias.entry(*fields[:2])
+            entry = jnp.int32(b * bias.values.shape[1] + h)
+            at = self.entries_of(fields, lists, n, entry)
+            return _Entries(n, read(bias.table, bias.values, at))
         if isinstance(bias, KeyBias):
             b, h = bias.entry(*fields[:2])
             if not self.rows_are_queries:
@@ -95,6 +110,20 @@ class BiasedWalker(Walker):
             number = self.listed(fields, bias.numbers, nth)
         return TilePlace(*bias.entry(*fields[:2]), at.row, at.column, number)
 
+    def entries_of(self, fields, lists: Lists, n, entry) -> TileEntries:
+        """Where the values of step n's tile are, for an entry of their first axes."""
+        bias: Any = lists.bias
+        _, _, block_q, words, _ = bias.table.shape
+        per_block, row = jnp.int32(self.steps_per_block), self.first_row(fields)
+        block = bias.number(fields[0], fields[8] + lax.div(n, per_block)) * block_q
+        part = lax.rem(n, per_block) * self.tile
+        if self.rows_are_queries:
+            word = (block + lax.rem(row, jnp.int32(block_q))) * words
+            return TileEntries(entry, word + lax.div(part, jnp.int32(32)), jnp.int32(0))
+        return TileEntries(
+            entry, (block + part) * words, lax.rem(row, jnp.int32(32 * words))
+        )
+
     def with_bias(self, fields, lists: Lists, x, read):
         """A step's products ``x``, with the bias over the scale of the logits."""
         bias, scale = lists.bias, self.scale
@@ -106,6 +135,8 @@ class BiasedWalker(Walker):
             slopes = self.row_sums > 0
             add = _distance.with_bias(self.tile, scale, self.rows_tested, slopes)
             return add(x, bias, bias.entry(*fields[:2]), read)
+        if isinstance(bias, EntryBias):
+            return _bias.add_tile(self.tile, scale, jnp.float32)(x, read.values)
         if not isinstance(bias, KeyBias):
             return _bias.add_tile(self.tile, scale, bias.values.dtype)(x, read.values)
         if self.rows_are_queries:
@@ -141,7 +172,12 @@ class BiasedWalker(Walker):
         ``x`` and ``read`` are what `with_bias` took; ds is of what it returned.
         ``partial`` tells whether the block may be.
         """
-        if self.writes_bias:
+        if self.writes_bias and isinstance(lists.bias, EntryBias):
+            out = s["bias_gradient"]
+            entry = fields[0] * out.shape[1] + fields[1]
+            at = self.entries_of(fields, lists, read.step, entry)
+            _entries.write(self.tile)(lists.bias.table, out, at, ds)
+        elif self.writes_bias:
             tile = s["bias"].at[slot, fields[HALF]]
             _bias.store_tile(self.tile, lists.bias.values.dtype)(tile, ds)
             plgpu.commit_smem()
@@ -152,8 +188,11 @@ class BiasedWalker(Walker):
         return f(sums, x, p, ds, fields[1], read)
 
     def free_bias(self, s: dict, slot, pending: int) -> None:
-        """Frees the tile of a step once at most ``pending`` gradients have not left."""
-        if self.writes_bias:
+        """Frees the tile of a step once at most ``pending`` gradients have not left.
+
+        Where the gradient takes its place; others are free once they are read.
+        """
+        if self.writes_bias and "bias_free" in s:
             plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
             plgpu.barrier_arrive(s["bias_free"][slot])
 

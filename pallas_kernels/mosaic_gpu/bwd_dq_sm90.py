@@ -40,7 +40,8 @@ class BiasGradient(NamedTuple):
             `_score.products_gradient`.
         by_pair: ``[B, H, n]`` float32 sums, see `DistanceBias`.
         values: as ``bias.values``, of a streamed one that no two heads or batch entries
-            share; undefined in blocks that the lists do not have.
+            share; undefined in blocks that the lists do not have. Of a bias by entry
+            ``[B, H, n]``, undefined where there is no set bit.
     """
 
     by_row: Array | None
@@ -185,6 +186,7 @@ def backward_dq(
         jax.ShapeDtypeStruct((q.shape[0], rows, heads, head_dim), q.dtype),
         jax.ShapeDtypeStruct((slots, tile_q, head_dim), jnp.float32),
     ]
+    written = _bias.own_gradient(bias, q.shape[0], heads)
     kernel = _BackwardDq(
         **config.walker(),
         block_rows=tile_q,
@@ -199,11 +201,11 @@ def backward_dq(
         dtype=q.dtype,
         row_sums=_bias.row_sums(bias, rows_are_queries=True),
         lane_sums=lane_sums,
-        writes_bias=_bias.own_gradient(bias, q.shape[0], heads),
+        writes_bias=written is not None,
     )
     out_type += kernel.sums_type(q.shape[0], heads, q_len, blocks[0], slots)
-    if kernel.writes_bias:
-        out_type.append(jax.ShapeDtypeStruct(bias.values.shape, bias.values.dtype))
+    if written is not None:
+        out_type.append(written)
     lists = Lists.of(kv_indices, full_kv_indices, elements, schedule, bias)
     arrays = (q, k, v, dout, lse2, delta)
     scratch |= kernel.sums_scratch()
@@ -211,7 +213,7 @@ def backward_dq(
         arrays, lists, out_type, scratch, config.num_ctas, "jsparse_bwd_dq"
     )
     dq = gradient.merge(dq, parts, schedule)[:, :q_len]
-    values = sums.pop() if kernel.writes_bias else None
+    values = None if written is None else sums.pop()
     by_row = by_pair = None
     if sums:
         by_row = _biased.merge_sums(*sums[:2], schedule, tile_q, q_len)

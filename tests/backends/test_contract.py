@@ -29,12 +29,14 @@ from jsparse.backends import cutlass
 from tests.support import oracle
 from tests.support.cases import (
     CASES,
+    ENTRIES,
     MOVES,
     SIZES,
     Case,
     biases,
     make_case,
     random_mask,
+    with_entries,
 )
 
 BACKENDS = [
@@ -236,6 +238,16 @@ def test_bias(implementation, pattern, kind):
     case.bias = biases(rng, case.mask, case.q.shape[-2], 2)[kind]
     check(implementation, case, floor=3e-6)
     _check_bias_gradient(case, run_case(implementation, case)[5], expected(case)[5])
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+@pytest.mark.parametrize("patterns", [1, 2])
+def test_bias_by_entry(patterns, kind):
+    case = with_entries(kind, SIZES, patterns=patterns, dim=16)
+    check("reference", case, floor=3e-6)
+    _check_bias_gradient(case, run_case("reference", case)[5], expected(case)[5])
+    with pytest.raises(NotImplementedError, match="an entry bias"):
+        run_case("xla", case)
 
 
 def _check_bias_gradient(case: Case, found, dense) -> None:

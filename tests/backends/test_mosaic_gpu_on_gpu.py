@@ -24,13 +24,16 @@ from tests.backends import test_contract as contract
 from tests.backends import test_score_function as score_function
 from tests.support.cases import (
     CASES,
+    ENTRIES,
     Case,
     biases,
+    cast_bias,
     make_case,
     pair,
     random_mask,
     uneven_rows,
     with_bias,
+    with_entries,
 )
 
 pytestmark = pytest.mark.gpu
@@ -153,7 +156,11 @@ def test_items_of_half_a_block(name, config, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "window", "grouped_query", "dense", "block", "per_key", "linear"]
+    "name",
+    [
+        *("plain", "window", "grouped_query"),
+        *("dense", "block", "per_key", "linear", "entry"),
+    ],
 )
 def test_backward_items_of_half_a_block(name, monkeypatch):
     for module, teams in ((bwd_dq_sm90, 2), (bwd_dkv_sm90, 3)):
@@ -162,6 +169,8 @@ def test_backward_items_of_half_a_block(name, monkeypatch):
     sizes = (300, 700, 128, 128)
     if name in CASES:
         case = CASES[name](np.random.default_rng(6), sizes)
+    elif name in ENTRIES:
+        case = with_entries(name, sizes)
     else:
         case = with_bias(pair(sizes), name, "float32")
     check(case, "bfloat16")
@@ -171,6 +180,24 @@ def test_backward_items_of_half_a_block(name, monkeypatch):
 @pytest.mark.parametrize("kind", contract.KINDS)
 def test_every_bias(kind, bias_dtype):
     check(with_bias(pair((503, 647, 128, 128)), kind, bias_dtype), "bfloat16")
+
+
+@pytest.mark.parametrize("bias_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_every_bias_by_entry(kind, bias_dtype):
+    case = with_entries(kind, (503, 647, 128, 64), patterns=2)
+    case.bias = cast_bias(case.bias, bias_dtype)
+    check(case, "bfloat16")
+
+
+@pytest.mark.parametrize("block_kv", mosaic_gpu.BLOCKS["block_kv"])
+@pytest.mark.parametrize("block_q", mosaic_gpu.BLOCKS["block_q"])
+@pytest.mark.parametrize(
+    "dim, dtype", [(16, "bfloat16"), (48, "float16"), (128, "bfloat16")]
+)
+def test_bias_by_entry_in_every_block(dim, dtype, block_q, block_kv):
+    sizes = (block_q * 4 - 9, block_kv * 5 + 7, block_q, block_kv)
+    check(with_entries("entry", sizes, dim=dim), dtype)
 
 
 @pytest.mark.parametrize("block_kv", mosaic_gpu.BLOCKS["block_kv"])

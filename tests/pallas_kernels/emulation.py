@@ -26,6 +26,7 @@ from jsparse.pallas_kernels.mosaic_gpu import (
     _bias,
     _distance,
     _elements,
+    _entries,
     _gradient,
     _registers,
     _score,
@@ -273,6 +274,45 @@ def add_rows(columns, scale):
     return lambda s, values: s + values[:, None] / scale
 
 
+def _entries_of_tile(table, at, columns, rows, rows_are_queries):
+    """Which bits of a tile are set, and how many come before each."""
+    count = table.shape[-2]
+    table = table[...].reshape(-1, 2)
+    row = jnp.arange(64, dtype=jnp.int32)[:, None] % rows
+    column = jnp.arange(columns, dtype=jnp.int32)
+    query, key = (row, column) if rows_are_queries else (column, at.key + row)
+    word = table[at.word + query * count + key // 32]
+    bits, bit = word[..., 0].astype("uint32"), (key % 32).astype("uint32")
+    below = jax.lax.population_count(bits & ((jnp.uint32(1) << bit) - 1))
+    return bits >> bit & 1 == 1, word[..., 1] + below.astype(jnp.int32)
+
+
+def read(columns, rows, rows_are_queries):
+    def f(table, values, at):
+        args = columns, rows, rows_are_queries
+        is_set, place = _entries_of_tile(table, at, *args)
+        b, h = jnp.divmod(at.entry, values.shape[1])
+        return jnp.where(is_set, values[b, h][place].astype(F32), 0)
+
+    return f
+
+
+def write(columns):
+    def f(table, out, at, x):
+        is_set, place = _entries_of_tile(table, at, columns, 64, True)
+        b, h = jnp.divmod(at.entry, out.shape[1])
+        own = jnp.argsort(~is_set.reshape(-1), stable=True)
+        x, place = (array.reshape(-1)[own] for array in (x, place))
+
+        # One by one: what is between belongs to others, who write at the same time.
+        def store(n, _):
+            out[b, h, place[n]] = x[n].astype(out.dtype)
+
+        jax.lax.fori_loop(0, is_set.sum(dtype=jnp.int32), store, None)
+
+    return f
+
+
 def read_columns(columns):
     """The points, in the first numbers of an array as large as the kernels'."""
 
@@ -501,6 +541,7 @@ _STAND_INS = {
     _elements: (fetch, apply, poison, zero_columns),
     _registers: (named_barrier, fence_reads),
     _bias: (*(load_tile, store_tile, add_tile, add_columns, add_rows),),
+    _entries: (read, write),
     _distance: (
         *(
             read_columns,

@@ -52,10 +52,11 @@ H100 = AbstractDevice(
 class Launch:
     """One kernel on 7 query and 5 key blocks, the last of each ragged.
 
-    ``bias`` is None, ``"key"``, ``"block"``, a form of `DistanceBias`, the name of one
-    of `tests.support.scores.FUNCTIONS`, or the dtype of a dense one; a table or
-    Gaussians have ``weights``, as many as may be if None. Heads share a dense or block
-    bias unless ``shared`` is False; of a ``constant`` one no gradient is asked for.
+    ``bias`` is None, ``"key"``, ``"block"``, ``"entry"``, a form of `DistanceBias`, the
+    name of one of `tests.support.scores.FUNCTIONS`, or the dtype of a dense one; a
+    table or Gaussians have ``weights``, as many as may be if None. Heads share a dense
+    bias, or one by block or entry, unless ``shared`` is False; of a ``constant`` one no
+    gradient is asked for.
     """
 
     kernel: str
@@ -91,7 +92,7 @@ class Launch:
     @property
     def bias_dtype(self) -> str | None:
         """Of a streamed bias."""
-        if self.bias == "key" or self.bias in (*DISTANCES, *FUNCTIONS):
+        if self.bias in ("key", "entry", *DISTANCES, *FUNCTIONS):
             return None
         return "float32" if self.bias == "block" else self.bias
 
@@ -140,6 +141,8 @@ class Launch:
         if self.bias == "key":
             shape = jax.ShapeDtypeStruct((1, 1, 5 * block_kv), "float32")
             return _bias.KeyBias(shape)
+        if self.bias == "entry":
+            return self.entries()
         if self.bias in DISTANCES:
             sides = (7 * block_q, 5 * block_kv)[:: -1 if self.kernel == "dkv" else 1]
             rows, columns = (jax.ShapeDtypeStruct((1, 3, n), "float32") for n in sides)
@@ -162,6 +165,19 @@ class Launch:
             return _bias.BlockBias(shape)
         shape = (1, heads, 7 * block_q - 5, 5 * block_kv - 8)
         return _bias.DenseBias(jax.ShapeDtypeStruct(shape, self.bias))
+
+    def entries(self) -> _bias.EntryBias:
+        """Of 5,000 bits in 40 blocks, which heads share unless ``shared`` is False."""
+        heads = 1 if self.shared else self.heads[0]
+        dtype = "bfloat16" if self.shared else "float32"
+        block_q, block_kv = self.blocks
+        table = jax.ShapeDtypeStruct((1, 40, block_q, block_kv // 32, 2), "int32")
+        order = jax.ShapeDtypeStruct((1, 40), "int32")
+        return _bias.EntryBias(
+            jax.ShapeDtypeStruct((1, heads, 5000), dtype),
+            table=table,
+            order=order if self.kernel == "dkv" else None,
+        )
 
     def score(self) -> _score.Score:
         """A score function, of one entry's arrays."""

@@ -37,6 +37,7 @@ from tests.support.cases import (
     random_mask,
     uneven_rows,
     with_bias,
+    with_entries,
 )
 
 SIZES = {
@@ -167,6 +168,22 @@ def test_bias(kind, dtype, sizes):
     mask = random_mask(rng, SIZES[sizes], 5)
     case = make_case(rng, mask, batch=(2,), heads=(2, 1))
     case.bias = cast_bias(biases(rng, mask, 2, 2)[kind], dtype)
+    found = check(case)
+    contract.check_sixteen_bit_bias(case.cast("bfloat16"), found[5])
+
+
+@pytest.mark.parametrize(
+    "kind, sizes, patterns, dtype",
+    [
+        ("entry", "64 x 64", 1, "bfloat16"),
+        ("entry", "128 x 32", 2, "float32"),
+        ("entry_shared_heads", "64 x 128", 2, "float16"),
+        ("entry_shared_batch", "128 x 128", 1, "float32"),
+    ],
+)
+def test_bias_by_entry(kind, sizes, patterns, dtype):
+    case = with_entries(kind, SIZES[sizes], patterns=patterns, dim=16)
+    case.bias = cast_bias(case.bias, dtype)
     found = check(case)
     contract.check_sixteen_bit_bias(case.cast("bfloat16"), found[5])
 

@@ -105,16 +105,17 @@ def test_lowers_with_bias(kernel, bias):
         assert "mosaic_gpu" in launch.lower()
 
 
-@pytest.mark.parametrize("bias", ["key", *DISTANCES])
+@pytest.mark.parametrize("bias", ["key", "entry", *DISTANCES])
 @pytest.mark.parametrize("blocks", [(128, 128), (64, 32)], ids=str)
 @pytest.mark.parametrize("kernel", TUNED)
 def test_lowers_with_a_bias_that_is_not_streamed(kernel, blocks, bias):
     for heads, on_host in (((4, 2), True), ((2, 2), False)):
         launch = Launch(kernel, (128, 64), blocks, heads, on_host=on_host, bias=bias)
+        launch = dataclasses.replace(launch, shared=on_host)
         assert "mosaic_gpu" in launch.lower()
 
 
-@pytest.mark.parametrize("bias", ["float16", "key", *DISTANCES, SCORES[0]])
+@pytest.mark.parametrize("bias", ["float16", "key", "entry", *DISTANCES, SCORES[0]])
 @pytest.mark.parametrize("kernel", ["dq", "dkv"])
 def test_lowers_without_the_gradient_of_a_bias(kernel, bias):
     launch = Launch(kernel, bias=bias, shared=False, constant=True)
@@ -304,7 +305,9 @@ def test_rows_of_backward_items_are_one_or_two_warpgroups_that_take_turns():
     assert [half.rows(block) for block in (32, 64, 128)] == [32, 64, 64]
 
 
-@pytest.mark.parametrize("bias", [None, "bfloat16", "block", "linear", "table"])
+@pytest.mark.parametrize(
+    "bias", [None, "bfloat16", "block", "entry", "linear", "table"]
+)
 @pytest.mark.parametrize("kernel", ["dq", "dkv"])
 def test_backward_items_of_half_a_block(kernel, bias):
     launch = Launch(kernel, dims=(32, 32), bias=bias)

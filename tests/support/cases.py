@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse import BlockBias, BlockMask, DistanceBias
+from jsparse.bias import EntryBias
 from jsparse.patterns import Distance, Segments, Window
 
 
@@ -286,6 +287,45 @@ def with_bias(case: Case, kind: str, dtype: str = "float32") -> Case:
     if not batch and isinstance(made, np.ndarray) and made.ndim == 4:
         made = made[0]
     return dataclasses.replace(case, bias=cast_bias(made, dtype))
+
+
+ENTRIES = {
+    "entry": (2, True),
+    "entry_shared_heads": (2, False),
+    "entry_shared_batch": (1, True),
+}
+"""Batch entries of an `EntryBias`, of two in all, and whether heads have their own."""
+
+
+def with_entries(
+    kind: str, sizes: tuple[int, int, int, int], *, patterns: int = 1, dim: int = 32
+) -> Case:
+    """A case of two batch entries beside one of `ENTRIES`, a tenth of the bits set."""
+    rng = np.random.default_rng(14)
+    q_len, kv_len, block_q, block_kv = sizes
+    grid = -(-q_len // block_q), -(-kv_len // block_kv)
+
+    def mask():
+        count = max(2, grid[0] * grid[1] // 2)
+        return BlockMask.from_blocks(
+            *(rng.integers(0, n, count) for n in grid),
+            q_len=q_len,
+            kv_len=kv_len,
+            block_q=block_q,
+            block_kv=block_kv,
+            elements=rng.random((count, block_q, block_kv)) < 0.1,
+        )
+
+    whole = BlockMask.stack([mask() for _ in range(patterns)], "batch")
+    case = make_case(rng, whole, batch=(2,), heads=(4, 2), dims=(dim, dim))
+    batch, own_heads = ENTRIES[kind]
+    counts = np.bitwise_count(whole.bits).sum((1, 2, 3), dtype=int)
+    counts = counts if batch == patterns else np.repeat(counts.max(), batch)
+    # More than there are bits: nobody may read or write what is beyond.
+    values = _normal(rng, batch, 4 if own_heads else 1, counts.max() + 3)
+    for own, count in zip(values, counts, strict=True):
+        own[:, count:] = np.nan
+    return dataclasses.replace(case, bias=EntryBias(values))
 
 
 def pair(

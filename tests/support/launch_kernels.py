@@ -14,7 +14,15 @@ import numpy as np
 
 from jsparse import ScoreFunction
 from tests.backends import test_contract as contract
-from tests.support.cases import CASES, Case, biases, make_case, random_mask, uneven_rows
+from tests.support.cases import (
+    CASES,
+    Case,
+    biases,
+    make_case,
+    random_mask,
+    uneven_rows,
+    with_entries,
+)
 from tests.support.scores import alibi
 
 SIZES = (300, 400, 128, 128)
@@ -40,6 +48,7 @@ def problems(implementation: str) -> Iterator[tuple[str, Case]]:
         bias = biases(rng, mask, 2, 2)[kind]
         yield f"bias {kind}", make_case(rng, mask, batch=(2,), bias=bias)
     if implementation == "mosaic_gpu":
+        yield "bias entry", with_entries("entry", SIZES)
         bias = ScoreFunction(alibi, (np.ones(2, np.float32),))
         yield "score function", make_case(rng, random_mask(rng, SIZES, 8), bias=bias)
 

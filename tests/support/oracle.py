@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jsparse import BlockBias, BlockMask, DistanceBias
+from jsparse.bias import EntryBias
 
 
 class Result(NamedTuple):
@@ -62,6 +63,9 @@ def dense_bias(bias, mask: BlockMask, num_heads: int) -> np.ndarray:
         return np.zeros((1, num_heads, mask.q_len, mask.kv_len))
     if isinstance(bias, BlockBias):
         return _place_blocks(np.asarray(bias.values, np.float64), mask, num_heads)
+    if isinstance(bias, EntryBias):
+        blocks = _blocks_of_entries(np.asarray(bias.values, np.float64), mask)
+        return _place_blocks(blocks, mask, num_heads)
     if isinstance(bias, DistanceBias):
         values = _distance_values(bias)
     else:
@@ -87,6 +91,19 @@ def _distance_values(bias: DistanceBias) -> np.ndarray:
         basis = np.exp(-((d[..., None] - knots[:-1]) ** 2) / (2 * knots[-1] ** 2))
         rows = [basis @ w for w in weights]
     return np.stack(rows, 1)
+
+
+def _blocks_of_entries(values: np.ndarray, mask: BlockMask) -> np.ndarray:
+    """``[B, H or 1, n, block_q, block_kv]``: values where bits are set, else 0."""
+    words = np.asarray(mask.bits).astype("<u4")
+    bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
+    bits = bits[..., : mask.block_kv].astype(bool)
+    batch, heads, _ = values.shape
+    out = np.zeros((max(batch, len(bits)), heads, *bits.shape[1:]))
+    for b in range(len(out)):
+        own = bits[min(b, len(bits) - 1)]
+        out[b, :, own] = values[min(b, batch - 1), :, : own.sum()].T
+    return out
 
 
 def _place_blocks(values: np.ndarray, mask: BlockMask, num_heads: int) -> np.ndarray:
