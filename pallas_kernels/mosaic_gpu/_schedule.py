@@ -34,6 +34,8 @@ MERGE_COST = 4.0
 """Cost of merging the parts of split rows, whatever their number: a second kernel."""
 MOST_PARTS = 8
 """Most parts of a row that is split on the device."""
+MOST_COMPARED = 4096
+"""Most rows that are sorted by comparing each with all."""
 MOST_TOGETHER = 16
 """Entries that share a bias and run side by side: more would crowd their keys out."""
 
@@ -168,12 +170,12 @@ def schedule_on_device(
     b, h, i = np.unravel_index(np.arange(num_rows), rows.shape)
     if group == 1:
         outer, inner = _turns(b, h, batch, heads, one_bias)
-        order = jnp.lexsort((inner, i, -rows.total, outer))
+        order = _longest_first(outer, rows.total, (inner, i))
     else:
         # Heads of a group one after another; the row's place is that of their sum.
         load = rows.total.reshape(batch, heads // group, group, -1).sum(2)
         load = jnp.repeat(load, group, 1).reshape(-1)
-        order = jnp.lexsort((h, i, -load, b * heads + h // group * group))
+        order = _longest_first(b * heads + h // group * group, load, (h, i))
     which = jnp.repeat(order, parts)
     part = jnp.tile(jnp.arange(parts), num_rows)
     begin = rows.total[which] * part // parts
@@ -206,6 +208,24 @@ def schedule_on_device(
         len(split) * parts,
         partial.column.shape[-1] > 0,
     )
+
+
+def _longest_first(outer: np.ndarray, load: Array, ties: tuple) -> Array:
+    """Rows by a key known before tracing, the longest first, then by ``ties``.
+
+    That is ``lexsort((*ties, -load, outer))``. A row's place is the number of rows that
+    come before it: comparing all with all is one launch, a sort of few rows many.
+    """
+    base = np.lexsort((*ties, outer)).astype(np.int32)
+    if len(base) > MOST_COMPARED:
+        return jnp.lexsort((*ties, -load, outer))
+    load, nth = load[base], jnp.arange(len(base), dtype=jnp.int32)
+    most = load.max(initial=0)
+    key = outer[base].astype(np.int32) * (most + 1) + most - load
+    tied = (key == key[:, None]) & (nth < nth[:, None])
+    before = (key < key[:, None]) | tied
+    place = before.sum(1, dtype=jnp.int32)
+    return jnp.zeros_like(base).at[place].set(base, unique_indices=True)
 
 
 def _turns(b, h, batch: int, heads: int, one_bias: tuple[bool, bool]):

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jsparse.pallas_kernels.mosaic_gpu import _schedule
 from jsparse.pallas_kernels.mosaic_gpu._schedule import (
     MERGE_COST,
     MIN_PART,
@@ -299,6 +300,24 @@ def test_rows_of_a_traced_pattern_are_dealt_to_and_fro():
     full = np.random.default_rng(0).permutation(16)[None, None]
     load = loads(launch, on_device(launch, np.zeros_like(full), full))
     np.testing.assert_array_equal(load, load[0])
+
+
+@pytest.mark.parametrize("group, one_bias", [(1, (True, False)), (2, (False, False))])
+def test_many_rows_are_sorted_and_few_are_compared(group, one_bias, monkeypatch):
+    rng = np.random.default_rng(1)
+    shape = (3, 1, 25)
+    partial, full = (
+        Blocks(rng.integers(0, 4, shape), rng.integers(0, 9, (*shape, 4)))
+        for _ in range(2)
+    )
+
+    def schedule():
+        sizes = dict(batch=3, heads=4, workers=8, group=group, one_bias=one_bias)
+        return vars(schedule_on_device(partial, full, **sizes))
+
+    compared = schedule()
+    monkeypatch.setattr(_schedule, "MOST_COMPARED", 299)
+    jax.tree.map(np.testing.assert_array_equal, compared, schedule())
 
 
 @pytest.mark.parametrize(
