@@ -312,8 +312,14 @@ def test_many_rows_are_sorted_and_few_are_compared(group, one_bias, monkeypatch)
     )
 
     def schedule():
-        sizes = dict(batch=3, heads=4, workers=8, group=group, one_bias=one_bias)
-        return vars(schedule_on_device(partial, full, **sizes))
+        sizes = {
+            "batch": 3,
+            "heads": 4,
+            "workers": 8,
+            "group": group,
+            "one_bias": one_bias,
+        }
+        return vars(schedule_on_device(partial, full, **sizes, one_bias=one_bias))
 
     compared = schedule()
     monkeypatch.setattr(_schedule, "MOST_COMPARED", 299)
