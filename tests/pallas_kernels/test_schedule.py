@@ -319,7 +319,7 @@ def test_many_rows_are_sorted_and_few_are_compared(group, one_bias, monkeypatch)
             "group": group,
             "one_bias": one_bias,
         }
-        return vars(schedule_on_device(partial, full, **sizes, one_bias=one_bias))
+        return vars(schedule_on_device(partial, full, **sizes))
 
     compared = schedule()
     monkeypatch.setattr(_schedule, "MOST_COMPARED", 299)
