@@ -371,7 +371,8 @@ def _neighbors(
         row_exists = jnp.arange(sizes.q_len, dtype=jnp.int32)[:, None] < q_length
         known = row_exists & (index >= 0) & (index < kv_length)
         index = jnp.where(known, index, sizes.kv_len)
-        return _set_bits(jnp.sort(index, axis=1), sizes, num_bits)
+        # A sort that keeps equals in order would carry their places with it.
+        return _set_bits(jnp.sort(index, axis=1, stable=False), sizes, num_bits)
 
     active, bits = _each(blocks_and_bits, batch, index, q_lengths, kv_lengths)
     mask = _from_map(
