@@ -149,21 +149,22 @@ class _Entries(NamedTuple):
     """Where the entries of neighbour lists are in a mask made of them, ``[B, T, n]``.
 
     Of a key that a list names twice the first entry counts. What does not count, or
-    does not exist, has a block and a bit beyond all others, each a different one.
+    does not exist, has a block beyond all others, each a different one.
 
     Attributes:
         mask: the mask.
         block: number of the block.
         row: query in the block.
         column: key in the block.
-        bit: how many set bits come before its own.
+        at_bit: ``[B, T * n]``, the number of the entry at each bit; beyond all where
+            there is none.
     """
 
     mask: BlockMask
     block: Array
     row: Array
     column: Array
-    bit: Array
+    at_bit: Array
 
     @classmethod
     def of(cls, mask: BlockMask, index: Array) -> _Entries:
@@ -179,13 +180,13 @@ class _Entries(NamedTuple):
 
     def bias_of_bits(self, bias: Array) -> EntryBias:
         """``bias [B or 1, H or 1, T, n]`` by bit."""
-        count = self.bit[0].size
 
-        def fill(bias, bit):
-            places = jnp.zeros((bias.shape[0], count), bias.dtype).at[:, bit]
-            return places.set(bias, mode="drop", unique_indices=True)
+        def fill(bias, at_bit):
+            # A gather whose gradient adds nothing up: it needs no atomics either.
+            entries = bias.reshape(len(bias), -1).at[:, at_bit]
+            return entries.get(mode="fill", fill_value=0, unique_indices=True)
 
-        return EntryBias(self._each(fill, bias, self.bit))
+        return EntryBias(self._each(fill, bias, self.at_bit))
 
     def bias_of_blocks(self, bias: Array) -> BlockBias:
         """``bias [B or 1, H or 1, T, n]`` by block."""
@@ -200,7 +201,7 @@ class _Entries(NamedTuple):
 
     def _each(self, fill: Callable, bias: Array, *places: Array) -> Array:
         """``fill`` of every batch entry of a bias or of the places."""
-        batch = max(bias.shape[0], len(self.bit))
+        batch = max(bias.shape[0], len(self.block))
         whole = (jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in (bias, *places))
         return jax.vmap(fill)(*whole)
 
@@ -208,7 +209,7 @@ class _Entries(NamedTuple):
 def _places(
     counts: Array, lists: Array, words: Array, index: Array, sizes: tuple[int, int, int]
 ) -> tuple[Array, Array, Array, Array]:
-    """Block, row, column and bit of `_Entries`, each ``[T, n]``.
+    """Block, row, column and at_bit of `_Entries`, of one batch entry.
 
     ``words [room, block_q, words, 2]`` are bits, and how many are set before them.
     """
@@ -235,8 +236,9 @@ def _places(
 
     # Who is first at a bit: the least of all numbers that are sent there.
     number = jnp.arange(index.size, dtype=jnp.int32).reshape(index.shape)
-    first = jnp.full(index.size, index.size, jnp.int32)
-    first = first.at[jnp.where(exists, bit, index.size)].min(number, mode="drop")
-    placed = exists & (first.at[bit].get(mode="clip") == number)
+    at_bit = jnp.full(index.size, index.size, jnp.int32)
+    at_bit = at_bit.at[jnp.where(exists, bit, index.size)].min(number, mode="drop")
+    placed = exists & (at_bit.at[bit].get(mode="clip") == number)
     block = jnp.where(placed, block, len(words) + number)
-    return block, row, column, jnp.where(placed, bit, index.size + number)
+    at_bit = jnp.where(at_bit < index.size, at_bit, index.size + number.reshape(-1))
+    return block, row, column, at_bit

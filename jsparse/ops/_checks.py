@@ -197,7 +197,10 @@ def _check_mask(q: Array, k: Array, mask: BlockMask) -> None:
 def _unfold(x: Array, batch: tuple[int, ...]) -> Array:
     """A leading ``[B or 1]`` axis as the axes of ``batch``, each full or 1."""
     lead = batch if x.shape[0] > 1 else (1,) * len(batch)
-    return jnp.asarray(x).reshape(*lead, *x.shape[1:])
+    shape = (*lead, *x.shape[1:])
+    # Inside `jax.shard_map`, an empty array known before tracing crashes the compiler
+    # (JAX 0.11.2): a list of no full blocks, for instance.
+    return jnp.asarray(x).reshape(shape) if x.size else jnp.zeros(shape, x.dtype)
 
 
 def _batched_mask(mask: BlockMask, batch: tuple[int, ...]) -> BlockMask:

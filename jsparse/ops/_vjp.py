@@ -9,6 +9,7 @@ gradient comes back summed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -42,11 +43,17 @@ def _attend_fwd(backend, scale, pattern, operands):
     # What is static must not be an array: that there is something, or nothing, says it.
     bias_gradient = () if any(x.perturbed for x in of_bias) else None
     out, lse = _batched_forward(backend, scale, pattern)(operands)
-    return (out, lse), (operands, out, lse, bias_gradient)
+    kept = jax.tree_util.tree_map(lambda x: x if x.size else _Empty.of(x), operands)
+    return (out, lse), (kept, out, lse, bias_gradient)
 
 
 def _attend_bwd(backend, scale, pattern, residuals, cotangents):
-    operands, out, lse, bias_gradient = residuals
+    kept, out, lse, bias_gradient = residuals
+    operands = jax.tree_util.tree_map(
+        lambda x: x.array() if isinstance(x, _Empty) else x,
+        kept,
+        is_leaf=lambda x: isinstance(x, _Empty),
+    )
     dout, dlse = map(_instantiate, cotangents, (out, lse))
     backward = _batched_backward(backend, scale, pattern, bias_gradient is not None)
     grads = backward(operands, out, lse, dout, dlse)
@@ -59,6 +66,26 @@ def _attend_bwd(backend, scale, pattern, residuals, cotangents):
     )
     no_mask: Any = None
     return (Operands(dq, dk, dv, no_mask, dbias),)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Empty:
+    """Stands for an array without elements among the residuals.
+
+    The array itself, carried from one pass to the other, crashes the compiler inside
+    `jax.shard_map` (JAX 0.11.2).
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @classmethod
+    def of(cls, x: Array) -> _Empty:
+        return cls(x.shape, x.dtype)
+
+    def array(self) -> Array:
+        return jnp.zeros(self.shape, self.dtype)
 
 
 def _instantiate(cotangent: Array | SymbolicZero, primal: Array) -> Array:

@@ -731,16 +731,29 @@ def test_export(implementation):
     np.testing.assert_array_equal(again.call(*flat), gradient(*args))
 
 
-@pytest.mark.parametrize("split", ["batch", "heads"])
+@pytest.mark.parametrize(
+    "split, full", [("batch", None), ("heads", None), ("batch", False), ("batch", True)]
+)
 @pytest.mark.parametrize("implementation", BACKENDS)
-def test_shard_map(implementation, split):
+def test_shard_map(implementation, split, full):
+    """Blocks of both kinds, or full ones only, or none of them."""
     devices = jax.devices()[:2]
     if jax.default_backend() == "cpu" and len(devices) < 2:
         pytest.skip("needs two devices")
     rng = np.random.default_rng(21)
-    case = made(
-        implementation, rng, named(implementation, "plain", rng).mask, batch=(2,)
-    )
+    mask = named(implementation, "plain", rng).mask
+    if full is not None:
+        size = mask.block_q, mask.block_kv
+        mask = BlockMask.from_blocks(
+            *([0, 1, 2], [1, 0, 1]),
+            q_len=mask.q_len,
+            kv_len=mask.kv_len,
+            block_q=size[0],
+            block_kv=size[1],
+            elements=full | (rng.random((3, *size)) < 0.5),
+        )
+        assert 0 in mask.capacity
+    case = made(implementation, rng, mask, batch=(2,))
     if implementation not in HALF:
         case.bias = rng.standard_normal((2, *SIZES[:2])).astype(np.float32)
     mesh = jax.make_mesh(
