@@ -82,8 +82,8 @@ def block_sparse_attention(
             out of capacity, the outputs of that batch entry are NaN (see
             `BlockMask.check`).
         bias: added to the scaled logits: an array ``[*B or 1, H or 1, T or 1, S]``, a
-            `BlockBias` or a `DistanceBias`; or a `ScoreFunction`, which replaces them.
-            An element with bias or score -inf is masked.
+            `BlockBias`, an `EntryBias` or a `DistanceBias`; or a `ScoreFunction`, which
+            replaces them. An element with bias or score -inf is masked.
         scale: multiplies ``q . k``; ``1 / sqrt(D)`` if not given.
         return_lse: also return the log-sum-exp.
         implementation: ``"auto"`` takes the first backend that can, of the kernels for

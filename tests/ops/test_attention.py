@@ -18,6 +18,7 @@ from jsparse import (
     block_sparse_attention,
     patterns,
 )
+from jsparse.bias import EntryBias
 from tests.support.cases import CASES, make_case
 
 T, S = 40, 56
@@ -47,7 +48,16 @@ def call(changes, **options):
         values["v"],
         values["mask"],
         bias=values.get("bias"),
+        implementation=values.get("implementation", "auto"),
         **options,
+    )
+
+
+def listed(_):
+    """A mask with two bits a row."""
+    index = np.arange(T)[:, None] + np.array([0, 9])
+    return patterns.device.neighbors(
+        index, kv_len=S, block_q=16, block_kv=32, capacity=2
     )
 
 
@@ -146,6 +156,30 @@ BAD = {
         ValueError,
         "expected 2 or 1 batch entries and 1 heads",
     ),
+    "entry bias without bits": (
+        {"bias": EntryBias(np.zeros((1, 1, 9), np.float32))},
+        ValueError,
+        "needs a mask with bits.*this has no bits, 1 head patterns and at most 1 full",
+    ),
+    "entry bias shape": (
+        {"mask": listed, "bias": EntryBias(np.zeros((1, 3, 80), np.float32))},
+        ValueError,
+        r"has shape \(1, 3, 80\); expected \[2 or 1, 4 or 1, n\]",
+    ),
+    "entry bias of another mask": (
+        {"mask": listed, "bias": EntryBias(np.zeros((1, 1, 79), np.float32))},
+        ValueError,
+        "holds 79 values but the mask has 80 set bits",
+    ),
+    "entry bias for blocks": (
+        {
+            "mask": listed,
+            "bias": EntryBias(np.zeros((1, 1, 80), np.float32)),
+            "implementation": "xla",
+        },
+        NotImplementedError,
+        "'xla' cannot run this: an entry bias.*These can: reference",
+    ),
     "coordinates of other atoms": (
         {"bias": DistanceBias.linear(np.ones(4), np.zeros((T, 3)))},
         ValueError,
@@ -170,11 +204,11 @@ def test_bad_options():
     with pytest.raises(
         ValueError, match="implementation='flash'; expected one of 'auto'"
     ):
-        call({}, implementation="flash")
+        call({"implementation": "flash"})
     with pytest.raises(
         NotImplementedError, match="'cutlass' cannot run this.*: xla, reference"
     ):
-        call({}, implementation="cutlass")
+        call({"implementation": "cutlass"})
     with pytest.raises(ValueError, match="scale=nan; expected a finite number"):
         call({}, scale=float("nan"))
     for scale in ("0.5", [1.0, 2.0], 1j, True):
