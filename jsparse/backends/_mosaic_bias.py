@@ -116,8 +116,9 @@ def entry_gradient(
     grad: Array, mask: BlockMask, primal: EntryBias, batch: tuple[int, ...]
 ) -> Bias:
     """From ``grad [B, H, n]``, undefined where no bit is set."""
-    bits = jax.lax.population_count(mask.bits).sum((1, 2, 3), dtype=jnp.int32)
-    is_set = jnp.arange(grad.shape[-1], dtype=jnp.int32) < bits[:, None, None]
+    bits = jax.lax.population_count(jnp.asarray(mask.bits))
+    count = bits.sum((1, 2, 3), dtype=jnp.int32)[:, None, None]
+    is_set = jnp.arange(grad.shape[-1], dtype=jnp.int32) < count
     return like(jnp.where(is_set, grad, 0), primal, batch)
 
 

@@ -159,7 +159,7 @@ class _Restore(NamedTuple):
     def gradients(self, grads: tuple, operands: Operands) -> tuple:
         dq, dk, dv, dbias = grads
         dq, dk, dv = self.out(dq), self.merge_kv(dk), self.merge_kv(dv)
-        bias = operands.bias
+        bias: Any = operands.bias
         if isinstance(bias, DistanceBias):
             if self.heads is not None:
                 squeeze = (self.rank, self.rank + 1)

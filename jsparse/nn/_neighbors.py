@@ -190,7 +190,7 @@ class _Entries(NamedTuple):
 
     def bias_of_blocks(self, bias: Array) -> BlockBias:
         """``bias [B or 1, H or 1, T, n]`` by block."""
-        room = jnp.shape(self.mask.bits)[1]
+        room = jnp.asarray(self.mask.bits).shape[1]
 
         def fill(bias, *places):
             shape = (bias.shape[0], room, self.mask.block_q, self.mask.block_kv)

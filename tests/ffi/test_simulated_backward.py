@@ -77,9 +77,9 @@ def test_nan_stays_where_attention_carries_it(on_cpu, where):
     contract.test_nan_stays_where_attention_carries_it("cutlass", where)
 
 
-@pytest.mark.parametrize("split", ["batch", "heads"])
-def test_shard_map(on_cpu, split):
-    contract.test_shard_map("cutlass", split)
+@pytest.mark.parametrize("split, full", [("batch", False), ("heads", None)])
+def test_shard_map(on_cpu, split, full):
+    contract.test_shard_map("cutlass", split, full)
 
 
 def test_export(on_cpu):

@@ -70,7 +70,7 @@ def entries(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Any]:
     return bits, number, table
 
 
-def found(place, columns: int, row: int, column: int) -> dict:
+def found(place, columns: int, row: Any, column: Any) -> dict:
     """Number by row and column of the tile, of one thread's elements."""
     numbers = {}
     for at, pair in place.pairs(columns):

@@ -319,7 +319,7 @@ def with_entries(
     whole = BlockMask.stack([mask() for _ in range(patterns)], "batch")
     case = make_case(rng, whole, batch=(2,), heads=(4, 2), dims=(dim, dim))
     batch, own_heads = ENTRIES[kind]
-    counts = np.bitwise_count(whole.bits).sum((1, 2, 3), dtype=int)
+    counts = np.bitwise_count(np.asarray(whole.bits)).sum((1, 2, 3), dtype=int)
     counts = counts if batch == patterns else np.repeat(counts.max(), batch)
     # More than there are bits: nobody may read or write what is beyond.
     values = _normal(rng, batch, 4 if own_heads else 1, counts.max() + 3)
