@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jsparse.backends._contract import HostPattern
 from jsparse.bias import Bias
-from jsparse.ops import _dispatch
+from jsparse.ops import _dispatch, _sharding
 from jsparse.ops._checks import canonical, check_scale, describe
 from jsparse.ops._dispatch import Choice, choose, refusals
 from jsparse.ops._vjp import attend
@@ -117,7 +117,9 @@ def block_sparse_attention(
     scale = check_scale(scale, operands.q.shape[-1])
     backend = choose(implementation, describe(operands))
     if backend.differentiable:
-        result = backend.forward(operands, scale, None)
+        result = _sharding.forward(
+            lambda operands, _: backend.forward(operands, scale, None), operands
+        )
     else:
         result = attend(backend, scale, HostPattern.of(mask), operands)
     out, lse = cast(tuple[Array, Array], result)

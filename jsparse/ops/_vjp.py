@@ -20,6 +20,7 @@ from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
 from jsparse.backends._contract import Backend, HostPattern, Operands, vary_like
+from jsparse.ops import _sharding
 
 Array = Any
 
@@ -59,7 +60,7 @@ def _attend_bwd(backend, scale, pattern, residuals, cotangents):
     grads = backward(operands, out, lse, dout, dlse)
     bias = None if bias_gradient is None else operands.bias
     primals = (operands.q, operands.k, operands.v, bias)
-    dq, dk, dv, dbias = jax.tree_util.tree_map(_sum_devices, grads, primals)
+    dq, dk, dv, dbias = jax.tree_util.tree_map(_sharding.sum_devices, grads, primals)
     # Integers of a score function have no gradient, which JAX spells None.
     dbias = jax.tree_util.tree_map(
         lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, dbias
@@ -95,12 +96,6 @@ def _instantiate(cotangent: Array | SymbolicZero, primal: Array) -> Array:
     return vary_like(jnp.zeros(primal.shape, primal.dtype), primal)
 
 
-def _sum_devices(grad: Array, primal: Array) -> Array:
-    """Inside `jax.shard_map`, sums the gradient of a replicated array over devices."""
-    axes = jax.typeof(grad).mat.varying - jax.typeof(jnp.asarray(primal)).mat.varying
-    return jax.lax.psum(grad, tuple(axes)) if axes else grad
-
-
 attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
@@ -108,9 +103,12 @@ attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 def _batched_forward(
     backend: Backend, scale: float, pattern: HostPattern | None
 ) -> Callable:
+    def on_device(operands, whole):
+        return backend.forward(operands, scale, pattern if whole else None)
+
     @custom_vmap
     def forward(operands):
-        return backend.forward(operands, scale, pattern)
+        return _sharding.forward(on_device, operands)
 
     @forward.def_vmap
     def rule(axis_size, in_batched, operands):
@@ -124,12 +122,15 @@ def _batched_forward(
 def _batched_backward(
     backend: Backend, scale: float, pattern: HostPattern | None, bias_gradient: bool
 ) -> Callable:
+    def on_device(operands, out, lse, dout, dlse, whole):
+        known = pattern if whole else None
+        return backend.backward(
+            operands, scale, known, out, lse, dout, dlse, bias_gradient
+        )
+
     @custom_vmap
     def backward(operands, *rows):
-        out, lse, dout, dlse = rows
-        return backend.backward(
-            operands, scale, pattern, out, lse, dout, dlse, bias_gradient
-        )
+        return _sharding.backward(on_device, operands, rows, bias_gradient)
 
     @backward.def_vmap
     def rule(axis_size, in_batched, operands, *rows):

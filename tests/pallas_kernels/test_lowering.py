@@ -283,6 +283,28 @@ def test_gradients_lower_inside_shard_map(part, monkeypatch):
     assert not [word for word in MOVES if word.replace("-", "_") in text]
 
 
+@pytest.mark.parametrize("part", [jax.P("x"), jax.P(None, None, "x")], ids=str)
+def test_gradients_lower_on_an_explicit_mesh(part, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "why_not", lambda problem: None)
+    mask = random_mask(np.random.default_rng(0), (300, 500, 128, 64), 12)
+    mesh = AbstractMesh((2,), ("x",), (AxisType.Explicit,), abstract_device=H100)
+    sharding = jax.NamedSharding(mesh, part)
+    q, k = (
+        jax.ShapeDtypeStruct((2, n, 2, 16), "bfloat16", sharding=sharding)
+        for n in (300, 500)
+    )
+
+    def loss(q, k, v):
+        out = block_sparse_attention(q, k, v, mask, implementation="mosaic_gpu")
+        return out.astype("float32").sum()
+
+    with use_abstract_mesh(mesh):
+        gradients = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k)
+        text = gradients.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == 3
+    assert not [word for word in MOVES if word.replace("-", "_") in text]
+
+
 def test_tiles_of_queries_divide_the_block_and_take_no_turns_alone():
     config = Launch("forward").config()
     with pytest.raises(ValueError, match="tile_q=32; expected 64 or 128"):
