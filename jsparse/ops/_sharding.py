@@ -123,7 +123,7 @@ def _run(
 
 
 def _axes_of(operands: Operands) -> _Axes | None:
-    """What q, k, v and the bias are sharded over; None if over nothing."""
+    """What q, k and v are sharded over; None if over nothing."""
     rank = operands.q.ndim - 3
     mesh, batch, heads = None, [None] * rank, None
     for name, x in zip("qkv", operands[:3], strict=True):
@@ -143,7 +143,7 @@ def _axes_of(operands: Operands) -> _Axes | None:
 
 
 def _specs(operands: Operands, axes: _Axes) -> Operands:
-    """How each leaf is divided: those that have heads at the axis after the batch's."""
+    """How each leaf is divided; of a bias, heads follow the batch axes."""
     rank = len(axes.batch)
 
     def lead(x: Array) -> tuple:
