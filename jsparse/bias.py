@@ -176,12 +176,17 @@ class EntryBias:
     values: Array
 
     @staticmethod
-    def before(bits: Array) -> Array:
-        """How many set bits come before each word of ``[..., n, block_q, words]``."""
-        counts = jax.lax.population_count(bits).astype(jnp.int32)
+    def table(bits: Any) -> Array:
+        """Of each word of ``bits [..., n, block_q, words]``, and of those before it.
+
+        ``[..., n, block_q, words, 2]`` int32: the word, and how many bits of all words
+        before it are set. A value is as far behind as bits are set below its own.
+        """
+        words = jax.lax.bitcast_convert_type(jnp.asarray(bits), jnp.int32)
+        counts = jax.lax.population_count(words)
         flat = counts.reshape(*counts.shape[:-3], -1)
-        upto = jnp.cumsum(flat, -1, dtype=jnp.int32)
-        return (upto - flat).reshape(counts.shape)
+        before = jnp.cumsum(flat, -1, dtype=jnp.int32) - flat
+        return jnp.stack([words, before.reshape(counts.shape)], -1)
 
 
 @jax.tree_util.register_dataclass

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.backends._contract import HostPattern, Operands, Problem
-from jsparse.backends._mosaic_bias import kernel_bias
+from jsparse.backends._mosaic_bias import kernel_bias, launched
 from jsparse.pallas_kernels._common import LOG2E
 from jsparse.pallas_kernels.mosaic_gpu import _bias
 from jsparse.pallas_kernels.mosaic_gpu._elements import (
@@ -177,6 +177,14 @@ class Call:
             blind,
         )
 
+    def launched(self, side: str) -> _bias.Bias | None:
+        """The bias for a launch over the lists ``"kv"``, by query block, or ``"q"``."""
+        bias = launched(self.bias, self.mask, side)
+        if isinstance(bias, _bias.EntryBias) and side == "q":
+            order = self._order_by_key(bias.table.shape[1])
+            return dataclasses.replace(bias, order=order)
+        return bias
+
     # -------------------------------------------------------------- lists, schedules
 
     @property
@@ -249,12 +257,12 @@ class Call:
         bits, rules = self.mask.bits, tuple(x.transpose() for x in self.mask.rules)
         if bits is not None:
             bits = _transpose_bits(
-                bits, self.order_by_key(bits.shape[1]), self.mask.block_kv
+                bits, self._order_by_key(bits.shape[1]), self.mask.block_kv
             )
         q, kv = self._tokens
         return self._elements(kv, q, bits, rules, bad)
 
-    def order_by_key(self, count: int) -> Array:
+    def _order_by_key(self, count: int) -> Array:
         """``[B or 1, n]``: number by query block of each partial block by key block.
 
         Known before tracing if the pattern is.
@@ -384,7 +392,7 @@ def _transpose_bits(bits: Array, order: Array, block_kv: int) -> Array:
 
 
 def _order_by_key(xp: Any, count: int, counts: Array, indices: Array) -> Array:
-    """`Call.order_by_key` of one batch entry, with NumPy or jnp."""
+    """`Call._order_by_key` of one batch entry, with NumPy or jnp."""
     heads, _, capacity = indices.shape
     slots = np.arange(capacity)
     valid = slots < counts[..., None]

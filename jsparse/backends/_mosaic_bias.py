@@ -36,7 +36,8 @@ def kernel_bias(
 ) -> _bias.Bias | None:
     """A bias of `Operands` for the kernels, for launches by query block.
 
-    A `BlockBias` gets its numbers, an `EntryBias` its order by `launched`.
+    A `BlockBias` gets its numbers by `launched`, an `EntryBias` its order by
+    `_hopper.Call.launched`.
 
     The last axis is padded, which is a copy, where TMA could not address a row of it.
     """
@@ -51,7 +52,7 @@ def kernel_bias(
     if values.dtype.itemsize > 4:
         values = values.astype(jnp.float32)
     if isinstance(bias, EntryBias):
-        return _bias.EntryBias(values, inner, table=_entry_table(mask.bits))
+        return _bias.EntryBias(values, inner, table=EntryBias.table(mask.bits))
     if isinstance(bias, BlockBias):
         return _bias.BlockBias(values, inner)
     if values.shape[2] == 1:
@@ -61,12 +62,6 @@ def kernel_bias(
     pitch = 16 // values.dtype.itemsize
     whole = -(-values.shape[-1] // pitch) * pitch
     return _bias.DenseBias(_pad_last(values, whole), inner)
-
-
-def _entry_table(bits: Array) -> Array:
-    """See `_bias.EntryBias`."""
-    words = jax.lax.bitcast_convert_type(bits, jnp.int32)
-    return jnp.stack([words, EntryBias.before(bits)], -1)
 
 
 def _distance_bias(

@@ -24,7 +24,6 @@ import numpy as np
 
 from jsparse.backends import _hopper, _shared_object, mosaic_gpu
 from jsparse.backends._contract import HostPattern, Operands, Problem
-from jsparse.backends._mosaic_bias import launched
 from jsparse.bias import Bias
 from jsparse.pallas_kernels.mosaic_gpu import _bias
 from jsparse.pallas_kernels.mosaic_gpu._elements import (
@@ -235,7 +234,7 @@ class _BiasOperands(NamedTuple):
     @classmethod
     def of(cls, call: _hopper.Call, side: str) -> _BiasOperands:
         """For a launch over the lists ``"kv"``, by query block, or ``"q"``."""
-        bias: Any = launched(call.bias, call.mask, side)
+        bias: Any = call.launched(side)
         none = np.zeros(0, np.int32)
         if bias is None:
             return cls(none, none, none, 1)

@@ -18,7 +18,6 @@ from jsparse.backends._mosaic_bias import (
     bias_blocks,
     distance_gradient,
     entry_gradient,
-    launched,
     like,
     score_gradient,
     zero_unlisted,
@@ -118,7 +117,7 @@ def forward(
         blocks=call.blocks,
         scale=call.scale,
         config=config,
-        bias=launched(call.bias, call.mask, "kv"),
+        bias=call.launched("kv"),
     )
     value_dim = operands.v.shape[-1]
     out = out[..., :value_dim].reshape(*call.batch, *out.shape[1:3], value_dim)
@@ -161,7 +160,7 @@ def backward(
         blocks=call.blocks,
         scale=call.scale,
         config=config,
-        bias=launched(call.bias, call.mask, "kv"),
+        bias=call.launched("kv"),
     )
     config = bwd_dkv_sm90.choose(*sizes, *beside)
     lists, group = call.columns, call.q.shape[2] // call.k.shape[2]
@@ -174,7 +173,7 @@ def backward(
         blocks=call.blocks,
         scale=call.scale,
         config=config,
-        bias=_by_key(call),
+        bias=call.launched("q"),
     )
     if call.sign != 1:
         dq = dq * jnp.asarray(call.sign, dq.dtype)
@@ -184,14 +183,6 @@ def backward(
     dlse = jnp.where(of_queries.blind, 0, dlse)
     found = _Found(of_bias.by_row, by_key, of_bias.by_pair, of_bias.values, dlse)
     return (*grads, _bias_gradient(call, arrays, found, operands.bias))
-
-
-def _by_key(call: _hopper.Call) -> _bias.Bias | None:
-    """The bias for a launch over the lists by key block."""
-    bias = launched(call.bias, call.mask, "q")
-    if isinstance(bias, _bias.EntryBias):
-        return dataclasses.replace(bias, order=call.order_by_key(bias.table.shape[1]))
-    return bias
 
 
 class _Found(NamedTuple):

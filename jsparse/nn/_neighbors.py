@@ -172,8 +172,7 @@ class _Entries(NamedTuple):
         counts, lists = (
             jnp.asarray(x)[:, 0] for x in (mask.kv_num_blocks, mask.kv_indices)
         )
-        bits = jnp.asarray(mask.bits)
-        words = jnp.stack([bits, EntryBias.before(bits).astype(bits.dtype)], -1)
+        words = EntryBias.table(mask.bits)
         sizes = mask.kv_len, mask.block_q, mask.block_kv
         find = functools.partial(_places, sizes=sizes)
         return cls(mask, *jax.vmap(find)(counts, lists, words, index))
@@ -211,7 +210,7 @@ def _places(
 ) -> tuple[Array, Array, Array, Array]:
     """Block, row, column and at_bit of `_Entries`, of one batch entry.
 
-    ``words [room, block_q, words, 2]`` are bits, and how many are set before them.
+    ``words`` is `EntryBias.table`, of one batch entry.
     """
     kv_len, block_q, block_kv = sizes
     t = jnp.arange(index.shape[0], dtype=jnp.int32)[:, None]
@@ -230,9 +229,8 @@ def _places(
     column = index % block_kv
 
     word = words.at[block, row, column // 32].get(mode="clip")
-    below = (jnp.uint32(1) << (column % 32).astype(jnp.uint32)) - 1
-    before = jax.lax.population_count(word[..., 0] & below)
-    bit = (word[..., 1] + before).astype(jnp.int32)
+    below = jnp.left_shift(jnp.int32(1), column % 32) - 1
+    bit = word[..., 1] + jax.lax.population_count(word[..., 0] & below)
 
     # Who is first at a bit: the least of all numbers that are sent there.
     number = jnp.arange(index.size, dtype=jnp.int32).reshape(index.shape)

@@ -9,6 +9,7 @@ types name no axes, and the call is left as it is.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,7 +53,8 @@ def forward(call: Callable, operands: Operands) -> tuple[Array, Array]:
     axes = _axes_of(operands)
     if axes is None:
         return call(operands, True)
-    return _run(axes, call, operands, (), (axes.by_query, axes.statistic))
+    out = axes.by_query, axes.statistic
+    return _run(axes, call, operands, _specs(operands, axes), (), out)
 
 
 def backward(
@@ -75,11 +77,11 @@ def backward(
         spec = jax.typeof(primal).sharding.spec
         return jax.reshard(grad, jax.NamedSharding(axes.mesh, spec))
 
-    *qkv, _, bias = _specs(operands, axes)
+    specs = _specs(operands, axes)
     of_rows = 2 * (axes.by_query, axes.statistic)
     rows = tuple(zip(rows, of_rows, strict=True))
-    out = (*qkv, bias if bias_gradient else None)
-    grads = _run(axes, on_device, operands, rows, out)
+    out = (*specs[:3], specs.bias if bias_gradient else None)
+    grads = _run(axes, on_device, operands, specs, rows, out)
     primals = (*operands[:3], operands.bias if bias_gradient else None)
     return jax.tree_util.tree_map(like, grads, primals)
 
@@ -91,14 +93,19 @@ def sum_devices(grad: Array, primal: Array) -> Array:
 
 
 def _run(
-    axes: _Axes, call: Callable, operands: Operands, rows: tuple, out_specs: Any
+    axes: _Axes,
+    call: Callable,
+    operands: Operands,
+    specs: Operands,
+    rows: tuple,
+    out_specs: Any,
 ) -> Any:
     """``call(operands, *rows, whole)`` in a `jax.shard_map`; rows come with specs."""
     leaves, tree = jax.tree_util.tree_flatten(operands)
-    specs = tree.flatten_up_to(_specs(operands, axes))
     rank = len(axes.batch)
     # An empty array crashes the compiler inside `jax.shard_map` (JAX 0.11.2).
-    given = [pair for pair in zip(leaves, specs, strict=True) if pair[0].size]
+    pairs = zip(leaves, tree.flatten_up_to(specs), strict=True)
+    given = [pair for pair in pairs if pair[0].size]
     given += rows
     arrays = [jax.reshard(x, jax.NamedSharding(axes.mesh, spec)) for x, spec in given]
     lists = operands.mask.kv_num_blocks
@@ -177,9 +184,7 @@ def _specs(operands: Operands, axes: _Axes) -> Operands:
 def _check_heads(operands: Operands, axes: _Axes) -> None:
     """Refuses what cannot be divided by heads."""
     names = axes.heads if isinstance(axes.heads, tuple) else (axes.heads,)
-    parts = 1
-    for name in names:
-        parts *= axes.mesh.shape[name]
+    parts = math.prod(axes.mesh.shape[name] for name in names)
     heads, kv_heads = operands.q.shape[-2], operands.k.shape[-2]
     if heads % parts or kv_heads % parts:
         raise ValueError(
@@ -187,10 +192,13 @@ def _check_heads(operands: Operands, axes: _Axes) -> None:
             f"{kv_heads} heads; expected multiples of {parts}. Repeat the key heads, "
             "or shard the batch."
         )
-    if operands.mask.num_heads > 1 or isinstance(operands.bias, ScoreFunction):
-        what = "the mask has head patterns" if operands.mask.num_heads > 1 else ""
-        raise ValueError(
-            f"{_OP}: heads are sharded, and {what or 'the bias is a ScoreFunction'}; "
-            "expected one pattern for all heads and another bias. Shard the batch, or "
-            "use jax.shard_map, where each device is given its own."
-        )
+    for found, what in (
+        (operands.mask.num_heads > 1, "the mask has head patterns"),
+        (isinstance(operands.bias, ScoreFunction), "the bias is a ScoreFunction"),
+    ):
+        if found:
+            raise ValueError(
+                f"{_OP}: heads are sharded, and {what}; expected one pattern for all "
+                "heads and another bias. Shard the batch, or use jax.shard_map, where "
+                "each device is given its own."
+            )
