@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from jsparse.bias import Bias, BlockBias, DistanceBias, EntryBias
-from jsparse.ops import block_sparse_attention, support
+from jsparse.ops import block_sparse_attention, gradients, support
+from jsparse.ops._sharding import sum_devices, vary_like
 from jsparse.patterns import BlockMask, device
 
 Array = Any
@@ -45,6 +47,15 @@ class Tables:
     implementation: Any
 
 
+class _Inputs(NamedTuple):
+    """What has gradients: the arguments of `attend` but the lists."""
+
+    q: Array
+    k: Array
+    v: Array
+    bias: Bias | None
+
+
 @functools.partial(jax.jit, static_argnames="tables")
 def attend(
     q: Array, k: Array, v: Array, index: Array, bias: Bias | None, *, tables: Tables
@@ -59,90 +70,302 @@ def attend(
         bias: ``[B or 1, H or 1, T, n]``, a `DistanceBias`, or None.
         tables: sizes and backend.
     """
-    rows = -(-q.shape[1] // tables.block_q)
-    columns = -(-k.shape[1] // tables.block_kv)
-    room = min(tables.capacity, columns) * rows
-    mask = _mask(index, k.shape[1], tables, room)
-    if room == rows * columns:
-        return _launch(q, k, v, mask, index, bias, tables)
-    # Lists are as wide as the pattern; only the tables can be too small.
-    fits = (jnp.asarray(mask.needed_capacity) <= columns).all()
-
-    def at_once(q, k, v, mask, index, bias):
-        return _launch(q, k, v, mask, index, bias, tables)
-
-    def in_parts(q, k, v, mask, index, bias):
-        del mask
-        return _in_parts(q, k, v, index, bias, tables, max(1, room // columns))
-
-    return jax.lax.cond(fits, at_once, in_parts, q, k, v, mask, index, bias)
+    return _attend(tables, _Inputs(q, k, v, bias), index)
 
 
-def _mask(index: Array, kv_len: int, tables: Tables, room: int) -> BlockMask:
-    """The mask of the lists, with bits for ``room`` blocks."""
-    return device.neighbors(
+# With a derivative of its own: that of a `jax.lax.cond` keeps the residuals of both
+# branches, and where devices choose differently none may wait for another inside.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(tables: Tables, inputs: _Inputs, index: Array) -> Array:
+    out, _, _ = _forward(tables, inputs, index)
+    return out
+
+
+def _attend_fwd(tables, inputs, index):
+    of_bias = jax.tree_util.tree_leaves(inputs.bias)
+    inputs, index = jax.tree_util.tree_map(lambda x: x.value, (inputs, index))
+    out, lse, pattern = _forward(tables, inputs, index)
+    # What is static must not be an array: that there is something, or nothing, says it.
+    bias_gradient = () if any(x.perturbed for x in of_bias) else None
+    return out, (inputs, index, pattern, out, lse, bias_gradient)
+
+
+def _attend_bwd(tables, residuals, dout):
+    inputs, index, pattern, out, lse, bias_gradient = residuals
+    if isinstance(dout, SymbolicZero):
+        return None, None
+    wanted = inputs if bias_gradient is not None else inputs._replace(bias=None)
+    rows = out, lse, dout
+    grads = _backward(tables, inputs, index, pattern, rows, bias_gradient is not None)
+    return jax.tree_util.tree_map(sum_devices, grads, wanted), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+
+
+def _forward(
+    tables: Tables, inputs: _Inputs, index: Array
+) -> tuple[Array, Array, _Pattern]:
+    """``out``, ``lse``, and the pattern of all queries."""
+    inputs, index = vary_like((inputs, index), (inputs, index))
+    parts = _Parts.of(tables, inputs)
+    pattern = _pattern(tables, inputs, index, parts.table)
+
+    def at_once(inputs, index, pattern):
+        del index
+        return _attention(tables, inputs, pattern)
+
+    def in_parts(inputs, index, pattern):
+        del pattern
+        q, v = inputs.q, inputs.v
+        out = jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)
+        lse = jnp.zeros((len(q), q.shape[2], q.shape[1]), _wide(q))
+
+        def body(n, rows):
+            some, lists = parts.take(n, inputs, index)
+            found = _attention(tables, some, _pattern(tables, some, lists, parts.room))
+            return parts.put(n, rows, found, _OF_ROWS[:2])
+
+        rows = vary_like((out, lse), inputs)
+        return jax.lax.fori_loop(0, parts.number, body, rows)
+
+    out, lse = parts.choose(at_once, in_parts, inputs, index, pattern)
+    return out, lse, pattern
+
+
+def _backward(
+    tables: Tables,
+    inputs: _Inputs,
+    index: Array,
+    pattern: _Pattern,
+    rows: tuple[Array, Array, Array],
+    bias_gradient: bool,
+) -> _Inputs:
+    """The gradients; ``rows`` are out, lse and the cotangent of out."""
+    inputs, index = vary_like((inputs, index), (inputs, index))
+    parts = _Parts.of(tables, inputs)
+
+    def at_once(inputs, index, pattern, rows):
+        del index
+        return _gradients(tables, inputs, pattern, rows, bias_gradient)
+
+    def in_parts(inputs, index, pattern, rows):
+        del pattern
+        primals = inputs if bias_gradient else inputs._replace(bias=None)
+        axes = _query_axes(primals)
+
+        def body(n, totals):
+            some, lists = parts.take(n, inputs, index)
+            pattern = _pattern(tables, some, lists, parts.room)
+            some_rows = parts.slices(n, rows, _OF_ROWS)
+            found = _gradients(tables, some, pattern, some_rows, bias_gradient)
+            return parts.put(n, totals, found, axes)
+
+        def empty(x, axis):
+            return jnp.zeros(x.shape, _wide(x) if axis == _SHARED else x.dtype)
+
+        totals = vary_like(jax.tree_util.tree_map(empty, primals, axes), inputs)
+        totals = jax.lax.fori_loop(0, parts.number, body, totals)
+        return jax.tree_util.tree_map(lambda x, p: x.astype(p.dtype), totals, primals)
+
+    return parts.choose(at_once, in_parts, inputs, index, pattern, rows)
+
+
+class _Pattern(NamedTuple):
+    """The mask of some lists, and their bias as the backend takes it.
+
+    Attributes:
+        mask: with room for the blocks of a table.
+        entries: where they are, if the bias is an array.
+        bias: an `EntryBias`, a `BlockBias`, a `DistanceBias` or None.
+    """
+
+    mask: BlockMask
+    entries: _Entries | None
+    bias: Bias | None
+
+
+def _pattern(tables: Tables, inputs: _Inputs, index: Array, room: int) -> _Pattern:
+    mask = device.neighbors(
         index,
-        kv_len=kv_len,
+        kv_len=inputs.k.shape[1],
         block_q=tables.block_q,
         block_kv=tables.block_kv,
-        capacity=-(-kv_len // tables.block_kv),
+        capacity=-(-inputs.k.shape[1] // tables.block_kv),
         q_capacity=-(-index.shape[1] // tables.block_q),
         num_bits=room,
     )
+    if inputs.bias is None or isinstance(inputs.bias, DistanceBias):
+        return _Pattern(mask, None, inputs.bias)
+    entries = _Entries.of(mask, index)
+    return _Pattern(mask, entries, _spread(tables, inputs, mask, entries))
 
 
-def _launch(q, k, v, mask: BlockMask, index, bias, tables: Tables) -> Array:
-    """Attention over a mask whose blocks all have room."""
-    mask = dataclasses.replace(mask, needed_capacity=None)
-    if bias is not None and not isinstance(bias, DistanceBias):
-        entries = _Entries.of(mask, index)
-        by_bit = entries.bias_of_bits(bias)
-        fits = support(q, k, v, mask, bias=by_bit)[READS_BITS] is None
-        asked = tables.implementation in ("auto", READS_BITS)
-        bias = by_bit if fits and asked else entries.bias_of_blocks(bias)
+def _spread(
+    tables: Tables, inputs: _Inputs, mask: BlockMask, entries: _Entries
+) -> EntryBias | BlockBias:
+    """An array of bias as the backend takes it."""
+    by_bit = entries.bias_of_bits(inputs.bias)
+    refusals = support(inputs.q, inputs.k, inputs.v, mask, bias=by_bit)
+    asked = tables.implementation in ("auto", READS_BITS)
+    if asked and refusals[READS_BITS] is None:
+        return by_bit
+    return entries.bias_of_blocks(inputs.bias, mask)
+
+
+def _attention(
+    tables: Tables, inputs: _Inputs, pattern: _Pattern
+) -> tuple[Array, Array]:
+    """``out`` and ``lse``; the table has room."""
     return block_sparse_attention(
-        *(q, k, v, mask),
-        bias=bias,
+        *inputs[:3],
+        dataclasses.replace(pattern.mask, needed_capacity=None),
+        bias=pattern.bias,
         scale=tables.scale,
+        return_lse=True,
         implementation=tables.implementation,
     )
 
 
-def _in_parts(q, k, v, index, bias, tables: Tables, rows: int) -> Array:
-    """``rows`` query blocks at a time, each part with room for all its blocks."""
-    length, room = q.shape[1], rows * -(-k.shape[1] // tables.block_kv)
-    step = rows * tables.block_q
-    parts = -(-length // step)
+def _gradients(
+    tables: Tables,
+    inputs: _Inputs,
+    pattern: _Pattern,
+    rows: tuple[Array, Array, Array],
+    bias_gradient: bool,
+) -> _Inputs:
+    """Those of ``inputs``; the table has room."""
+    dq, dk, dv, of_bias = gradients(
+        *inputs[:3],
+        dataclasses.replace(pattern.mask, needed_capacity=None),
+        *rows,
+        bias=pattern.bias,
+        bias_gradient=bias_gradient,
+        scale=tables.scale,
+        implementation=tables.implementation,
+    )
+    entries = pattern.entries
+    if entries is not None and of_bias is not None:
 
-    def split(x: Array, axis: int, fill: Any = 0) -> Array:
-        width = [(0, 0)] * x.ndim
-        width[axis] = (0, parts * step - length)
-        x = jnp.pad(x, width, constant_values=fill)
-        x = x.reshape(*x.shape[:axis], parts, step, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
+        def spread(bias):
+            return _spread(tables, inputs._replace(bias=bias), pattern.mask, entries)
 
-    by_query = bias
+        _, pull = jax.vjp(spread, inputs.bias)
+        (of_bias,) = pull(of_bias)
+    return _Inputs(dq, dk, dv, of_bias)
+
+
+_SHARED = -1
+"""The axis of queries of an array that all queries share."""
+
+_OF_ROWS = (1, 2, 1)
+"""The axes of queries of out, lse and the cotangent of out."""
+
+
+def _query_axes(inputs: _Inputs) -> _Inputs:
+    """The axis of queries of each array, or `_SHARED`."""
+    bias: Any = inputs.bias
     if isinstance(bias, DistanceBias):
-        by_query = split(bias.q_coords, bias.q_coords.ndim - 2)
+        shared = jax.tree_util.tree_map(lambda _: _SHARED, bias)
+        bias = dataclasses.replace(shared, q_coords=bias.q_coords.ndim - 2)
     elif bias is not None:
-        by_query = split(bias, 2)
-    # Gradients of k and v are summed over the parts, in float32 at least.
-    wide = jnp.float32 if k.dtype.itemsize < 4 else k.dtype
-    keys, values = k.astype(wide), v.astype(wide)
+        bias = 2
+    return _Inputs(1, _SHARED, _SHARED, bias)
 
-    @jax.checkpoint
-    def part(given):
-        q, index, by_query = given
-        mask = _mask(index, k.shape[1], tables, room)
-        some = by_query
-        if isinstance(bias, DistanceBias):
-            some = dataclasses.replace(bias, q_coords=by_query)
-        both = keys.astype(k.dtype), values.astype(v.dtype)
-        return _launch(q, *both, mask, index, some, tables)
 
-    out = jax.lax.map(part, (split(q, 1), split(index, 1, -1), by_query))
-    out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
+class _Parts(NamedTuple):
+    """Some query blocks at a time, as many as surely fit a table.
+
+    Attributes:
+        length: of all queries.
+        step: queries of a part. The last part begins sooner than where the one before
+            ends, if it must: what they share is not taken from it.
+        number: of parts.
+        columns: key blocks.
+        table: blocks that a table for all queries has room for.
+        room: blocks that a table for a part must have room for.
+    """
+
+    length: int
+    step: int
+    number: int
+    columns: int
+    table: int
+    room: int
+
+    @classmethod
+    def of(cls, tables: Tables, inputs: _Inputs) -> _Parts:
+        length = inputs.q.shape[1]
+        rows = -(-length // tables.block_q)
+        columns = -(-inputs.k.shape[1] // tables.block_kv)
+        table = min(tables.capacity, columns) * rows
+        at_a_time = max(1, table // columns)
+        step = min(at_a_time * tables.block_q, length)
+        number = -(-length // step)
+        return cls(length, step, number, columns, table, at_a_time * columns)
+
+    def choose(
+        self,
+        at_once: Callable,
+        in_parts: Callable,
+        inputs: _Inputs,
+        index: Array,
+        pattern: _Pattern,
+        *rest: Any,
+    ) -> Any:
+        """What either of them makes of the rest; the former if the table has room."""
+        if self.number == 1:
+            return at_once(inputs, index, pattern, *rest)
+        # Lists are as wide as the pattern; only the tables can be too small.
+        needed = jnp.asarray(pattern.mask.needed_capacity)
+        fits = (needed <= self.columns).all()
+        return jax.lax.cond(fits, at_once, in_parts, inputs, index, pattern, *rest)
+
+    def take(self, n: Array, inputs: _Inputs, index: Array) -> tuple[_Inputs, Array]:
+        """Part n of the inputs, and of the lists, empty where it begins sooner.
+
+        So each query is counted once in what all queries share.
+        """
+        lists = self.slices(n, index, 1)
+        lists = jnp.where(self._fresh(n)[:, None], lists, -1)
+        return self.slices(n, inputs, _query_axes(inputs)), lists
+
+    def slices(self, n: Array, tree: Any, axes: Any) -> Any:
+        """Part n of each array, and what is `_SHARED`."""
+
+        def cut(x, axis):
+            if axis == _SHARED:
+                return x
+            return jax.lax.dynamic_slice_in_dim(x, self._start(n), self.step, axis)
+
+        return jax.tree_util.tree_map(cut, tree, axes)
+
+    def put(self, n: Array, totals: Any, found: Any, axes: Any) -> Any:
+        """``totals`` with what was ``found`` for part n; what is `_SHARED` is added."""
+
+        def place(total, x, axis):
+            if axis == _SHARED:
+                return total + x.astype(total.dtype)
+            start = self._start(n)
+            old = jax.lax.dynamic_slice_in_dim(total, start, self.step, axis)
+            fresh = jnp.expand_dims(self._fresh(n), range(1, x.ndim - axis))
+            new = jnp.where(fresh, x, old)
+            return jax.lax.dynamic_update_slice_in_dim(total, new, start, axis)
+
+        return jax.tree_util.tree_map(place, totals, found, axes)
+
+    def _start(self, n: Array) -> Array:
+        return jnp.minimum(n * self.step, self.length - self.step)
+
+    def _fresh(self, n: Array) -> Array:
+        """Which queries of part n no part before it has."""
+        queries = self._start(n) + jnp.arange(self.step, dtype=jnp.int32)
+        return queries >= n * self.step
+
+
+def _wide(x: Array) -> Any:
+    """What is summed in: float32 at least."""
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 class _Entries(NamedTuple):
@@ -152,7 +375,6 @@ class _Entries(NamedTuple):
     does not exist, has a block beyond all others, each a different one.
 
     Attributes:
-        mask: the mask.
         block: number of the block.
         row: query in the block.
         column: key in the block.
@@ -160,7 +382,6 @@ class _Entries(NamedTuple):
             there is none.
     """
 
-    mask: BlockMask
     block: Array
     row: Array
     column: Array
@@ -175,7 +396,7 @@ class _Entries(NamedTuple):
         words = EntryBias.table(mask.bits)
         sizes = mask.kv_len, mask.block_q, mask.block_kv
         find = functools.partial(_places, sizes=sizes)
-        return cls(mask, *jax.vmap(find)(counts, lists, words, index))
+        return cls(*jax.vmap(find)(counts, lists, words, index))
 
     def bias_of_bits(self, bias: Array) -> EntryBias:
         """``bias [B or 1, H or 1, T, n]`` by bit."""
@@ -187,12 +408,12 @@ class _Entries(NamedTuple):
 
         return EntryBias(self._each(fill, bias, self.at_bit))
 
-    def bias_of_blocks(self, bias: Array) -> BlockBias:
+    def bias_of_blocks(self, bias: Array, mask: BlockMask) -> BlockBias:
         """``bias [B or 1, H or 1, T, n]`` by block."""
-        room = jnp.asarray(self.mask.bits).shape[1]
+        room = jnp.asarray(mask.bits).shape[1]
 
         def fill(bias, *places):
-            shape = (bias.shape[0], room, self.mask.block_q, self.mask.block_kv)
+            shape = (bias.shape[0], room, mask.block_q, mask.block_kv)
             empty = jnp.zeros(shape, bias.dtype)
             return empty.at[:, *places].set(bias, mode="drop", unique_indices=True)
 

@@ -1,17 +1,20 @@
-"""The public operation: signature, meaning, and ten lines."""
+"""The public operation and its backward pass: signatures, meaning, a few lines."""
 
 from __future__ import annotations
 
 from typing import Any, Literal, cast, overload
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jsparse.backends._contract import HostPattern
+from jsparse.backends._contract import Backend, HostPattern, Operands
 from jsparse.bias import Bias
 from jsparse.ops import _dispatch, _sharding
-from jsparse.ops._checks import canonical, check_scale, describe
+from jsparse.ops._checks import canonical, check_rows, check_scale, describe
 from jsparse.ops._dispatch import Choice, choose, refusals
 from jsparse.ops._vjp import attend
+from jsparse.ops._vjp import gradients as _gradients
 from jsparse.patterns import BlockMask
 
 Array = Any
@@ -117,15 +120,125 @@ def block_sparse_attention(
     scale = check_scale(scale, operands.q.shape[-1])
     backend = choose(implementation, describe(operands))
     if backend.differentiable:
-        result = _sharding.forward(
-            lambda operands, _: backend.forward(operands, scale, None), operands
-        )
+        out, lse = _differentiable(backend, scale, operands)
     else:
         result = attend(backend, scale, HostPattern.of(mask), operands)
-    out, lse = cast(tuple[Array, Array], result)
+        out, lse = cast(tuple[Array, Array], result)
     if mask.needed_capacity is not None:
         out, lse = _poison_overflow(out, lse, mask)
     return (out, lse) if return_lse else out
+
+
+def gradients(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: BlockMask,
+    out: Array,
+    lse: Array,
+    dout: Array,
+    dlse: Array | None = None,
+    *,
+    bias: Bias | None = None,
+    bias_gradient: bool = True,
+    scale: float | None = None,
+    implementation: Implementation = "auto",
+) -> tuple[Array, Array, Array, Bias | None]:
+    """The backward pass alone, for derivatives of your own that keep ``out`` and lse.
+
+    What ``jax.vjp`` of `block_sparse_attention` gives for the cotangents ``dout`` and
+    ``dlse``, without the forward pass. Given a part of the keys, with ``out`` and
+    ``lse`` of all, it gives dk and dv of the part, and its share of dq.
+
+    Args:
+        q: as for `block_sparse_attention`.
+        k: likewise.
+        v: likewise.
+        mask: likewise.
+        out: ``[*B, T, H, Dv]``, the output.
+        lse: ``[*B, H, T]`` float32, natural log.
+        dout: the cotangent of ``out``, like ``out``.
+        dlse: the cotangent of ``lse``, like ``lse``; zero if not given.
+        bias: as for `block_sparse_attention`.
+        bias_gradient: whether to compute that of the bias, which may cost as much as
+            all others.
+        scale: as for `block_sparse_attention`.
+        implementation: likewise. ``"reference"`` differentiates its own forward pass,
+            so it must be given all keys.
+
+    Returns:
+        Gradients of q, k, v and ``bias``, each like its primal; of the bias None where
+        there is none or it is not asked for. Integers have none.
+
+    Raises:
+        TypeError: as `block_sparse_attention`.
+        ValueError: likewise, and for outputs or cotangents of other shapes.
+        CapacityError: likewise.
+        NotImplementedError: likewise.
+
+    Example:
+        >>> import jax, jsparse
+        >>> from jsparse.ops import gradients
+        >>> mask = jsparse.patterns.window(256, left=16, right=16)
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 256, 4, 32))
+        >>> out, lse = jsparse.block_sparse_attention(q, k, v, mask, return_lse=True)
+        >>> dq, dk, dv, _ = gradients(q, k, v, mask, out, lse, 2 * out)
+        >>> dq.shape, dk.shape, dv.shape
+        ((256, 4, 32), (256, 4, 32), (256, 4, 32))
+
+    References:
+        FlashAttention (Dao et al. 2022), whose backward pass needs no more than these;
+        ring attention (Liu et al. 2023) for keys a part at a time.
+    """
+    operands = canonical(q, k, v, mask, bias)
+    scale = check_scale(scale, operands.q.shape[-1])
+    backend = choose(implementation, describe(operands))
+    rows = check_rows(operands, out=out, lse=lse, dout=dout, dlse=dlse)
+    if mask.needed_capacity is not None:
+        rows = *rows[:2], *_poison_overflow(*rows[2:], mask)
+    bias_gradient = bias_gradient and bias is not None
+    if backend.differentiable:
+        grads = _differentiated(backend, scale, operands, *rows[2:])
+    else:
+        pattern = HostPattern.of(mask)
+        grads = _gradients(
+            *(backend, scale, pattern, operands, *rows), bias_gradient=bias_gradient
+        )
+    dq, dk, dv, dbias = grads
+    if not bias_gradient:
+        return dq, dk, dv, None
+    # The canonical form of a bias differs by axes of size 1.
+    leaves, tree = jax.tree_util.tree_flatten(bias)
+    found = jax.tree_util.tree_leaves(dbias, is_leaf=lambda x: x is None)
+    pairs = zip(found, leaves, strict=True)
+    dbias = [None if g is None else g.reshape(np.shape(x)) for g, x in pairs]
+    return dq, dk, dv, tree.unflatten(dbias)
+
+
+def _differentiable(
+    backend: Backend, scale: float, operands: Operands
+) -> tuple[Array, Array]:
+    """Attention that JAX differentiates."""
+
+    def on_device(operands, _):
+        return backend.forward(operands, scale, None)
+
+    return _sharding.forward(on_device, operands)
+
+
+def _differentiated(
+    backend: Backend, scale: float, operands: Operands, dout: Array, dlse: Array
+) -> tuple[Array, Array, Array, Any]:
+    """What JAX makes of `_differentiable`; None for integers."""
+    q, k, v, mask, bias = operands
+
+    def attend(q, k, v, bias):
+        return _differentiable(backend, scale, Operands(q, k, v, mask, bias))
+
+    _, pull = jax.vjp(attend, q, k, v, bias)
+    return jax.tree_util.tree_map(
+        lambda x: None if x.dtype == jax.dtypes.float0 else x, pull((dout, dlse))
+    )
 
 
 def support(

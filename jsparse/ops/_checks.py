@@ -16,7 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.backends import _score
-from jsparse.backends._contract import Operands, Problem, accumulator_dtype
+from jsparse.backends._contract import (
+    Operands,
+    Problem,
+    accumulator_dtype,
+    vary_like,
+)
 from jsparse.bias import Bias, BlockBias, DistanceBias, EntryBias, ScoreFunction
 from jsparse.patterns import BlockMask
 
@@ -96,6 +101,38 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"{_OP}: scale={scale}; expected a finite number.")
     return scale
+
+
+def check_rows(
+    operands: Operands, *, out: Any, lse: Any, dout: Any, dlse: Any
+) -> tuple[Array, Array, Array, Array]:
+    """``out``, ``lse`` and their cotangents; a ``dlse`` of None is zero.
+
+    Raises:
+        TypeError: for what is no array.
+        ValueError: for other shapes than those of the operation's results.
+    """
+    q, v = operands.q, operands.v
+    *batch, length, heads, _ = q.shape
+    of_lse = (*batch, heads, length)
+    if dlse is None:
+        dlse = vary_like(jnp.zeros(of_lse, accumulator_dtype(q)), lse)
+    found = []
+    for name, x, shape in (
+        ("out", out, (*q.shape[:-1], v.shape[-1])),
+        ("lse", lse, of_lse),
+        ("dout", dout, (*q.shape[:-1], v.shape[-1])),
+        ("dlse", dlse, of_lse),
+    ):
+        x = _as_array(name, x)
+        dtype = q.dtype if name.endswith("out") else accumulator_dtype(q)
+        if x.shape != shape or x.dtype != dtype:
+            raise ValueError(
+                f"{_OP}: {name} has shape {x.shape} and dtype {x.dtype}; expected "
+                f"{shape} and {dtype}, as block_sparse_attention returns them."
+            )
+        found.append(x)
+    return tuple(found)
 
 
 def _as_array(name: str, x: Any) -> Array:

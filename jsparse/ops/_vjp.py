@@ -56,17 +56,38 @@ def _attend_bwd(backend, scale, pattern, residuals, cotangents):
         is_leaf=lambda x: isinstance(x, _Empty),
     )
     dout, dlse = map(_instantiate, cotangents, (out, lse))
-    backward = _batched_backward(backend, scale, pattern, bias_gradient is not None)
+    grads = gradients(
+        *(backend, scale, pattern, operands, out, lse, dout, dlse),
+        bias_gradient=bias_gradient is not None,
+    )
+    dq, dk, dv, dbias = grads
+    no_mask: Any = None
+    return (Operands(dq, dk, dv, no_mask, dbias),)
+
+
+def gradients(
+    backend: Backend,
+    scale: float,
+    pattern: HostPattern | None,
+    operands: Operands,
+    out: Array,
+    lse: Array,
+    dout: Array,
+    dlse: Array,
+    *,
+    bias_gradient: bool,
+) -> tuple[Array, Array, Array, Any]:
+    """Gradients of q, k, v and bias, None for what has none."""
+    backward = _batched_backward(backend, scale, pattern, bias_gradient)
     grads = backward(operands, out, lse, dout, dlse)
-    bias = None if bias_gradient is None else operands.bias
+    bias = operands.bias if bias_gradient else None
     primals = (operands.q, operands.k, operands.v, bias)
     dq, dk, dv, dbias = jax.tree_util.tree_map(_sharding.sum_devices, grads, primals)
     # Integers of a score function have no gradient, which JAX spells None.
     dbias = jax.tree_util.tree_map(
         lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, dbias
     )
-    no_mask: Any = None
-    return (Operands(dq, dk, dv, no_mask, dbias),)
+    return dq, dk, dv, dbias
 
 
 @jax.tree_util.register_static
