@@ -22,6 +22,7 @@ from jsparse.bias import Bias, BlockBias, DistanceBias, EntryBias
 from jsparse.ops import block_sparse_attention, gradients, support
 from jsparse.ops._sharding import sum_devices, vary_like
 from jsparse.patterns import BlockMask, device
+from jsparse.patterns._parts import WORD, divide
 
 Array = Any
 READS_BITS = "mosaic_gpu"
@@ -434,23 +435,25 @@ def _places(
     ``words`` is `EntryBias.table`, of one batch entry.
     """
     kv_len, block_q, block_kv = sizes
+    exists = (index >= 0) & (index < kv_len)
     t = jnp.arange(index.shape[0], dtype=jnp.int32)[:, None]
-    row, exists = t // block_q, (index >= 0) & (index < kv_len)
+    (row, q), (column, s) = (
+        divide(t, block_q),
+        divide(jnp.where(exists, index, 0), block_kv),
+    )
+    # A table of all pairs of blocks is small; a search in the lists reads them often.
     slots = jnp.arange(lists.shape[1], dtype=jnp.int32)
-    ascending = jnp.where(slots < counts[:, None], lists, jnp.iinfo(jnp.int32).max)
-    wanted = index // block_kv
-    wanted = jnp.pad(wanted, ((0, len(counts) * block_q - len(index)), (0, 0)))
-    wanted = wanted.reshape(len(counts), -1)
-    # As a loop each step of the search would be several launches on a GPU.
-    find = functools.partial(jnp.searchsorted, method="scan_unrolled")
-    slot = jax.vmap(find)(ascending, wanted).astype(jnp.int32)
-    slot = slot.reshape(-1, index.shape[1])[: len(index)]
-    block = (jnp.cumsum(counts) - counts)[row] + slot
-    row = jnp.broadcast_to(t % block_q, index.shape)
-    column = index % block_kv
+    number = (jnp.cumsum(counts) - counts)[:, None] + slots
+    rows = jnp.arange(len(counts), dtype=jnp.int32)[:, None]
+    columns = -(-kv_len // block_kv)
+    block = jnp.zeros((len(counts), columns), jnp.int32)
+    listed = jnp.where(slots < counts[:, None], lists, columns)
+    block = block.at[rows, listed].set(number, mode="drop")[row, column]
+    q = jnp.broadcast_to(q, index.shape)
 
-    word = words.at[block, row, column // 32].get(mode="clip")
-    below = jnp.left_shift(jnp.int32(1), column % 32) - 1
+    at, lane = divide(s, WORD)
+    word = words.at[block, q, at].get(mode="clip")
+    below = jnp.left_shift(jnp.int32(1), lane) - 1
     bit = word[..., 1] + jax.lax.population_count(word[..., 0] & below)
 
     # Who is first at a bit: the least of all numbers that are sent there.
@@ -460,4 +463,4 @@ def _places(
     placed = exists & (at_bit.at[bit].get(mode="clip") == number)
     block = jnp.where(placed, block, len(words) + number)
     at_bit = jnp.where(at_bit < index.size, at_bit, index.size + number.reshape(-1))
-    return block, row, column, at_bit
+    return block, q, s, at_bit

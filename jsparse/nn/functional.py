@@ -451,6 +451,8 @@ def _index(who: str, index: Any, full: tuple[int, ...], kv_len: int) -> Array:
             f"{who}: index names key {largest}; expected 0 to {kv_len - 1}, or "
             "negative entries as padding."
         )
+    if index.dtype == jnp.int32:
+        return jnp.asarray(index)
     return jnp.clip(index, -1, kv_len).astype(jnp.int32)
 
 

@@ -38,7 +38,7 @@ from jsparse.patterns._device_checks import (
     with_batch,
 )
 from jsparse.patterns._device_windows import atom_windows as atom_windows
-from jsparse.patterns._parts import WORD, Sizes
+from jsparse.patterns._parts import WORD, Sizes, divide
 from jsparse.patterns._rules import Distance, ElementRule, squared_distance
 
 Array = Any
@@ -217,7 +217,9 @@ def neighbors(
     num_bits = check_positive("neighbors", "num_bits", num_bits)
     q_lengths = as_lengths("neighbors", "q_length", q_length, sizes.q_len)
     kv_lengths = as_lengths("neighbors", "kv_length", kv_length, sizes.kv_len)
-    index = with_batch(as_int32(index, -1, sizes.kv_len))
+    index = with_batch(index)
+    if index.dtype != jnp.int32:
+        index = as_int32(index, -1, sizes.kv_len)
     batch = common_batch(
         "neighbors",
         index=index.shape[0],
@@ -539,8 +541,8 @@ def _set_bits(index: Array, sizes: Sizes, num_bits: int) -> tuple[Array, Array]:
     """Block map ``[nq, nk]`` and bits of a sorted index ``[T, k]``; S means no key."""
     nq, nk = sizes.grid
     t = jnp.arange(sizes.q_len, dtype=jnp.int32)[:, None]
-    row, q = t // sizes.block_q, t % sizes.block_q
-    col, s = index // sizes.block_kv, index % sizes.block_kv
+    row, q = divide(t, sizes.block_q)
+    col, s = divide(index, sizes.block_kv)
     exists = index < sizes.kv_len
     col = jnp.where(exists, col, nk)
     # Of neighbours in the same block only the first writes: a GPU takes turns at those
@@ -552,8 +554,9 @@ def _set_bits(index: Array, sizes: Sizes, num_bits: int) -> tuple[Array, Array]:
     # Of equal neighbours in the sorted row only the first adds its bit, so that adding
     # is setting and no order of the additions matters.
     entry = jnp.where(exists & _is_first(index), entry, num_bits)
-    word = q * sizes.words + s // WORD
-    bit = jnp.left_shift(jnp.uint32(1), (s % WORD).astype(jnp.uint32))
+    word, s = divide(s, WORD)
+    word += q * sizes.words
+    bit = jnp.left_shift(jnp.uint32(1), s.astype(jnp.uint32))
     bits = jnp.zeros((num_bits, sizes.block_q * sizes.words), jnp.uint32)
     bits = bits.at[entry, word].add(bit, mode="drop")
     return active, bits.reshape(num_bits, sizes.block_q, sizes.words)

@@ -272,31 +272,90 @@ def test_neighbor_attention(capacity, dtype):
     assert not np.asarray(found[0], np.float32)[:, ::11].any()
 
 
-def test_neighbors_in_parts_or_at_once_are_the_same():
-    """Tables of 2 blocks a row hold near neighbours; those of scattered ones do not."""
-    q, k, v = qkv(34, 2, 160, 2, 8)
-    coords = 3 * normal(37, 2, 160, 3)
-    near = np.arange(160)[:, None] + np.array([0, 3])
-    near = np.where(near < 160, near, -1)
-    far = np.random.default_rng(38).integers(0, 160, (160, 2))
+def near_and_far(length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two lists for tables of 2 blocks a row: one that fits, one that does not."""
+    near = np.arange(length)[:, None] + np.array([0, 3])
+    near = np.where(near < length, near, -1)
+    return near, np.random.default_rng(38).integers(0, length, (length, 2))
+
+
+@pytest.mark.parametrize("length", [160, 150])
+def test_neighbors_in_parts_or_at_once_are_the_same(length):
+    """A last part that begins where the one before ends, and one that begins sooner."""
+    q, k, v = qkv(34, 2, length, 2, 8)
+    coords = 3 * normal(37, 2, length, 3)
 
     @functools.partial(jax.jit, static_argnames="capacity")
-    def ours(index, q, k, v, slope, capacity):
-        def attend(q, k, v, slope):
+    def ours(index, q, k, v, slope, coords, capacity):
+        def attend(q, k, v, slope, coords):
             bias = DistanceBias.linear(slope, coords)
             return functional.neighbor_attention(
                 *(q, k, v, index, bias), capacity=capacity, block_q=16, block_kv=16
             )
 
-        return results(attend, q, k, v, slope)
+        return results(attend, q, k, v, slope, coords)
 
-    slope = jnp.array([0.1, 1.0])
-    for index in (near, far):
-        some, every = (ours(index, q, k, v, slope, capacity=n) for n in (2, 10))
+    slope, lists = jnp.array([0.1, 1.0]), near_and_far(length)
+    for index in lists:
+        some, every = (ours(index, q, k, v, slope, coords, capacity=n) for n in (2, 10))
         for x, y in zip(some, every, strict=True):
             assert error(x, y) < FLOOR["float32"]
         mask = device.neighbors(index, block_q=16, block_kv=16, capacity=10)
-        assert (int(mask.num_blocks) <= 20) == (index is near)
+        assert (int(mask.num_blocks) <= 20) == (index is lists[0])
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_devices_that_choose_differently(with_bias):
+    """Inside `shard_map` one device takes parts and one does not; keys are shared."""
+    devices = jax.devices()[:2]
+    if len(devices) < 2:
+        pytest.skip("needs two devices")
+    mesh = jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Auto,), devices=devices)
+    index, (k, v) = np.stack(near_and_far(150)), normal(32, 2, 150, 2, 8)
+    q, bias = normal(31, 2, 150, 2, 8), normal(33, 2, 150, 2)
+    some = functools.partial(
+        functional.neighbor_attention, capacity=2, block_q=16, block_kv=16
+    )
+    every = functools.partial(some, capacity=10)
+    part = jax.P("x")
+
+    def of_batch(attend, q, k, v, bias, index):
+        k, v = (jnp.broadcast_to(x, (len(q), *x.shape)) for x in (k, v))
+        return attend(q, k, v, index, bias if with_bias else None)
+
+    sharded = jax.shard_map(
+        functools.partial(of_batch, some),
+        mesh=mesh,
+        in_specs=(part, jax.P(), jax.P(), jax.P(), part),
+        out_specs=part,
+    )
+    found, truth = (
+        jax.jit(lambda *x, f=f: results(lambda *x: f(*x, index), *x))(q, k, v, bias)
+        for f in (sharded, functools.partial(of_batch, every))
+    )
+    for x, y in zip(found, truth, strict=True):
+        assert error(x, y) < FLOOR["float32"]
+
+
+def test_second_derivatives_of_the_reference():
+    q, k, v = qkv(34, 40, 2, 8)
+    index = np.arange(40)[:, None] // [1, 2, 3]
+
+    def loss(q, capacity):
+        out = functional.neighbor_attention(
+            *(q, k, v, index),
+            capacity=capacity,
+            block_q=16,
+            block_kv=16,
+            implementation="reference",
+        )
+        return (out**3).sum()
+
+    def twice(q, capacity):
+        return jax.grad(lambda q: (jax.grad(loss)(q, capacity) * v).sum())(q)
+
+    some, every = (jax.jit(functools.partial(twice, capacity=n))(q) for n in (1, 3))
+    assert error(some, every) < FLOOR["float32"]
 
 
 # ----------------------------------------------------------------- what does not exist
