@@ -30,6 +30,13 @@ demo: $(VENV)/.package ## run attention on a protein complex and write demo-repo
 test: $(VENV)/.dev ## run the tests; PYTEST_ARGS='-k window' picks some
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# XLA's compiler for CUDA, beside the environment: in it JAX would look for a GPU.
+.PHONY: compiled
+compiled: $(VENV)/.dev ## compile programs for H100s, on a machine without one
+	@$(PIP) install --no-deps --upgrade --target build/cuda-plugin jax-cuda13-plugin==$(OLDEST_JAX) jax-cuda13-pjrt==$(OLDEST_JAX)
+	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 PYTHONPATH=build/cuda-plugin \
+	    $(BIN)/python -m pytest $(PYTEST_ARGS) tests/compiled
+
 .PHONY: lint
 lint: $(VENV)/.dev ## check style and format
 	$(BIN)/ruff check .

@@ -366,7 +366,7 @@ class _Parts(NamedTuple):
 
 def _wide(x: Array) -> Any:
     """What is summed in: float32 at least."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.float32 if x.dtype.itemsize < 4 else x.dtype
 
 
 class _Entries(NamedTuple):

@@ -252,9 +252,8 @@ def lists(length: int, kv_len: int, batch: int = 2) -> np.ndarray:
     return index
 
 
-@pytest.mark.parametrize(
-    "capacity, dtype", [(32, "float32"), (32, "bfloat16"), (2, "float32")]
-)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("capacity", [32, 2])
 def test_neighbor_attention(capacity, dtype):
     length, kv_len = 75, 150
     index = lists(length, kv_len)

@@ -1,0 +1,62 @@
+"""Device memory beyond inputs and outputs, of the model shapes that are measured."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from jsparse.bench import _models
+from tests.compiled.conftest import compiled, temporaries
+
+CASES = {case.name: case for case in _models.model_cases()}
+MB = 1_000_000
+
+
+def programs(name: str, attend):
+    """The forward pass, and both passes, of a function like `Model.attend`."""
+    model = CASES[name].load()
+    shapes = model.shapes
+    if model.arrange is not None:
+        *shapes, _ = jax.eval_shape(model.arrange, *shapes, shapes[0])
+
+    def both(dout, *arrays):
+        inputs, data = arrays[: len(shapes)], arrays[len(shapes) :]
+        out, pull = jax.vjp(lambda *x: attend(model)(*x, *data), *inputs)
+        return out, pull(dout)
+
+    arrays = (*shapes, *model.data)
+    return compiled(attend(model), *arrays), compiled(both, shapes[0], *arrays)
+
+
+def ours(model):
+    return lambda *arrays: model.attend(*arrays, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    "name, forward, both",
+    [
+        ("triangle768_h4_d32", 12, 24),
+        ("triangle128x4096_h4_d32", 14, 24),
+        ("pair2048_h16_d48", 1, 1),
+        ("pair4096_h16_d64", 1, 1),
+        ("windows100k_h4_d32", 4, 7),
+        ("graph32k_distance", 4, 28),
+    ],
+)
+def test_kernels_need_little_more_than_inputs_and_outputs(name, forward, both):
+    """Limits in megabytes; a copy of a bias, or of q, k and v, is more."""
+    for limit, program in zip((forward, both), programs(name, ours), strict=True):
+        assert temporaries(program) < limit * MB
+
+
+@pytest.mark.parametrize(
+    "name, forward, both",
+    [("neighbors27k_h4_d32", 0.4, 0.6), ("neighbors27k_h4_d32_bias", 1.0, 0.85)],
+)
+def test_neighbor_lists_need_less_than_a_gather(name, forward, both):
+    def gather(model):
+        return lambda *arrays: _models._gather(*arrays)
+
+    pairs = zip(programs(name, ours), programs(name, gather), strict=True)
+    for share, (found, peer) in zip((forward, both), pairs, strict=True):
+        assert temporaries(found) < share * temporaries(peer)
