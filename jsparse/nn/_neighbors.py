@@ -127,8 +127,7 @@ def _forward(
             found = _attention(tables, some, _pattern(tables, some, lists, parts.room))
             return parts.put(n, rows, found, _OF_ROWS[:2])
 
-        rows = vary_like((out, lse), inputs)
-        return jax.lax.fori_loop(0, parts.number, body, rows)
+        return parts.loop(body, vary_like((out, lse), inputs))
 
     out, lse = parts.choose(at_once, in_parts, inputs, index, pattern)
     return out, lse, pattern
@@ -166,7 +165,7 @@ def _backward(
             return jnp.zeros(x.shape, _wide(x) if axis == _SHARED else x.dtype)
 
         totals = vary_like(jax.tree_util.tree_map(empty, primals, axes), inputs)
-        totals = jax.lax.fori_loop(0, parts.number, body, totals)
+        totals = parts.loop(body, totals)
         return jax.tree_util.tree_map(lambda x, p: x.astype(p.dtype), totals, primals)
 
     return parts.choose(at_once, in_parts, inputs, index, pattern, rows)
@@ -245,14 +244,8 @@ def _gradients(
         scale=tables.scale,
         implementation=tables.implementation,
     )
-    entries = pattern.entries
-    if entries is not None and of_bias is not None:
-
-        def spread(bias):
-            return _spread(tables, inputs._replace(bias=bias), pattern.mask, entries)
-
-        _, pull = jax.vjp(spread, inputs.bias)
-        (of_bias,) = pull(of_bias)
+    if pattern.entries is not None and of_bias is not None:
+        of_bias = pattern.entries.gradient(of_bias, inputs.bias)
     return _Inputs(dq, dk, dv, of_bias)
 
 
@@ -279,8 +272,8 @@ class _Parts(NamedTuple):
 
     Attributes:
         length: of all queries.
-        step: queries of a part. The last part begins sooner than where the one before
-            ends, if it must: what they share is not taken from it.
+        step: queries of a part. The last one begins before the end of the one before,
+            if it must.
         number: of parts.
         columns: key blocks.
         table: blocks that a table for all queries has room for.
@@ -327,8 +320,9 @@ class _Parts(NamedTuple):
 
         So each query is counted once in what all queries share.
         """
-        lists = self.slices(n, index, 1)
-        lists = jnp.where(self._fresh(n)[:, None], lists, -1)
+        queries = self._start(n) + jnp.arange(self.step, dtype=jnp.int32)
+        its_own = queries >= n * self.step
+        lists = jnp.where(its_own[:, None], self.slices(n, index, 1), -1)
         return self.slices(n, inputs, _query_axes(inputs)), lists
 
     def slices(self, n: Array, tree: Any, axes: Any) -> Any:
@@ -348,20 +342,23 @@ class _Parts(NamedTuple):
             if axis == _SHARED:
                 return total + x.astype(total.dtype)
             start = self._start(n)
-            old = jax.lax.dynamic_slice_in_dim(total, start, self.step, axis)
-            fresh = jnp.expand_dims(self._fresh(n), range(1, x.ndim - axis))
-            new = jnp.where(fresh, x, old)
-            return jax.lax.dynamic_update_slice_in_dim(total, new, start, axis)
+            return jax.lax.dynamic_update_slice_in_dim(total, x, start, axis)
 
         return jax.tree_util.tree_map(place, totals, found, axes)
 
+    def loop(self, body: Callable[[Array, Any], Any], totals: Any) -> Any:
+        """``body(n, totals)`` for every part.
+
+        The last one comes first: what it has in common with the one before, for which
+        its lists are empty, is overwritten.
+        """
+        last = self.number - 1
+        return jax.lax.fori_loop(
+            0, self.number, lambda n, totals: body(last - n, totals), totals
+        )
+
     def _start(self, n: Array) -> Array:
         return jnp.minimum(n * self.step, self.length - self.step)
-
-    def _fresh(self, n: Array) -> Array:
-        """Which queries of part n no part before it has."""
-        queries = self._start(n) + jnp.arange(self.step, dtype=jnp.int32)
-        return queries >= n * self.step
 
 
 def _wide(x: Array) -> Any:
@@ -373,12 +370,13 @@ class _Entries(NamedTuple):
     """Where the entries of neighbour lists are in a mask made of them, ``[B, T, n]``.
 
     Of a key that a list names twice the first entry counts. What does not count, or
-    does not exist, has a block beyond all others, each a different one.
+    does not exist, has a bit, and a block of its own, beyond all others.
 
     Attributes:
         block: number of the block.
         row: query in the block.
         column: key in the block.
+        bit: number of the bit.
         at_bit: ``[B, T * n]``, the number of the entry at each bit; beyond all where
             there is none.
     """
@@ -386,6 +384,7 @@ class _Entries(NamedTuple):
     block: Array
     row: Array
     column: Array
+    bit: Array
     at_bit: Array
 
     @classmethod
@@ -403,9 +402,8 @@ class _Entries(NamedTuple):
         """``bias [B or 1, H or 1, T, n]`` by bit."""
 
         def fill(bias, at_bit):
-            # A gather whose gradient adds nothing up: it needs no atomics either.
-            entries = bias.reshape(len(bias), -1).at[:, at_bit]
-            return entries.get(mode="fill", fill_value=0, unique_indices=True)
+            entries = bias.reshape(len(bias), -1)
+            return entries.at[:, at_bit].get(mode="fill", fill_value=0)
 
         return EntryBias(self._each(fill, bias, self.at_bit))
 
@@ -420,27 +418,37 @@ class _Entries(NamedTuple):
 
         return BlockBias(self._each(fill, bias, self.block, self.row, self.column))
 
-    def _each(self, fill: Callable, bias: Array, *places: Array) -> Array:
-        """``fill`` of every batch entry of a bias or of the places."""
-        batch = max(bias.shape[0], len(self.block))
-        whole = (jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in (bias, *places))
-        return jax.vmap(fill)(*whole)
+    def gradient(self, found: Any, bias: Array) -> Array:
+        """The gradient of ``bias``, of that of an `EntryBias` or `BlockBias`."""
+        by_bit = isinstance(found, EntryBias)
+        places = (self.bit,) if by_bit else (self.block, self.row, self.column)
+
+        # Every entry looks up its own, where JAX would have them scattered.
+        def look(values, *places):
+            return values.at[:, *places].get(mode="fill", fill_value=0)
+
+        each = self._each(look, found.values, *places)
+        return each.sum(0, keepdims=True) if len(bias) < len(each) else each
+
+    def _each(self, move: Callable, values: Array, *places: Array) -> Array:
+        """``move`` of every batch entry of the values or of the places."""
+        batch = max(len(values), len(self.block))
+        whole = (jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in (values, *places))
+        return jax.vmap(move)(*whole)
 
 
 def _places(
     counts: Array, lists: Array, words: Array, index: Array, sizes: tuple[int, int, int]
-) -> tuple[Array, Array, Array, Array]:
-    """Block, row, column and at_bit of `_Entries`, of one batch entry.
+) -> tuple[Array, Array, Array, Array, Array]:
+    """The fields of `_Entries`, of one batch entry.
 
     ``words`` is `EntryBias.table`, of one batch entry.
     """
     kv_len, block_q, block_kv = sizes
     exists = (index >= 0) & (index < kv_len)
     t = jnp.arange(index.shape[0], dtype=jnp.int32)[:, None]
-    (row, q), (column, s) = (
-        divide(t, block_q),
-        divide(jnp.where(exists, index, 0), block_kv),
-    )
+    row, q = divide(t, block_q)
+    column, s = divide(jnp.where(exists, index, 0), block_kv)
     # A table of all pairs of blocks is small; a search in the lists reads them often.
     slots = jnp.arange(lists.shape[1], dtype=jnp.int32)
     number = (jnp.cumsum(counts) - counts)[:, None] + slots
@@ -462,5 +470,4 @@ def _places(
     at_bit = at_bit.at[jnp.where(exists, bit, index.size)].min(number, mode="drop")
     placed = exists & (at_bit.at[bit].get(mode="clip") == number)
     block = jnp.where(placed, block, len(words) + number)
-    at_bit = jnp.where(at_bit < index.size, at_bit, index.size + number.reshape(-1))
-    return block, q, s, at_bit
+    return block, q, s, jnp.where(placed, bit, index.size), at_bit

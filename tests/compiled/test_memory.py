@@ -6,9 +6,10 @@ import jax
 import pytest
 
 from jsparse.bench import _models
+from jsparse.bench._kinds import ModelCase
 from tests.compiled.conftest import compiled, temporaries
 
-CASES = {case.name: case for case in _models.model_cases()}
+CASES = {x.name: x for x in _models.model_cases() if isinstance(x, ModelCase)}
 MB = 1_000_000
 
 

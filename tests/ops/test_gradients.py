@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsparse import BlockBias, BlockMask, CapacityError, block_sparse_attention
+from jsparse import BlockBias, BlockMask, CapacityError
 from jsparse.bias import ScoreFunction
 from jsparse.ops import gradients
 from tests.backends import test_contract as contract
@@ -18,14 +19,9 @@ from tests.support.cases import CASES, SIZES, Case, biases, make_case, random_ma
 EPS = 3e-6
 
 
-def alone(implementation: str, case: Case, **options):
+def alone(implementation: Any, case: Case, **options):
     """dq, dk, dv and dbias of a case from its own out and lse."""
-    attend = jax.jit(
-        lambda *x, bias: block_sparse_attention(
-            *x, case.mask, bias=bias, return_lse=True, implementation=implementation
-        )
-    )
-    out, lse = attend(case.q, case.k, case.v, bias=case.bias)
+    out, lse = contract.run_case(implementation, case)[:2]
     dlse = jnp.where(jnp.isfinite(lse), case.dlse, 0)
 
     @jax.jit
