@@ -7,7 +7,6 @@ another. Kernels are lowered in it, not yet assembled.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -55,8 +54,7 @@ TARGET = """
 @pytest.fixture(autouse=True)
 def without_gpu(monkeypatch):
     """Lets JAX lower for CUDA, and the kernels take every problem."""
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
-        pytest.skip("needs XLA's compiler for CUDA: make compiled")
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs `make compiled`")
     known = xla_bridge.canonicalize_platform
     monkeypatch.setattr(
         xla_bridge,
