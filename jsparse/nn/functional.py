@@ -303,7 +303,9 @@ def neighbor_attention(
     ``capacity`` blocks for each query block on the mean. If the lists touch more, as
     those of noisy coordinates do, the queries are taken in parts that surely fit: the
     result is the same, nothing overflows. Where the tables hold every block, that is
-    for at most ``capacity * block_kv`` keys, neither choice is compiled.
+    for at most ``capacity * block_kv`` keys, neither choice is compiled. Dense lists
+    are no case of their own: with every block listed the Hopper kernels take no longer
+    than dense ones (`sweep16k_d64_p100` of ``jsparse bench``).
 
     Under ``jax.vmap`` JAX computes both choices; give samples as batch axes instead.
 

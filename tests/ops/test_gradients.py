@@ -123,6 +123,31 @@ def test_some_keys_give_their_share(implementation):
     assert contract.error(jnp.concatenate(of_v, -3), dv) < limit
 
 
+@pytest.mark.parametrize("implementation", contract.WITH_BIAS)
+def test_on_a_mesh_with_explicit_axes(implementation):
+    devices = jax.devices()[:2]
+    if len(devices) < 2:
+        pytest.skip("needs two devices")
+    mesh = jax.make_mesh(
+        (2,), ("x",), (jax.sharding.AxisType.Explicit,), devices=devices
+    )
+    rng = np.random.default_rng(7)
+    case = make_case(rng, random_mask(rng, SIZES, 8), batch=(2,))
+    rows = *contract.run_case(implementation, case)[:2], case.dout, case.dlse
+
+    @jax.jit
+    def run(q, k, v, *rows):
+        return gradients(q, k, v, case.mask, *rows, implementation=implementation)[:3]
+
+    truth = run(case.q, case.k, case.v, *rows)
+    with jax.set_mesh(mesh):
+        args = jax.device_put((case.q, case.k, case.v, *rows), jax.P("x"))
+        found = run(*args)
+    for x, y in zip(found, truth, strict=True):
+        assert jax.typeof(x).sharding.spec[0] == "x"
+        np.testing.assert_allclose(x, y, rtol=0, atol=EPS * np.abs(y).max())
+
+
 def test_overflow_is_never_silent():
     case = CASES["plain"](np.random.default_rng(4))
     needed = np.array([[*case.mask.capacity]], np.int32)
