@@ -271,6 +271,32 @@ def test_neighbor_attention(capacity, dtype):
     assert not np.asarray(found[0], np.float32)[:, ::11].any()
 
 
+@pytest.mark.parametrize("capacity", [32, 2])
+@pytest.mark.parametrize("shared", ["lists", "bias", "heads", "both"])
+def test_what_samples_of_neighbor_lists_share(shared, capacity):
+    index, (k, v) = lists(75, 150), normal(32, 2, 2, 150, 2, 8)
+    q, bias = normal(31, 2, 75, 2, 8), normal(33, 2, 2, 75, 9)
+    if shared in ("lists", "both"):
+        index = index[:1]
+    if shared in ("bias", "both"):
+        bias = bias[:1]
+    if shared == "heads":
+        bias = bias[:, :1]
+
+    def ours(q, k, v, bias):
+        return functional.neighbor_attention(
+            *(q, k, v, index, bias), capacity=capacity, block_q=16, block_kv=16
+        )
+
+    def formula(q, k, v, bias):
+        whole = np.broadcast_to(index, (2, *index.shape[1:]))
+        return neighbors(
+            q, k, v, jnp.broadcast_to(bias, (2, 2, *bias.shape[2:])), index=whole
+        )
+
+    check(ours, formula, q, k, v, bias)
+
+
 def near_and_far(length: int) -> tuple[np.ndarray, np.ndarray]:
     """Two lists for tables of 2 blocks a row: one that fits, one that does not."""
     near = np.arange(length)[:, None] + np.array([0, 3])
