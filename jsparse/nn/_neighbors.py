@@ -16,11 +16,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
 from jsparse.bias import Bias, BlockBias, DistanceBias, EntryBias
 from jsparse.ops import block_sparse_attention, gradients, support
-from jsparse.ops._sharding import sum_devices, vary_like
+from jsparse.ops._sharding import (
+    Axes,
+    axes_of,
+    check_heads,
+    on_devices,
+    sum_devices,
+    vary_like,
+)
 from jsparse.patterns import BlockMask, device
 from jsparse.patterns._parts import WORD, divide
 
@@ -71,12 +77,36 @@ def attend(
         bias: ``[B or 1, H or 1, T, n]``, a `DistanceBias`, or None.
         tables: sizes and backend.
     """
-    inputs = _Inputs(q, k, v, bias)
-    if tables.implementation == "reference":
-        # JAX differentiates it, to any order and forwards too.
-        out, _, _ = _forward(tables, inputs, index)
-        return out
-    return _attend(tables, inputs, index)
+    args = _Inputs(q, k, v, bias), index
+    axes = axes_of(q, k, v)
+    if axes is None:
+        return _attend(tables, *args)
+    specs = _specs(*args, axes)
+    run = functools.partial(_attend, tables)
+    return on_devices(run, args, specs, axes.by_query, axes.mesh)
+
+
+def _specs(inputs: _Inputs, index: Array, axes: Axes) -> tuple[_Inputs, Any]:
+    """How the arguments are divided over the devices of a mesh with explicit axes."""
+    q, k, v, bias = inputs
+    check_heads(axes, q.shape[2], k.shape[2])
+
+    def of(x: Array, *names: Any) -> Any:
+        """Of the first axes of x, where they are not shared."""
+        pairs = zip(names, x.shape[: len(names)], strict=True)
+        return jax.P(*(name if size > 1 else None for name, size in pairs))
+
+    (batch,), heads = axes.batch, axes.heads
+    of_bias: Any = bias
+    if isinstance(bias, DistanceBias):
+        of_bias = jax.tree_util.tree_map(
+            lambda x: of(x, batch) if x.ndim == 3 else jax.P(), bias
+        )
+        of_bias = dataclasses.replace(of_bias, weights=of(bias.weights, heads))
+    elif bias is not None:
+        of_bias = of(bias, batch, heads)
+    of_qkv = (of(x, batch, None, heads) for x in (q, k, v))
+    return _Inputs(*of_qkv, of_bias), of(index, batch)
 
 
 # With a derivative of its own: that of a `jax.lax.cond` keeps the residuals of both
@@ -98,8 +128,6 @@ def _attend_fwd(tables, inputs, index):
 
 def _attend_bwd(tables, residuals, dout):
     inputs, index, pattern, out, lse, bias_gradient = residuals
-    if isinstance(dout, SymbolicZero):
-        return None, None
     wanted = inputs if bias_gradient is not None else inputs._replace(bias=None)
     rows = out, lse, dout
     grads = _backward(tables, inputs, index, pattern, rows, bias_gradient is not None)
@@ -297,8 +325,9 @@ class _Parts(NamedTuple):
         length = inputs.q.shape[1]
         rows = -(-length // tables.block_q)
         columns = -(-inputs.k.shape[1] // tables.block_kv)
-        table = min(tables.capacity, columns) * rows
-        at_a_time = max(1, table // columns)
+        # One query block must fit, whatever it touches.
+        table = max(min(tables.capacity, columns) * rows, columns)
+        at_a_time = table // columns
         step = min(at_a_time * tables.block_q, length)
         number = -(-length // step)
         return cls(length, step, number, columns, table, at_a_time * columns)

@@ -24,8 +24,8 @@ Array = Any
 _OP = "block_sparse_attention"
 
 
-class _Axes(NamedTuple):
-    """What the axes of the operands are sharded over: mesh axes, or None."""
+class Axes(NamedTuple):
+    """What the axes of q, k and v are sharded over: mesh axes, or None."""
 
     mesh: Any
     batch: tuple[Any, ...]
@@ -51,7 +51,7 @@ def forward(call: Callable, operands: Operands) -> tuple[Array, Array]:
         ValueError: for arrays sharded over other axes than batch axes and heads, or by
             heads where they cannot be divided.
     """
-    axes = _axes_of(operands)
+    axes = axes_of(*operands[:3])
     if axes is None:
         return call(operands, True)
     out = axes.by_query, axes.statistic
@@ -65,7 +65,7 @@ def backward(
 
     ``rows`` are out, lse and their cotangents. What devices share is summed over them.
     """
-    axes = _axes_of(operands)
+    axes = axes_of(*operands[:3])
     if axes is None:
         return call(operands, *rows, True)
 
@@ -93,8 +93,26 @@ def sum_devices(grad: Array, primal: Array) -> Array:
     return jax.lax.psum(grad, tuple(axes)) if axes else grad
 
 
+def on_devices(
+    call: Callable, args: tuple, specs: tuple, out_specs: Any, mesh: Any
+) -> Any:
+    """``call(*args)`` in a `jax.shard_map`, each array divided as its spec says."""
+
+    def divided(x, spec):
+        return jax.reshard(x, jax.NamedSharding(mesh, spec))
+
+    run = jax.shard_map(
+        call,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=out_specs,
+        axis_names=set(mesh.explicit_axes),
+    )
+    return run(*jax.tree_util.tree_map(divided, args, specs))
+
+
 def _run(
-    axes: _Axes,
+    axes: Axes,
     call: Callable,
     operands: Operands,
     specs: Operands,
@@ -108,7 +126,7 @@ def _run(
     pairs = zip(leaves, tree.flatten_up_to(specs), strict=True)
     given = [pair for pair in pairs if pair[0].size]
     given += rows
-    arrays = [jax.reshard(x, jax.NamedSharding(axes.mesh, spec)) for x, spec in given]
+    arrays, in_specs = zip(*given, strict=True)
     lists = operands.mask.kv_num_blocks
     whole = all(size == 1 for size in lists.shape[:rank])
 
@@ -120,21 +138,17 @@ def _run(
         ]
         return call(tree.unflatten(own), *rest, whole)
 
-    run = jax.shard_map(
-        on_device,
-        mesh=axes.mesh,
-        in_specs=tuple(spec for _, spec in given),
-        out_specs=out_specs,
-        axis_names=set(axes.mesh.explicit_axes),
-    )
-    return run(*arrays)
+    return on_devices(on_device, arrays, in_specs, out_specs, axes.mesh)
 
 
-def _axes_of(operands: Operands) -> _Axes | None:
-    """What q, k and v are sharded over; None if over nothing."""
-    rank = operands.q.ndim - 3
-    mesh, batch, heads = None, [None] * rank, None
-    for name, x in zip("qkv", operands[:3], strict=True):
+def axes_of(q: Array, k: Array, v: Array) -> Axes | None:
+    """What ``[*B, T, H, D]`` arrays are sharded over; None if over nothing.
+
+    Raises:
+        ValueError: for other axes than batch axes and heads.
+    """
+    mesh, batch, heads = None, [None] * (q.ndim - 3), None
+    for name, x in zip("qkv", (q, k, v), strict=True):
         sharding = jax.typeof(x).sharding
         if not sharding.mesh.explicit_axes or not any(sharding.spec):
             continue
@@ -147,10 +161,10 @@ def _axes_of(operands: Operands) -> _Axes | None:
             )
         mesh, heads = sharding.mesh, own_heads or heads
         batch = [own or other for own, other in zip(lead, batch, strict=True)]
-    return None if mesh is None else _Axes(mesh, tuple(batch), heads)
+    return None if mesh is None else Axes(mesh, tuple(batch), heads)
 
 
-def _specs(operands: Operands, axes: _Axes) -> Operands:
+def _specs(operands: Operands, axes: Axes) -> Operands:
     """How each leaf is divided; of a bias, heads follow the batch axes."""
     rank = len(axes.batch)
 
@@ -170,7 +184,7 @@ def _specs(operands: Operands, axes: _Axes) -> Operands:
 
     *qkv, mask, bias = operands
     if axes.heads is not None:
-        _check_heads(operands, axes)
+        _check_shared(operands, axes)
     every = jax.tree_util.tree_map
     if isinstance(bias, DistanceBias):
         of_bias = dataclasses.replace(
@@ -182,17 +196,21 @@ def _specs(operands: Operands, axes: _Axes) -> Operands:
     return Operands(q, k, v, every(shared, mask), of_bias)
 
 
-def _check_heads(operands: Operands, axes: _Axes) -> None:
-    """Refuses what cannot be divided by heads."""
+def check_heads(axes: Axes, heads: int, kv_heads: int) -> None:
+    """Refuses heads that cannot be divided."""
     names = axes.heads if isinstance(axes.heads, tuple) else (axes.heads,)
-    parts = math.prod(axes.mesh.shape[name] for name in names)
-    heads, kv_heads = operands.q.shape[-2], operands.k.shape[-2]
+    parts = math.prod(axes.mesh.shape[name] for name in names if name is not None)
     if heads % parts or kv_heads % parts:
         raise ValueError(
             f"{_OP}: heads are sharded over {parts} devices, but q has {heads} and k "
             f"{kv_heads} heads; expected multiples of {parts}. Repeat the key heads, "
             "or shard the batch."
         )
+
+
+def _check_shared(operands: Operands, axes: Axes) -> None:
+    """Refuses what cannot be divided by heads."""
+    check_heads(axes, operands.q.shape[-2], operands.k.shape[-2])
     for found, what in (
         (operands.mask.num_heads > 1, "the mask has head patterns"),
         (isinstance(operands.bias, ScoreFunction), "the bias is a ScoreFunction"),

@@ -1,10 +1,11 @@
-"""The only custom derivative and the only batching rule of the library.
+"""The custom derivative and the batching rules of the operation.
 
 ``attend`` maps `Operands` to ``(out, lse)``. The gradient of a bias may cost as much as
 all others; it is not computed where the bias is not differentiated. Both directions are
 `custom_vmap` functions whose rule prepends a batch axis to every leaf, of size 1 where
-a leaf is not mapped. A bias shared under ``vmap`` is therefore never copied, and its
-gradient comes back summed.
+a leaf is not mapped. A bias shared under ``vmap`` is therefore never copied. The
+gradient of such a ``vmap`` sums what it shares, so there the backward pass gives the
+sum. The ``vmap`` of a gradient has one for each: its shared leaves are copied.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
@@ -41,26 +43,26 @@ def _attend_fwd(backend, scale, pattern, operands):
     leaves, tree = jax.tree_util.tree_flatten(operands)
     operands = tree.unflatten([x.value for x in leaves])
     of_bias = jax.tree_util.tree_leaves(tree.unflatten(leaves).bias)
-    # What is static must not be an array: that there is something, or nothing, says it.
-    bias_gradient = () if any(x.perturbed for x in of_bias) else None
+    static = _Static(any(x.perturbed for x in of_bias), _vmaps(operands))
     out, lse = _batched_forward(backend, scale, pattern)(operands)
     kept = jax.tree_util.tree_map(lambda x: x if x.size else _Empty.of(x), operands)
-    return (out, lse), (kept, out, lse, bias_gradient)
+    return (out, lse), (kept, out, lse, static)
 
 
 def _attend_bwd(backend, scale, pattern, residuals, cotangents):
-    kept, out, lse, bias_gradient = residuals
+    kept, out, lse, static = residuals
     operands = jax.tree_util.tree_map(
         lambda x: x.array() if isinstance(x, _Empty) else x,
         kept,
         is_leaf=lambda x: isinstance(x, _Empty),
     )
     dout, dlse = map(_instantiate, cotangents, (out, lse))
-    grads = gradients(
-        *(backend, scale, pattern, operands, out, lse, dout, dlse),
-        bias_gradient=bias_gradient is not None,
+    rows = out, lse, dout, dlse
+    dq, dk, dv, dbias = gradients(
+        *(backend, scale, pattern, operands, *rows),
+        bias_gradient=static.bias_gradient,
+        summed=len(_vmaps((operands, rows)) - static.vmaps),
     )
-    dq, dk, dv, dbias = grads
     no_mask: Any = None
     return (Operands(dq, dk, dv, no_mask, dbias),)
 
@@ -76,9 +78,13 @@ def gradients(
     dlse: Array,
     *,
     bias_gradient: bool,
+    summed: int = 0,
 ) -> tuple[Array, Array, Array, Any]:
-    """Gradients of q, k, v and bias, None for what has none."""
-    backward = _batched_backward(backend, scale, pattern, bias_gradient)
+    """Gradients of q, k, v and bias, None for what has none.
+
+    Those of what is shared are sums over so many of the innermost ``vmap``s.
+    """
+    backward = _batched_backward(backend, scale, pattern, bias_gradient, summed)
     grads = backward(operands, out, lse, dout, dlse)
     bias = operands.bias if bias_gradient else None
     primals = (operands.q, operands.k, operands.v, bias)
@@ -88,6 +94,37 @@ def gradients(
         lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, dbias
     )
     return dq, dk, dv, dbias
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What of the forward pass the backward pass knows before tracing.
+
+    Attributes:
+        bias_gradient: whether the bias is differentiated.
+        vmaps: `_vmaps` of the operands.
+    """
+
+    bias_gradient: bool
+    vmaps: frozenset[int]
+
+
+def _vmaps(tree: Any) -> frozenset[int]:
+    """Which ``vmap``s have the arrays as their tracers, by identity.
+
+    A ``vmap`` around a gradient is at work in both passes. That of a function, which is
+    then differentiated, is over when the backward pass begins: JAX maps that pass anew,
+    and sums.
+    """
+    found = set()
+    for x in jax.tree_util.tree_leaves(tree):
+        # JAX has no public name for these. Were they called otherwise, sums would still
+        # be right, but made of copies.
+        while isinstance(x, jax.core.Tracer) and hasattr(x, "batch_dim"):
+            found.add(id(x._trace))
+            x = x.val
+    return frozenset(found)
 
 
 @jax.tree_util.register_static
@@ -141,8 +178,14 @@ def _batched_forward(
 
 @functools.lru_cache(maxsize=16)
 def _batched_backward(
-    backend: Backend, scale: float, pattern: HostPattern | None, bias_gradient: bool
+    backend: Backend,
+    scale: float,
+    pattern: HostPattern | None,
+    bias_gradient: bool,
+    summed: int,
 ) -> Callable:
+    """The backward pass; see `gradients`."""
+
     def on_device(operands, out, lse, dout, dlse, whole):
         known = pattern if whole else None
         return backend.backward(
@@ -159,8 +202,16 @@ def _batched_backward(
             _add_axis(x, b) if b else jnp.broadcast_to(x, (axis_size, *x.shape))
             for x, b in zip(rows, in_batched[1:], strict=True)
         ]
-        grads = backward(_add_axis(operands, in_batched[0]), *rows)
         mapped = in_batched[0]
+        if not summed:
+            copied = jax.tree_util.tree_map(lambda _: True, mapped)
+            copied = copied._replace(mask=mapped.mask)
+            operands = _copy(operands, mapped, copied, axis_size)
+            mapped = copied
+        outer = _batched_backward(
+            backend, scale, pattern, bias_gradient, max(0, summed - 1)
+        )
+        grads = outer(_add_axis(operands, mapped), *rows)
         bias = mapped.bias if bias_gradient else None
         batched = (mapped.q, mapped.k, mapped.v, bias)
         # What was shared over the mapped axis has been summed over it by the backend.
@@ -168,6 +219,15 @@ def _batched_backward(
         return grads, batched
 
     return backward
+
+
+def _copy(tree: Any, batched: Any, wanted: Any, size: int) -> Any:
+    """``tree`` with a mapped axis first where it is ``wanted`` and not ``batched``."""
+
+    def copy(x, has, wants):
+        return jnp.broadcast_to(x, (size, *x.shape)) if wants and not has else x
+
+    return jax.tree_util.tree_map(copy, tree, batched, wanted)
 
 
 def _add_axis(tree: Any, batched: Any) -> Any:
