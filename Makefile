@@ -32,8 +32,7 @@ test: $(VENV)/.dev ## run the tests; PYTEST_ARGS='-k window' picks some
 
 # XLA's compiler for CUDA, beside the environment: in it JAX would look for a GPU.
 .PHONY: compiled
-compiled: $(VENV)/.dev ## compile programs for H100s, on a machine without one
-	@$(PIP) install --no-deps --upgrade --target build/cuda-plugin jax-cuda13-plugin==$(OLDEST_JAX) jax-cuda13-pjrt==$(OLDEST_JAX)
+compiled: build/cuda-plugin/.installed ## compile programs for H100s, on a machine without one
 	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 PYTHONPATH=build/cuda-plugin \
 	    $(BIN)/python -m pytest $(PYTEST_ARGS) tests/compiled
 
@@ -66,6 +65,12 @@ cuda: $(VENV)/.dev ## build a wheel with the CUDA kernels into dist/, and put th
 	JSPARSE_CUDA=1 $(BIN)/python -m build --wheel --outdir $(DIST)
 	$(BIN)/python -m zipfile -e $(DIST)/jsparse-*-linux_$$(uname -m).whl build/cuda
 	rm -rf jsparse/_lib && cp -R build/cuda/jsparse/_lib jsparse/_lib
+
+build/cuda-plugin/.installed: $(VENV)/.dev
+	@echo "Downloading XLA's compiler for CUDA into build/cuda-plugin"
+	@$(PIP) install --no-deps --upgrade --target build/cuda-plugin \
+	    jax-cuda13-plugin==$(OLDEST_JAX) jax-cuda13-pjrt==$(OLDEST_JAX)
+	@touch $@
 
 .PHONY: clean
 clean: ## remove everything that make made, the environment too

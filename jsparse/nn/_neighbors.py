@@ -28,7 +28,8 @@ from jsparse.ops._sharding import (
     vary_like,
 )
 from jsparse.patterns import BlockMask, device
-from jsparse.patterns._parts import WORD, divide
+from jsparse.patterns._integers import divide
+from jsparse.patterns._parts import WORD
 
 Array = Any
 READS_BITS = "mosaic_gpu"
@@ -105,8 +106,8 @@ def _specs(inputs: _Inputs, index: Array, axes: Axes) -> tuple[_Inputs, Any]:
         of_bias = dataclasses.replace(of_bias, weights=of(bias.weights, heads))
     elif bias is not None:
         of_bias = of(bias, batch, heads)
-    of_qkv = (of(x, batch, None, heads) for x in (q, k, v))
-    return _Inputs(*of_qkv, of_bias), of(index, batch)
+    of_q, of_k, of_v = (of(x, batch, None, heads) for x in (q, k, v))
+    return _Inputs(of_q, of_k, of_v, of_bias), of(index, batch)
 
 
 # With a derivative of its own: that of a `jax.lax.cond` keeps the residuals of both

@@ -27,6 +27,7 @@ from jsparse.nn import _neighbors, _windows
 from jsparse.ops import block_sparse_attention
 from jsparse.ops._attention import Implementation
 from jsparse.patterns import BlockMask, Segments, device
+from jsparse.patterns._integers import as_keys
 
 Array = Any
 
@@ -303,9 +304,8 @@ def neighbor_attention(
     ``capacity`` blocks for each query block on the mean. If the lists touch more, as
     those of noisy coordinates do, the queries are taken in parts that surely fit: the
     result is the same, nothing overflows. Where the tables hold every block, that is
-    for at most ``capacity * block_kv`` keys, neither choice is compiled. Dense lists
-    are no case of their own: with every block listed the Hopper kernels take no longer
-    than dense ones (`sweep16k_d64_p100` of ``jsparse bench``).
+    for at most ``capacity * block_kv`` keys, neither choice is compiled. Lists of
+    all keys are no case of their own: in parts, their blocks are like any others.
 
     Under ``jax.vmap`` JAX computes both choices; give samples as batch axes instead.
 
@@ -453,9 +453,7 @@ def _index(who: str, index: Any, full: tuple[int, ...], kv_len: int) -> Array:
             f"{who}: index names key {largest}; expected 0 to {kv_len - 1}, or "
             "negative entries as padding."
         )
-    if index.dtype == jnp.int32:
-        return jnp.asarray(index)
-    return jnp.clip(index, -1, kv_len).astype(jnp.int32)
+    return as_keys(index, kv_len)
 
 
 def _fits(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, cast, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.backends._contract import Backend, HostPattern, Operands
+from jsparse.backends._contract import Backend, HostPattern, Operands, vary_like
 from jsparse.bias import Bias
 from jsparse.ops import _dispatch, _sharding
 from jsparse.ops._checks import canonical, check_rows, check_scale, describe
@@ -72,7 +73,8 @@ def block_sparse_attention(
     Differentiable with respect to q, k, v and every array of the bias, also through
     ``lse``; works under ``jit``, ``vmap``, ``grad``, ``jax.checkpoint``,
     ``jax.shard_map`` and ``jax.export``. A bias shared over batch axes or under
-    ``vmap`` is not copied, and its gradient is summed in place.
+    ``vmap`` is not copied, and its gradient is summed in place; the ``vmap`` of a
+    gradient has one for each.
 
     Args:
         q: ``[*B, T, H, D]`` float queries. As everywhere in JAX, NumPy's float64
@@ -150,6 +152,9 @@ def gradients(
     ``dlse``, without the forward pass. Given a part of the keys, with ``out`` and
     ``lse`` of all, it gives dk and dv of the part, and its share of dq.
 
+    Works under ``jit``, ``vmap`` and ``jax.shard_map``. Only that of ``"reference"`` is
+    differentiable itself.
+
     Args:
         q: as for `block_sparse_attention`.
         k: likewise.
@@ -171,8 +176,9 @@ def gradients(
         there is none or it is not asked for. Integers have none.
 
     Raises:
-        TypeError: as `block_sparse_attention`.
-        ValueError: likewise, and for outputs or cotangents of other shapes.
+        TypeError: as `block_sparse_attention`, and for outputs or cotangents of other
+            dtypes.
+        ValueError: likewise, and for other shapes.
         CapacityError: likewise.
         NotImplementedError: likewise.
 
@@ -207,6 +213,8 @@ def gradients(
     dq, dk, dv, dbias = grads
     if not bias_gradient:
         return dq, dk, dv, None
+    if not dataclasses.is_dataclass(bias):
+        bias = jnp.asarray(bias)
     # The canonical form of a bias differs by axes of size 1.
     leaves, tree = jax.tree_util.tree_flatten(bias)
     found = jax.tree_util.tree_leaves(dbias, is_leaf=lambda x: x is None)
@@ -235,9 +243,10 @@ def _differentiated(
     def attend(q, k, v, bias):
         return _differentiable(backend, scale, Operands(q, k, v, mask, bias))
 
-    _, pull = jax.vjp(attend, q, k, v, bias)
+    results, pull = jax.vjp(attend, q, k, v, bias)
+    cotangents = vary_like((dout, dlse), results)
     return jax.tree_util.tree_map(
-        lambda x: None if x.dtype == jax.dtypes.float0 else x, pull((dout, dlse))
+        lambda x: None if x.dtype == jax.dtypes.float0 else x, pull(cotangents)
     )
 
 

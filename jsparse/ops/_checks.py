@@ -16,12 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.backends import _score
-from jsparse.backends._contract import (
-    Operands,
-    Problem,
-    accumulator_dtype,
-    vary_like,
-)
+from jsparse.backends._contract import Operands, Problem, accumulator_dtype
 from jsparse.bias import Bias, BlockBias, DistanceBias, EntryBias, ScoreFunction
 from jsparse.patterns import BlockMask
 
@@ -109,30 +104,28 @@ def check_rows(
     """``out``, ``lse`` and their cotangents; a ``dlse`` of None is zero.
 
     Raises:
-        TypeError: for what is no array.
-        ValueError: for other shapes than those of the operation's results.
+        TypeError: for what is no array, or of another dtype than the operation's
+            results.
+        ValueError: for other shapes than those.
     """
     q, v = operands.q, operands.v
     *batch, length, heads, _ = q.shape
-    of_lse = (*batch, heads, length)
-    if dlse is None:
-        dlse = vary_like(jnp.zeros(of_lse, accumulator_dtype(q)), lse)
-    found = []
-    for name, x, shape in (
-        ("out", out, (*q.shape[:-1], v.shape[-1])),
-        ("lse", lse, of_lse),
-        ("dout", dout, (*q.shape[:-1], v.shape[-1])),
-        ("dlse", dlse, of_lse),
-    ):
+    of_out = (*q.shape[:-1], v.shape[-1]), q.dtype
+    of_lse = (*batch, heads, length), accumulator_dtype(q)
+
+    def row(name: str, x: Any, shape: tuple[int, ...], dtype: Any) -> Array:
         x = _as_array(name, x)
-        dtype = q.dtype if name.endswith("out") else accumulator_dtype(q)
+        wrong = TypeError if x.dtype != dtype else ValueError
         if x.shape != shape or x.dtype != dtype:
-            raise ValueError(
-                f"{_OP}: {name} has shape {x.shape} and dtype {x.dtype}; expected "
+            raise wrong(
+                f"gradients: {name} has shape {x.shape} and dtype {x.dtype}; expected "
                 f"{shape} and {dtype}, as block_sparse_attention returns them."
             )
-        found.append(x)
-    return tuple(found)
+        return x
+
+    out, lse = row("out", out, *of_out), row("lse", lse, *of_lse)
+    dlse = jnp.zeros_like(lse) if dlse is None else row("dlse", dlse, *of_lse)
+    return out, lse, row("dout", dout, *of_out), dlse
 
 
 def _as_array(name: str, x: Any) -> Array:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jsparse.patterns._block_mask import check_sizes
+from jsparse.patterns._integers import as_int32
 from jsparse.patterns._parts import Sizes
 from jsparse.patterns._rules import ElementRule
 
@@ -158,11 +159,3 @@ def with_batch(x: Array) -> Array:
 
 def _is_real(x: Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def as_int32(x: Array, low: int, high: int) -> Array:
-    """Integers as int32; values beyond ``low`` or ``high`` stay beyond or on them."""
-    if x.dtype.itemsize >= 4:
-        unsigned = jnp.issubdtype(x.dtype, jnp.unsignedinteger)
-        x = x.clip(max(low, 0) if unsigned else low, high)
-    return jnp.asarray(x, jnp.int32)

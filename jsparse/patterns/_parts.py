@@ -174,14 +174,3 @@ def _stack_bits(grid: Grid, sizes: Sizes) -> np.ndarray | None:
     for b, pool in enumerate(pools):
         out[b, : len(pool)] = pool
     return out
-
-
-def divide(x: Any, size: int) -> tuple[Any, Any]:
-    """Quotient and remainder of integers that are not negative.
-
-    By powers of two they are a shift and a mask, which XLA computes anew wherever they
-    are read; the results of divisions it keeps in memory.
-    """
-    if size & (size - 1):
-        return x // size, x % size
-    return x >> (size.bit_length() - 1), x & (size - 1)

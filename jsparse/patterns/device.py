@@ -26,7 +26,6 @@ from jsparse.patterns._block_mask import NO_CAPACITY, BlockMask
 from jsparse.patterns._device_checks import (
     as_array,
     as_cutoff,
-    as_int32,
     as_lengths,
     as_points,
     check_entries,
@@ -38,7 +37,8 @@ from jsparse.patterns._device_checks import (
     with_batch,
 )
 from jsparse.patterns._device_windows import atom_windows as atom_windows
-from jsparse.patterns._parts import WORD, Sizes, divide
+from jsparse.patterns._integers import as_keys, divide
+from jsparse.patterns._parts import WORD, Sizes
 from jsparse.patterns._rules import Distance, ElementRule, squared_distance
 
 Array = Any
@@ -217,9 +217,7 @@ def neighbors(
     num_bits = check_positive("neighbors", "num_bits", num_bits)
     q_lengths = as_lengths("neighbors", "q_length", q_length, sizes.q_len)
     kv_lengths = as_lengths("neighbors", "kv_length", kv_length, sizes.kv_len)
-    index = with_batch(index)
-    if index.dtype != jnp.int32:
-        index = as_int32(index, -1, sizes.kv_len)
+    index = with_batch(as_keys(index, sizes.kv_len))
     batch = common_batch(
         "neighbors",
         index=index.shape[0],

@@ -297,6 +297,90 @@ def test_what_samples_of_neighbor_lists_share(shared, capacity):
     check(ours, formula, q, k, v, bias)
 
 
+@pytest.mark.parametrize("length, capacity", [(5, 1), (40, 2), (64, 7), (130, 1)])
+def test_rows_that_touch_more_than_a_table_for_all_holds(length, capacity):
+    """Of the first lengths there is one query block only, and no part beside it."""
+    index = np.random.default_rng(39).integers(0, 300, (length, 9))
+    q, (k, v) = normal(31, length, 2, 8), normal(32, 2, 300, 2, 8)
+
+    def ours(q, k, v):
+        return functional.neighbor_attention(
+            q, k, v, index, capacity=capacity, block_q=64, block_kv=16
+        )
+
+    def formula(q, k, v):
+        nothing = jnp.zeros((1, 2, *index.shape), q.dtype)
+        return neighbors(q[None], k[None], v[None], nothing, index=index[None])[0]
+
+    check(ours, formula, q, k, v)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32", "int64"])
+def test_lists_of_any_integers(dtype):
+    q, (k, v) = normal(31, 40, 2, 8), normal(32, 2, 300, 2, 8)
+    index = np.random.default_rng(40).integers(0, 100, (40, 5))
+    attend = functools.partial(functional.neighbor_attention, block_q=16, block_kv=16)
+    truth = attend(q, k, v, index.astype(np.int32))
+    for run in (attend, jax.jit(attend)):
+        np.testing.assert_array_equal(run(q, k, v, index.astype(dtype)), truth)
+
+
+@pytest.mark.parametrize("capacity", [2, 10])
+@pytest.mark.parametrize("part", [jax.P("x"), jax.P(None, None, "x")], ids=str)
+@pytest.mark.parametrize("kind", ["none", "array", "distance"])
+def test_neighbor_lists_on_an_explicit_mesh(kind, part, capacity):
+    """Lists of each sample are where its queries are."""
+    devices = jax.devices()[:2]
+    if len(devices) < 2:
+        pytest.skip("needs two devices")
+    kinds = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.make_mesh((2,), ("x",), kinds, devices=devices)
+    index, coords = lists(150, 150), normal(35, 150, 3)
+    q, (k, v) = normal(31, 2, 150, 4, 8), normal(32, 2, 2, 150, 2, 8)
+    bias = np.ones(4, np.float32) if kind == "distance" else normal(33, 4, 150, 9)
+
+    @jax.jit
+    def run(q, k, v, bias, index):
+        def attend(q, k, v, bias):
+            given = {"none": None, "array": bias}.get(kind)
+            if kind == "distance":
+                given = DistanceBias.linear(bias, coords)
+            return functional.neighbor_attention(
+                *(q, k, v, index, given), capacity=capacity, block_q=16, block_kv=16
+            )
+
+        out, pull = jax.vjp(attend, q, k, v, bias)
+        return out, *pull(out)
+
+    truth = run(q, k, v, bias, index)
+    with jax.set_mesh(mesh):
+        args = *jax.device_put((q, k, v), part), bias
+        whose = jax.device_put(index, part) if part == jax.P("x") else index
+        found = run(*args, whose)
+        assert jax.typeof(found[0]).sharding.spec[: len(part)] == (*part,)
+    for x, y in zip(found, truth, strict=True):
+        assert error(x, y) < FLOOR["float32"]
+
+
+@pytest.mark.parametrize("capacity", [2, 10])
+def test_gradients_of_each_sample_under_vmap(capacity):
+    """Also of what samples share."""
+    index, (k, v) = lists(75, 150), normal(32, 2, 150, 2, 8)
+    q, bias = normal(31, 2, 75, 2, 8), normal(33, 2, 75, 9)
+
+    def loss(q, k, v, bias, index):
+        out = functional.neighbor_attention(
+            *(q, k, v, index, bias), capacity=capacity, block_q=16, block_kv=16
+        )
+        return (out * out).sum()
+
+    one = jax.jit(jax.grad(loss, (0, 1, 2, 3)))
+    found = jax.vmap(one, (0, None, None, None, 0))(q, k, v, bias, index)
+    alone = [one(*x[:1], k, v, bias, *x[1:]) for x in zip(q, index, strict=True)]
+    for x, *y in zip(found, *alone, strict=True):
+        assert error(x, np.stack(y)) < FLOOR["float32"]
+
+
 def near_and_far(length: int) -> tuple[np.ndarray, np.ndarray]:
     """Two lists for tables of 2 blocks a row: one that fits, one that does not."""
     near = np.arange(length)[:, None] + np.array([0, 3])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jsparse import BlockBias, BlockMask, CapacityError
+from jsparse import BlockBias, BlockMask, CapacityError, block_sparse_attention
 from jsparse.bias import ScoreFunction
 from jsparse.ops import gradients
 from tests.backends import test_contract as contract
@@ -133,7 +133,7 @@ def test_on_a_mesh_with_explicit_axes(implementation):
     )
     rng = np.random.default_rng(7)
     case = make_case(rng, random_mask(rng, SIZES, 8), batch=(2,))
-    rows = *contract.run_case(implementation, case)[:2], case.dout, case.dlse
+    rows = *contract.run_case(implementation, case)[:2], case.dout
 
     @jax.jit
     def run(q, k, v, *rows):
@@ -164,7 +164,7 @@ def test_overflow_is_never_silent():
     [
         ("out", lambda x: x[..., :3], r"out has shape .* expected \(.*\) and float32"),
         ("lse", lambda x: x.swapaxes(-1, -2), "lse has shape"),
-        ("dout", lambda x: x.astype(np.float16), "dout has .* and dtype float16"),
+        ("dout", lambda x: x[:7], "dout has shape"),
         ("dlse", lambda x: x[..., 1:], "dlse has shape"),
     ],
 )
@@ -174,6 +174,46 @@ def test_other_rows_are_refused(name, change, message):
     rows[name] = change(rows[name])
     with pytest.raises(ValueError, match=message):
         gradients(case.q, case.k, case.v, case.mask, *rows.values())
+
+
+def test_rows_of_another_dtype_are_refused():
+    case = CASES["plain"](np.random.default_rng(5))
+    rows = case.dout, case.dlse, case.dout.astype(np.float16)
+    with pytest.raises(TypeError, match="gradients: dout has .* and dtype float16"):
+        gradients(case.q, case.k, case.v, case.mask, *rows)
+
+
+@pytest.mark.parametrize("implementation", contract.WITH_BIAS)
+def test_vmap_gives_each_its_own(implementation):
+    """Also of what they share."""
+    rng = np.random.default_rng(8)
+    mask = random_mask(rng, SIZES, 8)
+    case = make_case(rng, mask, batch=(2,), heads=(2, 1))
+    bias = rng.standard_normal((2, *SIZES[:2])).astype(np.float32)
+    k, v = case.k[0], case.v[0]
+
+    def one(q, dout, bias):
+        out, lse = block_sparse_attention(
+            q, k, v, mask, bias=bias, return_lse=True, implementation=implementation
+        )
+        return gradients(
+            *(q, k, v, mask, out, lse, dout), bias=bias, implementation=implementation
+        )
+
+    found = jax.jit(jax.vmap(one, (0, 0, None)))(case.q, case.dout, bias)
+    alone = [jax.jit(one)(*x, bias) for x in zip(case.q, case.dout, strict=True)]
+    for x, *y in zip(found, *alone, strict=True):
+        truth = np.stack(y)
+        np.testing.assert_allclose(x, truth, rtol=0, atol=EPS * np.abs(truth).max())
+
+
+def test_a_bias_as_nested_lists():
+    case = CASES["plain"](np.random.default_rng(9))
+    bias = np.ones((1, *SIZES[:2]), np.float32)
+    rows = case.dout, case.dlse, case.dout
+    args = case.q, case.k, case.v, case.mask, *rows
+    found, truth = (gradients(*args, bias=x)[3] for x in (bias.tolist(), bias))
+    np.testing.assert_array_equal(found, truth)
 
 
 def test_the_bias_is_checked_as_in_the_forward_pass():

@@ -77,6 +77,77 @@ def test_only_a_bias_that_is_differentiated_gets_a_gradient(
     assert any(np.abs(x).max() > 0 for x in jax.tree_util.tree_leaves(dbias))
 
 
+def _each(loss, axes):
+    return jax.vmap(jax.grad(loss, (0, 1, 2, 3)), axes)
+
+
+def _all(loss, axes):
+    return jax.grad(lambda *args: jax.vmap(loss, axes)(*args).sum(), (0, 1, 2, 3))
+
+
+def _in_a_loop(f):
+    return lambda *args: jax.lax.scan(lambda c, _: (c + f(*args), None), 0.0, length=2)
+
+
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        lambda f, axes: _each(f, axes),
+        lambda f, axes: jax.jit(_each(f, axes)),
+        lambda f, axes: _each(jax.jit(f), axes),
+        lambda f, axes: jax.vmap(jax.jit(jax.grad(f, (0, 1, 2, 3))), axes),
+        lambda f, axes: _each(jax.checkpoint(f), axes),
+        lambda f, axes: _each(lambda *x: _in_a_loop(f)(*x)[0], axes),
+        lambda f, axes: _all(f, axes),
+        lambda f, axes: jax.jit(_all(f, axes)),
+        lambda f, axes: _all(jax.jit(f), axes),
+        lambda f, axes: _all(jax.checkpoint(f), axes),
+        lambda f, axes: _all(lambda *x: _in_a_loop(f)(*x)[0], axes),
+    ],
+)
+def test_gradients_of_a_vmap_and_vmap_of_gradients(transformed, problem):
+    """Sums of what is shared there, one for each here."""
+    q, k, v, biases = problem
+    axes = (0, None, None, None)
+
+    def run(implementation):
+        def loss(q, k, v, bias):
+            out = block_sparse_attention(
+                q, k, v, MASK, bias=bias, implementation=implementation
+            )
+            return (out * out).sum()
+
+        return transformed(loss, axes)(q, k[0], v[0], biases["dense"])
+
+    for found, truth in zip(run("xla"), run("reference"), strict=True):
+        np.testing.assert_allclose(
+            found, truth, rtol=0, atol=1e-5 * np.abs(truth).max()
+        )
+
+
+def test_gradients_of_nested_vmaps(problem):
+    q, k, v, biases = problem
+    queries, axes = np.stack([q, 2 * q, 3 * q]), (0, None, None, None)
+
+    def run(implementation):
+        def loss(q, k, v, bias):
+            out = block_sparse_attention(
+                q, k, v, MASK, bias=bias, implementation=implementation
+            )
+            return (out * out).sum()
+
+        def inner(*args):
+            return jax.vmap(loss, axes)(*args).sum()
+
+        args = queries, k[0], v[0], biases["dense"]
+        return *_each(inner, axes)(*args), *_all(inner, axes)(*args)
+
+    for found, truth in zip(run("xla"), run("reference"), strict=True):
+        np.testing.assert_allclose(
+            found, truth, rtol=0, atol=1e-5 * np.abs(truth).max()
+        )
+
+
 def test_unused_outputs_have_no_cotangent(problem):
     q, k, v, biases = (x[0] if isinstance(x, np.ndarray) else x for x in problem)
 
