@@ -204,8 +204,10 @@ def _batched_backward(
         ]
         mapped = in_batched[0]
         if not summed:
-            copied = jax.tree_util.tree_map(lambda _: True, mapped)
-            copied = copied._replace(mask=mapped.mask)
+            bias = mapped.bias
+            if bias_gradient:
+                bias = jax.tree_util.tree_map(lambda _: True, bias)
+            copied = Operands(True, True, True, mapped.mask, bias)
             operands = _copy(operands, mapped, copied, axis_size)
             mapped = copied
         outer = _batched_backward(
