@@ -19,14 +19,8 @@ import jax.numpy as jnp
 
 from jsparse.bias import Bias, BlockBias, DistanceBias, EntryBias
 from jsparse.ops import block_sparse_attention, gradients, support
-from jsparse.ops._sharding import (
-    Axes,
-    axes_of,
-    check_heads,
-    on_devices,
-    sum_devices,
-    vary_like,
-)
+from jsparse.ops._sharding import Axes, axes_of, check_heads, on_devices, sum_devices
+from jsparse.ops._vjp import accumulator_dtype, vary_like
 from jsparse.patterns import BlockMask, device
 from jsparse.patterns._integers import divide
 from jsparse.patterns._parts import WORD
@@ -154,7 +148,7 @@ def _forward(
         del pattern
         q, v = inputs.q, inputs.v
         out = jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)
-        lse = jnp.zeros((len(q), q.shape[2], q.shape[1]), _wide(q))
+        lse = jnp.zeros((len(q), q.shape[2], q.shape[1]), accumulator_dtype(q))
 
         def body(n, rows):
             some, lists = parts.take(n, inputs, index)
@@ -196,7 +190,9 @@ def _backward(
             return parts.put(n, totals, found, axes)
 
         def empty(x, axis):
-            return jnp.zeros(x.shape, _wide(x) if axis == _SHARED else x.dtype)
+            return jnp.zeros(
+                x.shape, accumulator_dtype(x) if axis == _SHARED else x.dtype
+            )
 
         totals = vary_like(jax.tree_util.tree_map(empty, primals, axes), inputs)
         totals = parts.loop(body, totals)
@@ -394,11 +390,6 @@ class _Parts(NamedTuple):
 
     def _start(self, n: Array) -> Array:
         return jnp.minimum(n * self.step, self.length - self.step)
-
-
-def _wide(x: Array) -> Any:
-    """What is summed in: float32 at least."""
-    return jnp.float32 if x.dtype.itemsize < 4 else x.dtype
 
 
 class _Entries(NamedTuple):

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from jsparse.backends._contract import Operands
-from jsparse.backends._contract import vary_like as vary_like
 from jsparse.bias import DistanceBias, ScoreFunction
 
 Array = Any

@@ -21,7 +21,9 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
-from jsparse.backends._contract import Backend, HostPattern, Operands, vary_like
+from jsparse.backends._contract import Backend, HostPattern, Operands
+from jsparse.backends._contract import accumulator_dtype as accumulator_dtype
+from jsparse.backends._contract import vary_like as vary_like
 from jsparse.ops import _sharding
 
 Array = Any

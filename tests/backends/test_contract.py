@@ -35,6 +35,7 @@ from tests.support.cases import (
     Case,
     biases,
     make_case,
+    one_kind,
     random_mask,
     with_entries,
 )
@@ -743,15 +744,7 @@ def test_shard_map(implementation, split, full):
     rng = np.random.default_rng(21)
     mask = named(implementation, "plain", rng).mask
     if full is not None:
-        size = mask.block_q, mask.block_kv
-        mask = BlockMask.from_blocks(
-            *([0, 1, 2], [1, 0, 1]),
-            q_len=mask.q_len,
-            kv_len=mask.kv_len,
-            block_q=size[0],
-            block_kv=size[1],
-            elements=full | (rng.random((3, *size)) < 0.5),
-        )
+        mask = one_kind(rng, sizes_of(implementation), full)
         assert 0 in mask.capacity
     case = made(implementation, rng, mask, batch=(2,))
     if implementation not in HALF:

@@ -15,13 +15,11 @@ import numpy as np
 import pytest
 from jax._src import xla_bridge
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
 from jsparse.backends import mosaic_gpu
+from tests.pallas_kernels.launches import H100
 
-H100 = AbstractDevice(
-    device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
-)
 TARGET = """
     gpu_device_info {
       cuda_compute_capability { major: 9 }

@@ -8,27 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from jsparse import BlockMask, block_sparse_attention
+from jsparse import block_sparse_attention
 from jsparse.nn.functional import neighbor_attention
 from tests.compiled.conftest import compiled, mesh_of
-from tests.support.cases import MOVES, random_mask
+from tests.support.cases import MOVES, one_kind, random_mask
 
 SIZES = (300, 500, 128, 64)
-
-
-def mask_of(full: bool | None) -> BlockMask:
-    """Blocks of both kinds, or full ones only, or none of them."""
-    rng = np.random.default_rng(0)
-    if full is None:
-        return random_mask(rng, SIZES, 8)
-    return BlockMask.from_blocks(
-        *([0, 1, 2], [1, 0, 1]),
-        q_len=SIZES[0],
-        kv_len=SIZES[1],
-        block_q=SIZES[2],
-        block_kv=SIZES[3],
-        elements=full | (rng.random((3, *SIZES[2:])) < 0.5),
-    )
 
 
 def qkv(heads: int = 2) -> list[jax.ShapeDtypeStruct]:
@@ -47,7 +32,9 @@ def both_passes(attend):
 @pytest.mark.parametrize("full", [None, False, True])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_nothing_moves(kind, full):
-    mesh, mask, part = mesh_of(2, kind), mask_of(full), jax.P("x")
+    mesh, rng, part = mesh_of(2, kind), np.random.default_rng(0), jax.P("x")
+    both = full is None
+    mask = random_mask(rng, SIZES, 8) if both else one_kind(rng, SIZES, full)
 
     def attend(q, k, v):
         return block_sparse_attention(q, k, v, mask, implementation="mosaic_gpu")

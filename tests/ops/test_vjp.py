@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -77,6 +79,13 @@ def test_only_a_bias_that_is_differentiated_gets_a_gradient(
     assert any(np.abs(x).max() > 0 for x in jax.tree_util.tree_leaves(dbias))
 
 
+def _squares(q, k, v, bias, implementation):
+    out = block_sparse_attention(
+        q, k, v, MASK, bias=bias, implementation=implementation
+    )
+    return (out * out).sum()
+
+
 def _each(loss, axes):
     return jax.vmap(jax.grad(loss, (0, 1, 2, 3)), axes)
 
@@ -111,12 +120,7 @@ def test_gradients_of_a_vmap_and_vmap_of_gradients(transformed, problem):
     axes = (0, None, None, None)
 
     def run(implementation):
-        def loss(q, k, v, bias):
-            out = block_sparse_attention(
-                q, k, v, MASK, bias=bias, implementation=implementation
-            )
-            return (out * out).sum()
-
+        loss = functools.partial(_squares, implementation=implementation)
         return transformed(loss, axes)(q, k[0], v[0], biases["dense"])
 
     for found, truth in zip(run("xla"), run("reference"), strict=True):
@@ -130,11 +134,7 @@ def test_gradients_of_nested_vmaps(problem):
     queries, axes = np.stack([q, 2 * q, 3 * q]), (0, None, None, None)
 
     def run(implementation):
-        def loss(q, k, v, bias):
-            out = block_sparse_attention(
-                q, k, v, MASK, bias=bias, implementation=implementation
-            )
-            return (out * out).sum()
+        loss = functools.partial(_squares, implementation=implementation)
 
         def inner(*args):
             return jax.vmap(loss, axes)(*args).sum()

@@ -81,6 +81,21 @@ def uneven_rows(
     )
 
 
+def one_kind(
+    rng: np.random.Generator, sizes: tuple[int, int, int, int], full: bool
+) -> BlockMask:
+    """Three blocks that are all full, or all partial."""
+    q_len, kv_len, block_q, block_kv = sizes
+    return BlockMask.from_blocks(
+        *([0, 1, 2], [1, 0, 1]),
+        q_len=q_len,
+        kv_len=kv_len,
+        block_q=block_q,
+        block_kv=block_kv,
+        elements=full | (rng.random((3, block_q, block_kv)) < 0.5),
+    )
+
+
 def make_case(
     rng: np.random.Generator,
     mask: BlockMask,
