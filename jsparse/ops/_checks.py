@@ -111,7 +111,7 @@ def check_rows(
     q, v = operands.q, operands.v
     *batch, length, heads, _ = q.shape
     of_out = (*q.shape[:-1], v.shape[-1]), q.dtype
-    of_lse = (*batch, heads, length), accumulator_dtype(q)
+    of_lse = (*batch, heads, length), jnp.dtype(accumulator_dtype(q))
 
     def row(name: str, x: Any, shape: tuple[int, ...], dtype: Any) -> Array:
         x = _as_array(name, x)
