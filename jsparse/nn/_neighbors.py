@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jsparse.bias import Bias, BlockBias, DistanceBias, EntryBias
 from jsparse.ops import block_sparse_attention, gradients, support
 from jsparse.ops._sharding import Axes, axes_of, check_heads, on_devices, sum_devices
-from jsparse.ops._vjp import accumulator_dtype, vary_like
+from jsparse.ops._vjp import Static, accumulator_dtype, vary_like
 from jsparse.patterns import BlockMask, device
 from jsparse.patterns._integers import divide
 from jsparse.patterns._parts import WORD
@@ -116,16 +116,15 @@ def _attend_fwd(tables, inputs, index):
     of_bias = jax.tree_util.tree_leaves(inputs.bias)
     inputs, index = jax.tree_util.tree_map(lambda x: x.value, (inputs, index))
     out, lse, pattern = _forward(tables, inputs, index)
-    # What is static must not be an array: that there is something, or nothing, says it.
-    bias_gradient = () if any(x.perturbed for x in of_bias) else None
-    return out, (inputs, index, pattern, out, lse, bias_gradient)
+    static = Static(any(x.perturbed for x in of_bias))
+    return out, (inputs, index, pattern, out, lse, static)
 
 
 def _attend_bwd(tables, residuals, dout):
-    inputs, index, pattern, out, lse, bias_gradient = residuals
-    wanted = inputs if bias_gradient is not None else inputs._replace(bias=None)
+    inputs, index, pattern, out, lse, static = residuals
+    wanted = inputs if static.bias_gradient else inputs._replace(bias=None)
     rows = out, lse, dout
-    grads = _backward(tables, inputs, index, pattern, rows, bias_gradient is not None)
+    grads = _backward(tables, inputs, index, pattern, rows, static.bias_gradient)
     return jax.tree_util.tree_map(sum_devices, grads, wanted), None
 
 

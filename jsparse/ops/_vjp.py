@@ -45,7 +45,7 @@ def _attend_fwd(backend, scale, pattern, operands):
     leaves, tree = jax.tree_util.tree_flatten(operands)
     operands = tree.unflatten([x.value for x in leaves])
     of_bias = jax.tree_util.tree_leaves(tree.unflatten(leaves).bias)
-    static = _Static(any(x.perturbed for x in of_bias), _vmaps(operands))
+    static = Static(any(x.perturbed for x in of_bias), _vmaps(operands))
     out, lse = _batched_forward(backend, scale, pattern)(operands)
     kept = jax.tree_util.tree_map(lambda x: x if x.size else _Empty.of(x), operands)
     return (out, lse), (kept, out, lse, static)
@@ -100,7 +100,7 @@ def gradients(
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class _Static:
+class Static:
     """What of the forward pass the backward pass knows before tracing.
 
     Attributes:
@@ -109,7 +109,7 @@ class _Static:
     """
 
     bias_gradient: bool
-    vmaps: frozenset[int]
+    vmaps: frozenset[int] = frozenset()
 
 
 def _vmaps(tree: Any) -> frozenset[int]:
