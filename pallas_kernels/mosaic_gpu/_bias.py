@@ -1,10 +1,9 @@
-"""Pair bias in the kernels: how its tiles lie in memory, are read and are added.
+"""Pair bias in the kernels: its kinds, where their values are, how they are added.
 
 A bias is added to the products, divided by the scale of the logits: one multiply-add an
 element, and what follows scales both. Tiles of a dense or block bias are streamed to
-shared memory by TMA, in swizzled parts 128 bytes wide, so that no array needs more
-alignment than the 16 bytes a row that TMA asks for. Axes of size 1 are shared: index 0
-serves every batch entry or head.
+shared memory by TMA. Axes of size 1 are shared: index 0 serves every batch entry or
+head.
 
 May assume: the last axis of a streamed bias fills 16 bytes. Called by the kernels.
 """
@@ -12,7 +11,7 @@ May assume: the last axis of a streamed bias fills 16 bytes. Called by the kerne
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,16 +21,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src.lib.mlir.dialects import arith
 from jax.experimental.mosaic.gpu import fragmented_array as fa
-from jax.experimental.mosaic.gpu import utils
 
-from . import _distance
+from . import _distance, _tiles
 from . import _registers as r
 from ._distance import DistanceBias
 from ._score import Score
 
 Array = Any
-WIDTH = 128
-"""Bytes of a row of a part: the widest swizzle."""
 
 
 @jax.tree_util.register_dataclass
@@ -65,12 +61,9 @@ class _Shared:
 class DenseBias(_Shared):
     """``values [b, H or 1, T, S]``, float32 or 16-bit."""
 
-    def index(self, place: TilePlace, rows: int, columns: int) -> tuple:
-        """Where a tile stands in ``values``."""
-        return (
-            *(place.batch, place.head),
-            *(pl.ds(place.q, rows), pl.ds(place.kv, columns)),
-        )
+    def index(self, place: TilePlace, rows: int) -> tuple[tuple, Array]:
+        """Where a tile stands in ``values``, and its first column there."""
+        return (place.batch, place.head, pl.ds(place.q, rows)), place.kv
 
 
 @jax.tree_util.register_dataclass
@@ -85,15 +78,12 @@ class BlockBias(_Shared):
 
     numbers: tuple[Array, Array] | None = None
 
-    def index(self, place: TilePlace, rows: int, columns: int) -> tuple:
-        """Where a tile stands in ``values``."""
+    def index(self, place: TilePlace, rows: int) -> tuple[tuple, Array]:
+        """Where a tile stands in ``values``, and its first column there."""
         block_q, block_kv = self.values.shape[-2:]
         first = lax.rem(place.q, jnp.int32(block_q))
-        column = lax.rem(place.kv, jnp.int32(block_kv))
-        return (
-            *(place.batch, place.head, place.block),
-            *(pl.ds(first, rows), pl.ds(column, columns)),
-        )
+        index = place.batch, place.head, place.block, pl.ds(first, rows)
+        return index, lax.rem(place.kv, jnp.int32(block_kv))
 
 
 @jax.tree_util.register_dataclass
@@ -161,24 +151,15 @@ class Tile(NamedTuple):
 
 
 def fetch(bias: Streamed, place: TilePlace, tile: Array, full: Array) -> None:
-    """Copies a tile to shared memory, part by part."""
-    for part, at in _parts_of(bias, place, tile):
-        plgpu.copy_gmem_to_smem(bias.values.at[at], tile.at[part], full)
+    """Copies a tile to shared memory."""
+    index, first = bias.index(place, tile.shape[1])
+    _tiles.fetch(bias.values, index, tile, full, first)
 
 
 def write(bias: Streamed, out: Array, place: TilePlace, tile: Array) -> None:
-    """Copies a tile of the gradient of a bias from shared memory, in one group."""
-    last = tile.shape[0] - 1
-    for part, at in _parts_of(bias, place, tile):
-        source, to = tile.at[part], out.at[at]
-        plgpu.copy_smem_to_gmem(source, to, commit_group=part == last)
-
-
-def _parts_of(bias: Streamed, place: TilePlace, tile: Array):
-    """Each part of a tile, and where it stands in the bias."""
-    count, rows, width = tile.shape
-    for part in range(count):
-        yield part, bias.index(place._replace(kv=place.kv + part * width), rows, width)
+    """Copies a tile of the gradient of a bias from shared memory."""
+    index, first = bias.index(place, tile.shape[1])
+    _tiles.write(tile, out, index, first)
 
 
 def streamed(bias: Bias | None) -> bool:
@@ -246,71 +227,6 @@ def kind(bias: Bias | None) -> str | None:
     return f"{8 * jnp.dtype(bias.values.dtype).itemsize} bits"
 
 
-# -------------------------------------------------------------------- tiles in memory
-
-
-def parts(columns: int, dtype: Any) -> tuple[int, int]:
-    """How many parts a tile of so many columns has, and their width."""
-    width = min(columns, WIDTH // jnp.dtype(dtype).itemsize)
-    return columns // width, width
-
-
-def tile(lead: Sequence[int], rows: int, columns: int, dtype: Any) -> plgpu.SMEM:
-    """Shared memory of tiles of ``rows`` queries and ``columns`` keys."""
-    count, width = parts(columns, dtype)
-    shape = (*lead, count, rows, width)
-    return plgpu.SMEM(shape, dtype, transforms=_transforms(width, dtype))
-
-
-def _transforms(width: int, dtype: Any) -> tuple:
-    return (plgpu.SwizzleTransform(width * jnp.dtype(dtype).itemsize),)
-
-
-def load_tile(queries: int, keys: int, dtype: Any, transposed: bool) -> Callable:
-    """``f(tile) -> values``: 64 queries by ``keys``, or 64 keys by ``queries``.
-
-    16-bit values stay packed, float32 ones have the accumulator layout.
-    """
-    _, width = parts(keys, dtype)
-    wide = jnp.dtype(dtype).itemsize == 4
-    shape = (keys, queries) if transposed else (queries, keys)
-    layout = r.ACC if wide else r.OPERAND
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(_transforms(width, dtype)),),
-        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=layout),
-    )
-    def f(_, ref):
-        swizzle = width * jnp.dtype(dtype).itemsize
-        tiled = utils.memref_unsqueeze(ref, 0)
-        if transposed:
-            # Neighbouring columns of registers are rows of memory: one by one.
-            tiled = utils.memref_transpose(tiled, (1, 0, 3, 2))
-            how = layout.to_mgpu()
-            return fa.FragmentedArray.load_tiled(tiled, swizzle, layout=how)
-        values = fa.FragmentedArray.load_tiled(tiled, swizzle, layout=fa.WGMMA_LAYOUT)
-        return r.accumulator(r.scalars(values), shape) if wide else values
-
-    return f
-
-
-def store_tile(keys: int, dtype: Any) -> Callable:
-    """``f(tile, x)``: writes 64 queries by ``keys`` in the tile's dtype."""
-    _, width = parts(keys, dtype)
-    wide = jnp.dtype(dtype).itemsize == 4
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(_transforms(width, dtype)), r.ACC), return_type=()
-    )
-    def f(_, ref, x):
-        values, shape = r.scalars(x), (64, keys)
-        made = r.pairs(values, shape) if wide else r.packed(values, shape, dtype)
-        swizzle = width * jnp.dtype(dtype).itemsize
-        made.store_tiled(utils.memref_unsqueeze(ref, 0), swizzle)
-
-    return f
-
-
 # ------------------------------------------------------------------ added to products
 
 
@@ -319,7 +235,7 @@ def _products(columns: int) -> plgpu.ShapeDtypeStruct:
 
 
 def add_tile(columns: int, scale: float, dtype: Any) -> Callable:
-    """``f(s, values) -> s`` with the values of `load_tile` over the scale."""
+    """``f(s, values) -> s`` with the values of `_tiles.load` over the scale."""
     layout = r.ACC if jnp.dtype(dtype).itemsize == 4 else r.OPERAND
 
     @plgpu.inline_mgpu(arg_types=(r.ACC, layout), return_type=_products(columns))

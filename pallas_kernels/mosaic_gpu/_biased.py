@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._common import LOG2E
-from . import _bias, _distance, _entries, _persistent, _score
+from . import _bias, _distance, _entries, _persistent, _score, _tiles
 from . import _gradient as gradient
 from . import _registers as r
 from ._bias import BlockBias, EntryBias, KeyBias, TilePlace
@@ -95,7 +95,7 @@ class BiasedWalker(Walker):
         if "bias_full" in s:
             plgpu.barrier_wait(s["bias_full"][slot])
         shape = (64, self.tile) if self.rows_are_queries else (self.tile, 64)
-        load = _bias.load_tile(*shape, bias.values.dtype, not self.rows_are_queries)
+        load = _tiles.load(*shape, bias.values.dtype, not self.rows_are_queries)
         values = load(s["bias"].at[slot, fields[HALF]])
         if self.writes_bias:
             return _bias.Tile(values, self.bias_place(fields, lists, n))
@@ -178,8 +178,9 @@ class BiasedWalker(Walker):
             at = self.entries_of(fields, lists, read.step, entry)
             _entries.write(self.tile)(lists.bias.table, out, at, ds)
         elif self.writes_bias:
-            tile = s["bias"].at[slot, fields[HALF]]
-            _bias.store_tile(self.tile, lists.bias.values.dtype)(tile, ds)
+            tile, dtype = s["bias"].at[slot, fields[HALF]], lists.bias.values.dtype
+            values = gradient.scaled(self.tile, 1.0, dtype)(ds)
+            _tiles.store(self.tile, dtype)(tile, values)
             plgpu.commit_smem()
             _bias.write(lists.bias, s["bias_gradient"], read.place, tile)
         if not isinstance(lists.bias, Score):
@@ -332,7 +333,7 @@ def bias_stream(
     if dtype is None:
         return {}
     _, stages, wgs = lead
-    return dict(bias=_bias.tile(lead, *shape, dtype), bias_free=bar(stages, wgs))
+    return dict(bias=_tiles.scratch(lead, *shape, dtype), bias_free=bar(stages, wgs))
 
 
 def late_bias_stream(
@@ -348,7 +349,7 @@ def late_bias_stream(
 
 def arrivals(wgs: int, columns: int, dtype: Any) -> int:
     """Copies of a step's bias, ``columns`` keys; dtype None: there is none."""
-    return 0 if dtype is None else wgs * _bias.parts(columns, dtype)[0]
+    return 0 if dtype is None else wgs * _tiles.parts(columns, dtype)[0]
 
 
 def points_scratch(config: Any, columns: int, points: bool) -> dict:

@@ -20,8 +20,8 @@ from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith
 from jax.experimental.mosaic.gpu import utils
 
-from .._common import swizzle_bytes, tile_transforms
 from . import _registers as r
+from . import _tiles
 
 Array = Any
 Values = list[Any]
@@ -377,28 +377,27 @@ def poison(columns: int) -> Callable:
 def zero_columns(columns: int, dim: int) -> Callable:
     """``f(tile, bad, first)``: zeros for tokens that are not finite.
 
-    A token is a row of the 16-bit tile ``[columns, dim]`` in shared memory, and of each
-    part as wide as the swizzle, which moves nothing out of a row. A thread has one.
+    A token is a row of a 16-bit tile of ``columns`` rows and ``dim`` columns, and of
+    each of its parts: a swizzle moves nothing out of a row. A thread has one.
     """
-    transforms = tile_transforms(dim)
-    width = swizzle_bytes(dim)
-    parts = 2 * dim // width
+    dtype = jnp.bfloat16
+    parts, width = _tiles.parts(dim, dtype)
+    row = 2 * width
     stores = "".join(
-        f"st.shared.v4.b32 [d+{8 * width * part + at}], {{z, z, z, z}}; "
+        f"st.shared.v4.b32 [d+{columns * row * part + at}], {{z, z, z, z}}; "
         for part in range(parts)
-        for at in range(0, width, 16)
+        for at in range(0, row, 16)
     )
     text = (
         "{ .reg .pred p; .reg .b32 t, d, z; .reg .b64 a; "
         f"mov.u32 t, %tid.x; and.b32 t, t, 127; setp.ge.u32 p, t, {columns}; "
         "@p bra DONE; add.s32 z, t, $2; mad.wide.s32 a, z, 4, $1; "
         "ld.global.nc.b32 z, [a]; setp.eq.s32 p, z, 0; @p bra DONE; mov.b32 z, 0; "
-        f"shr.u32 d, t, 3; mad.lo.u32 d, d, {8 * width * parts}, $0; "
-        f"and.b32 t, t, 7; mad.lo.u32 d, t, {width}, d; {stores} DONE: }}"
+        f"mad.lo.u32 d, t, {row}, $0; {stores} DONE: }}"
     )
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(transforms), plgpu.RefType(), r.SCALAR),
+        arg_types=(_tiles.ref_type(dim, dtype), plgpu.RefType(), r.SCALAR),
         return_type=(),
     )
     def f(_, tile, bad, first):

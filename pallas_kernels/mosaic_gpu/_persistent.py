@@ -31,8 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._common import MAX_SMEM_BYTES, NUM_FIELDS, tile_transforms
-from . import _bias, _elements
+from .._common import MAX_SMEM_BYTES, NUM_FIELDS
+from . import _bias, _elements, _tiles
 from . import _registers as r
 from ._bias import Bias, BlockBias, Streamed, TilePlace
 from ._elements import Elements, Position
@@ -322,8 +322,7 @@ class Walker(Teams):
             for array, name in fixed:
                 for w in range(self.wgs):
                     rows = pl.ds(row * self.block_rows + w * 64, 64)
-                    tile = s[name].at[stage, w]
-                    plgpu.copy_gmem_to_smem(array.at[b, rows, h_row], tile, full)
+                    _tiles.fetch(array, (b, rows, h_row), s[name].at[stage, w], full)
 
             def step(n, block):
                 slot = lax.rem(step0 + n, jnp.int32(self.num_stages))
@@ -335,9 +334,12 @@ class Walker(Teams):
                     full = s[f"{stream.name}_full"][slot]
                     plgpu.barrier_wait(s[f"{stream.name}_free"][slot])
                     for array, name in stream.arrays:
-                        tiles = len(array.shape) == 4
-                        at = (b, columns, h_col) if tiles else (b, h_col, columns)
-                        plgpu.copy_gmem_to_smem(array.at[at], s[name].at[slot], full)
+                        to = s[name].at[slot]
+                        if len(array.shape) == 4:
+                            _tiles.fetch(array, (b, columns, h_col), to, full)
+                        else:
+                            copied = array.at[b, h_col, columns]
+                            plgpu.copy_gmem_to_smem(copied, to, full)
                 if "points" in s:
                     full = s[f"{streams[0].name}_full"][slot]
                     points = lists.bias.columns_at(b, columns)
@@ -536,7 +538,9 @@ class Walker(Teams):
         def _():
             first = self.token(fields, lists, seen.at.column)
             for tile in tiles:
-                _elements.zero_columns(*tile.shape)(tile, lists.elements.bad, first)
+                count, rows, width = tile.shape
+                clear = _elements.zero_columns(rows, count * width)
+                clear(tile, lists.elements.bad, first)
             plgpu.commit_smem()
 
     def steps(self, fields, lists: Lists, step: Callable, carry, first: int):
@@ -593,11 +597,6 @@ def item_slots(teams: int, stages: int) -> plgpu.SMEM:
     return plgpu.SMEM((teams, stages, 32), jnp.int32)
 
 
-def tiles(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
-    """16-bit tiles as TMA writes and wgmma reads them."""
-    return plgpu.SMEM(shape, dtype, transforms=tile_transforms(shape[-1]))
-
-
 def fits(scratch: dict) -> bool:
     """Whether a multiprocessor has room for the scratch of a CTA."""
     return _bytes(scratch) <= MAX_SMEM_BYTES - 1024
@@ -620,36 +619,57 @@ def check_smem(who: str, config: Any, scratch: dict) -> None:
         )
 
 
-def write(s: dict, w, outputs: Sequence[tuple[Any, str, Any]]) -> None:
-    """A warpgroup's 64 rows of outputs: ``(values, scratch name, place)``.
+class Output(NamedTuple):
+    """64 rows of an output: a tile, or one value a row.
 
-    Those without scratch go straight from registers.
+    Attributes:
+        values: of the rows.
+        name: of their scratch. What has none goes straight from registers.
+        array: where they go.
+        index: of the rows in it.
+        first: column of a tile in it.
     """
-    staged = [x for x in outputs if x[1] in s]
+
+    values: Array
+    name: str
+    array: Array
+    index: tuple
+    first: Any = 0
+
+
+def write(s: dict, w, *outputs: Output) -> None:
+    """Writes a warpgroup's rows."""
+    staged = [x for x in outputs if x.name in s]
     if staged:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for values, name, _ in staged:
-            s[name].at[w][...] = values
+        for x in staged:
+            place = s[x.name].at[w]
+            if x.values.ndim == 1:
+                place[...] = x.values
+            else:
+                _tiles.store(x.values.shape[1], x.values.dtype)(place, x.values)
         plgpu.commit_smem()
-    for values, name, place in outputs:
-        if name in s:
-            plgpu.copy_smem_to_gmem(s[name].at[w], place)
+    for x in outputs:
+        if x.name not in s:
+            r.store(x.array.at[x.index], x.values)
+        elif x.values.ndim == 1:
+            plgpu.copy_smem_to_gmem(s[x.name].at[w], x.array.at[x.index])
         else:
-            r.store(place, values)
+            _tiles.write(s[x.name].at[w], x.array, x.index, x.first)
 
 
 def staging(tile: Callable, wgs: int, staged: bool, **columns: int) -> dict:
-    """Shared memory of the outputs that leave by it, made by ``tile(*shape)``."""
+    """Shared memory of the outputs that leave by it, made by ``tile(lead, 64, n)``."""
     fit = staged * WIDEST_STAGED
     return {
-        name: tile(wgs, 64, count) for name, count in columns.items() if count <= fit
+        name: tile((wgs,), 64, count) for name, count in columns.items() if count <= fit
     }
 
 
 def rows_of(length: int, block_rows: int, columns: int, staged: bool) -> int:
     """Rows of an output: of whole blocks, unless a copy can end with the array."""
     if block_rows >= 64 and columns <= WIDEST_STAGED and staged:
-        return length + -length % 8
+        return length
     return -(-length // block_rows) * warpgroups(block_rows) * 64
 
 
@@ -660,8 +680,3 @@ def crop(x: Array, length: int, block_rows: int) -> Array:
         x = x.reshape(batch, -1, 64, *rest)[:, :, :block_rows]
         x = x.reshape(batch, -1, *rest)
     return x[:, :length]
-
-
-def pad_rows(x: Array) -> Array:
-    """Rounds a length up to the 8 rows that a tiled TMA copy needs."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))

@@ -19,6 +19,7 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import mma_utils, utils
 
 from . import _registers as r
+from . import _tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,22 +28,23 @@ class Product:
 
     Attributes:
         columns: of the result.
-        b: tiling and swizzle of b in shared memory.
+        b: columns of the tile b (see `_tiles`) in shared memory.
         a: the same for a, or None if a comes in registers (`_registers.OPERAND`).
         accumulate: whether the operand ``acc`` comes first, and b is not transposed.
     """
 
     columns: int
-    b: tuple
-    a: tuple | None = None
+    b: int
+    a: int | None = None
     accumulate: bool = False
 
     @property
     def arg_types(self) -> tuple:
         """Of ``[acc,] a, b``."""
-        a = r.OPERAND if self.a is None else plgpu.RefType(self.a)
+        tile = lambda columns: _tiles.ref_type(columns, jnp.bfloat16)
+        a = r.OPERAND if self.a is None else tile(self.a)
         acc = (r.ACC,) if self.accumulate else ()
-        return (*acc, a, plgpu.RefType(self.b))
+        return (*acc, a, tile(self.b))
 
     @property
     def result(self) -> plgpu.ShapeDtypeStruct:
@@ -69,8 +71,10 @@ def start(*products: Product) -> Callable:
             a, b = rest.pop(0), rest.pop(0)
             if isinstance(a, fa.FragmentedArray):
                 a = r.tied(r.words(a), "", "r")
+            else:
+                a = _tiles.core_matrices(a)
             held += acc or ()
-            operands.append((acc, a, b))
+            operands.append((acc, a, _tiles.core_matrices(b)))
         # The fence orders earlier writes of registers, all accumulators at once.
         if held:
             held = r.tied(held, "wgmma.fence.sync.aligned;")

@@ -22,8 +22,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .._common import LOG2E, tile_transforms
-from . import _bias, _biased, _elements, _persistent
+from .._common import LOG2E
+from . import _bias, _biased, _elements, _persistent, _tiles
 from . import _gradient as gradient
 from . import _registers as r
 from ._bias import DenseBias, Streamed, TilePlace
@@ -109,17 +109,18 @@ def scratch_spec(
     chunks, stages = c.tile // chunk, (c.teams, c.num_stages)
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
     row = plgpu.SMEM((*stages, wgs, 64), jnp.float32)
+    parts = sum(_tiles.parts(dim, dtype)[0] for dim in (head_dim, value_dim))
     return dict(
-        q=_persistent.tiles((*stages, wgs, 64, head_dim), dtype),
-        dout=_persistent.tiles((*stages, wgs, 64, value_dim), dtype),
-        k=_persistent.tiles((*stages, chunks, chunk, head_dim), dtype),
-        v=_persistent.tiles((*stages, chunks, chunk, value_dim), dtype),
+        q=_tiles.scratch((*stages, wgs), 64, head_dim, dtype),
+        dout=_tiles.scratch((*stages, wgs), 64, value_dim, dtype),
+        k=_tiles.scratch((*stages, chunks), chunk, head_dim, dtype),
+        v=_tiles.scratch((*stages, chunks), chunk, value_dim, dtype),
         lse2=row,
         delta=row,
-        bias=_bias.tile((c.teams, wgs, chunks), 64, chunk, bias_dtype),
-        visit_full=bar(c.num_stages, 4 * wgs + 2 * chunks),
+        bias=_tiles.scratch((c.teams, wgs, chunks), 64, chunk, bias_dtype),
+        visit_full=bar(c.num_stages, 2 * wgs + (wgs + chunks) * parts),
         visit_free=bar(c.num_stages, wgs),
-        bias_full=bar(1, wgs * chunks * _bias.parts(chunk, bias_dtype)[0]),
+        bias_full=bar(1, wgs * chunks * _tiles.parts(chunk, bias_dtype)[0]),
         bias_free=bar(1, wgs),
     )
 
@@ -170,7 +171,6 @@ def backward_dbias(
     batch = q.shape[0]
     state = bias_blocks.state
     order = _longest_first(state, bias, batch)
-    q, k, v, dout = (_persistent.pad_rows(x) for x in (q, k, v, dout))
     per_entry = batch // bias.values.shape[0]
     visits_of_a_tile = per_entry * (heads if bias.values.shape[1] == 1 else 1)
     tiles = order.shape[0] * (blocks[1] // config.tile)
@@ -381,8 +381,7 @@ class _BackwardDbias(Teams):
             for w in range(self.wgs):
                 rows = pl.ds(seen.row + w * 64, 64)
                 for x, name in ((q, "q"), (dout, "dout")):
-                    place = s[name].at[slot, w]
-                    plgpu.copy_gmem_to_smem(x.at[b, rows, h], place, full)
+                    _tiles.fetch(x, (b, rows, h), s[name].at[slot, w], full)
                 for x, name in ((lse2, "lse2"), (delta, "delta")):
                     place = s[name].at[slot, w]
                     plgpu.copy_gmem_to_smem(x.at[b, h, rows], place, full)
@@ -390,8 +389,7 @@ class _BackwardDbias(Teams):
             for c in range(self.chunks):
                 columns = pl.ds(seen.column + c * self.chunk, self.chunk)
                 for x, name in ((k, "k"), (v, "v")):
-                    place = s[name].at[slot, c]
-                    plgpu.copy_gmem_to_smem(x.at[b, columns, h_kv], place, full)
+                    _tiles.fetch(x, (b, columns, h_kv), s[name].at[slot, c], full)
             return count + 1
 
         def item(at, count):
@@ -416,7 +414,8 @@ class _BackwardDbias(Teams):
         for i in range(self.num_stages):
             plgpu.barrier_arrive(s["visit_free"][i])
         plgpu.barrier_arrive(s["bias_free"][0])
-        store = _bias.store_tile(self.chunk, self.bias_dtype)
+        round_ = gradient.scaled(self.chunk, 1.0, self.bias_dtype)
+        store = _tiles.store(self.chunk, self.bias_dtype)
 
         def item(at, count):
             zero = jnp.zeros((64, self.chunk), jnp.float32)
@@ -438,7 +437,7 @@ class _BackwardDbias(Teams):
                 places = self.chunk_places(visits, at, w)
                 for c, (place, x) in enumerate(zip(places, sums, strict=True)):
                     tile = s["bias"].at[w, c]
-                    store(tile, x)
+                    store(tile, round_(x))
                     plgpu.commit_smem()
                     _bias.write(visits.bias, out, place, tile)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -459,13 +458,9 @@ class _BackwardDbias(Teams):
     def add(self, visits: Visits, seen: _Seen, s: dict, slot, sums: list) -> list:
         """Adds the logits' gradient of a visit to the sums, chunk by chunk."""
         w, chunk = self.row_half(), self.chunk
-        qk_tiling, v_tiling = (
-            tile_transforms(dim) for dim in (self.head_dim, self.value_dim)
-        )
-        products = start(
-            Product(chunk, qk_tiling, qk_tiling), Product(chunk, v_tiling, v_tiling)
-        )
-        load_bias = _bias.load_tile(64, chunk, self.bias_dtype, transposed=False)
+        dims = self.head_dim, self.value_dim
+        products = start(*(Product(chunk, dim, dim) for dim in dims))
+        load_bias = _tiles.load(64, chunk, self.bias_dtype)
         add_bias = _bias.add_tile(chunk, self.scale, self.bias_dtype)
         probabilities = gradient.probabilities_by_row(chunk, self.scale * LOG2E)
         logits_gradient = gradient.logits_gradient_by_row(chunk, partial=True)

@@ -20,15 +20,14 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .._common import tile_transforms
-from . import _bias, _biased, _persistent, _tables
+from . import _bias, _biased, _persistent, _tables, _tiles
 from . import _gradient as gradient
 from . import _registers as r
 from ._bias import Bias
 from ._biased import BiasedWalker
 from ._elements import Elements
 from ._gradient import BackwardConfig
-from ._persistent import HALF, Lists, Stream
+from ._persistent import HALF, Lists, Output, Stream
 from ._schedule import Schedule
 from ._softmax import operand
 from ._wgmma import Product, start, wait
@@ -88,22 +87,23 @@ def scratch_spec(
     A launch for dk or dv alone leaves some of it unused.
     """
     c, wgs = config, _persistent.warpgroups(tile_kv)
-    tile = lambda *shape: _persistent.tiles((c.teams, *shape), dtype)
+    tile = lambda lead, *sizes: _tiles.scratch((c.teams, *lead), *sizes, dtype)
+    parts = sum(_tiles.parts(dim, dtype)[0] for dim in (head_dim, value_dim))
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
     row = plgpu.SMEM((c.teams, c.num_stages, c.tile), jnp.float32)
     of_bias = _biased.arrivals(wgs, 64, bias_dtype)
     return dict(
-        k=tile(c.num_fixed_stages, wgs, 64, head_dim),
-        v=tile(c.num_fixed_stages, wgs, 64, value_dim),
-        q=tile(c.num_stages, c.tile, head_dim),
-        dout=tile(c.num_stages, c.tile, value_dim),
+        k=tile((c.num_fixed_stages, wgs), 64, head_dim),
+        v=tile((c.num_fixed_stages, wgs), 64, value_dim),
+        q=tile((c.num_stages,), c.tile, head_dim),
+        dout=tile((c.num_stages,), c.tile, value_dim),
         lse2=row,
         delta=row,
         **_persistent.staging(tile, wgs, c.staged, dk=head_dim, dv=value_dim),
         item=_persistent.item_slots(c.teams, c.num_fixed_stages),
-        fixed_full=bar(c.num_fixed_stages, 1 + 2 * wgs),
+        fixed_full=bar(c.num_fixed_stages, 1 + wgs * parts),
         fixed_free=bar(c.num_fixed_stages, wgs),
-        queries_full=bar(c.num_stages, 4 + of_bias + points),
+        queries_full=bar(c.num_stages, 2 + parts + of_bias + points),
         queries_free=bar(c.num_stages, wgs),
         **_biased.bias_stream(
             bar, (c.teams, c.num_stages, wgs), (c.tile, 64), bias_dtype
@@ -167,7 +167,6 @@ def backward_dkv(
         *(_bias.dtype_of(bias), _bias.has_points(bias)),
     )
     _persistent.check_smem("backward_dkv", config, scratch)
-    q, k, v, dout = (_persistent.pad_rows(x) for x in (q, k, v, dout))
     kernel = _BackwardDkv(
         **config.walker(),
         block_rows=tile_kv,
@@ -292,13 +291,12 @@ class _BackwardDkv(BiasedWalker):
     def attend(self, fields, arrays, lists, s, step0, stage, sums=None):
         """Adds an item's part of 64 rows to ``sums``, which are by name."""
         tile, w = self.tile, fields[HALF]
-        qk_tiling = tile_transforms(self.head_dim)
-        v_tiling = tile_transforms(self.value_dim)
+        of_k, of_v = self.head_dim, self.value_dim
         products = dict(
-            logits=Product(tile, qk_tiling, qk_tiling),
-            dp=Product(tile, v_tiling, v_tiling),
-            dv=Product(self.value_dim, v_tiling, accumulate=True),
-            dk=Product(self.head_dim, qk_tiling, accumulate=True),
+            logits=Product(tile, of_k, of_k),
+            dp=Product(tile, of_v, of_v),
+            dv=Product(of_v, of_v, accumulate=True),
+            dk=Product(of_k, of_k, accumulate=True),
         )
         k, v = s["k"].at[stage, w], s["v"].at[stage, w]
         mask = self.masked(fields, lists, fill=0.0)
@@ -398,10 +396,10 @@ class _BackwardDkv(BiasedWalker):
 
         def whole():
             outputs = [
-                (values(name, dim, self.dtype), name, out.at[b, rows, h])
+                Output(values(name, dim, self.dtype), name, out, (b, rows, h))
                 for (name, dim), out, _ in places
             ]
-            _persistent.write(s, w, outputs)
+            _persistent.write(s, w, *outputs)
 
         def one_part():
             for (name, dim), _, parts in places:

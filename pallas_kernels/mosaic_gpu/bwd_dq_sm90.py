@@ -16,15 +16,14 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from .._common import tile_transforms
-from . import _bias, _biased, _persistent, _tables
+from . import _bias, _biased, _persistent, _tables, _tiles
 from . import _gradient as gradient
 from . import _registers as r
 from ._bias import Bias
 from ._biased import BiasedWalker
 from ._elements import Elements
 from ._gradient import BackwardConfig
-from ._persistent import HALF, Lists, Stream
+from ._persistent import HALF, Lists, Output, Stream
 from ._schedule import Schedule
 from ._softmax import operand
 from ._wgmma import Product, start, wait
@@ -98,21 +97,22 @@ def scratch_spec(
 ) -> dict:
     """Shared memory of one CTA; the estimate and the launch both read it."""
     c, wgs = config, tile_q // 64
-    tile = lambda *shape: _persistent.tiles((c.teams, *shape), dtype)
+    tile = lambda lead, *sizes: _tiles.scratch((c.teams, *lead), *sizes, dtype)
+    of_q, of_v = (_tiles.parts(dim, dtype)[0] for dim in (head_dim, value_dim))
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
     of_bias = _biased.arrivals(wgs, c.tile, bias_dtype)
     return dict(
-        q=tile(c.num_fixed_stages, wgs, 64, head_dim),
-        dout=tile(c.num_fixed_stages, wgs, 64, value_dim),
-        k=tile(c.num_stages, c.tile, head_dim),
-        v=tile(c.num_stages, c.tile, value_dim),
+        q=tile((c.num_fixed_stages, wgs), 64, head_dim),
+        dout=tile((c.num_fixed_stages, wgs), 64, value_dim),
+        k=tile((c.num_stages,), c.tile, head_dim),
+        v=tile((c.num_stages,), c.tile, value_dim),
         **_persistent.staging(tile, wgs, c.staged, dq=head_dim),
         item=_persistent.item_slots(c.teams, c.num_fixed_stages),
-        fixed_full=bar(c.num_fixed_stages, 1 + 2 * wgs),
+        fixed_full=bar(c.num_fixed_stages, 1 + wgs * (of_q + of_v)),
         fixed_free=bar(c.num_fixed_stages, wgs),
-        k_full=bar(c.num_stages, 1 + of_bias + points),
+        k_full=bar(c.num_stages, of_q + of_bias + points),
         k_free=bar(c.num_stages, wgs),
-        v_full=bar(c.num_stages, 1),
+        v_full=bar(c.num_stages, of_v),
         v_free=bar(c.num_stages, wgs),
         **_biased.bias_stream(
             bar, (c.teams, c.num_stages, wgs), (64, c.tile), bias_dtype
@@ -179,7 +179,6 @@ def backward_dq(
         *(_bias.dtype_of(bias), _bias.has_points(bias), lane_sums),
     )
     _persistent.check_smem("backward_dq", config, scratch)
-    q, k, v, dout = (_persistent.pad_rows(x) for x in (q, k, v, dout))
     slots = max(schedule.num_slots, 1)
     rows = _persistent.rows_of(q_len, blocks[0], head_dim, config.staged)
     out_type = [
@@ -236,11 +235,9 @@ class _BackwardDq(BiasedWalker):
     def attend(self, fields, arrays, lists, s, step0, stage):
         """Computes dq of 64 rows: ``ds k`` of a block beside ``q k^T`` of the next."""
         tile, dim, w = self.tile, self.head_dim, fields[HALF]
-        k_tiling = tile_transforms(dim)
-        v_tiling = tile_transforms(self.value_dim)
-        qk = Product(tile, k_tiling, k_tiling)
-        dov = Product(tile, v_tiling, v_tiling)
-        dsk = Product(dim, k_tiling, accumulate=True)
+        qk = Product(tile, dim, dim)
+        dov = Product(tile, self.value_dim, self.value_dim)
+        dsk = Product(dim, dim, accumulate=True)
         probabilities = gradient.probabilities_by_row(tile, self.scale_log2)
         logits_gradient = [
             gradient.logits_gradient_by_row(tile, partial) for partial in (False, True)
@@ -333,7 +330,7 @@ class _BackwardDq(BiasedWalker):
 
         def whole():
             values = gradient.scaled(self.head_dim, self.scale, self.dtype)(result)
-            _persistent.write(s, w, [(values, "dq", dq.at[b, rows, h])])
+            _persistent.write(s, w, Output(values, "dq", dq, (b, rows, h)))
 
         def one_part():
             values = gradient.scaled(self.head_dim, self.scale, jnp.float32)(result)

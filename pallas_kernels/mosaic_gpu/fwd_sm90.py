@@ -18,14 +18,22 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .._common import tile_transforms
-from . import _bias, _biased, _distance, _elements, _persistent, _sharing, _tables
+from . import (
+    _bias,
+    _biased,
+    _distance,
+    _elements,
+    _persistent,
+    _sharing,
+    _tables,
+    _tiles,
+)
 from . import _registers as r
 from . import _softmax as softmax
 from ._bias import Bias
 from ._biased import BiasedWalker
 from ._elements import Elements
-from ._persistent import HALF, Lists, Stream
+from ._persistent import HALF, Lists, Output, Stream
 from ._schedule import Schedule
 from ._wgmma import Product, start, wait
 from .merge_sm90 import merge
@@ -206,22 +214,23 @@ def scratch_spec(
 ) -> dict:
     """Shared memory of one CTA; the estimate and the launch both read it."""
     c, wgs = config, tile_q // 64
-    tile = lambda *shape: _persistent.tiles((c.teams, *shape), dtype)
+    tile = lambda lead, *sizes: _tiles.scratch((c.teams, *lead), *sizes, dtype)
+    of_q, of_v = (_tiles.parts(dim, dtype)[0] for dim in (head_dim, value_dim))
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
     shared = _sharing.scratch_spec(c.teams, value_dim) if c.share else {}
     return dict(
         **shared,
-        q=tile(c.num_q_stages, wgs, 64, head_dim),
-        k=tile(c.num_stages, c.tile_kv, head_dim),
-        v=tile(c.num_stages, c.tile_kv, value_dim),
+        q=tile((c.num_q_stages, wgs), 64, head_dim),
+        k=tile((c.num_stages,), c.tile_kv, head_dim),
+        v=tile((c.num_stages,), c.tile_kv, value_dim),
         **_persistent.staging(tile, wgs, c.staged, out=value_dim),
         lse=plgpu.SMEM((c.teams, wgs, 64), jnp.float32),
         item=_persistent.item_slots(c.teams, c.num_q_stages),
-        fixed_full=bar(c.num_q_stages, 1 + wgs),
+        fixed_full=bar(c.num_q_stages, 1 + wgs * of_q),
         fixed_free=bar(c.num_q_stages, wgs),
-        k_full=bar(c.num_stages, 1 + points),
+        k_full=bar(c.num_stages, of_q + points),
         k_free=bar(c.num_stages, wgs),
-        v_full=bar(c.num_stages, 1),
+        v_full=bar(c.num_stages, of_v),
         v_free=bar(c.num_stages, wgs),
         **_biased.late_bias_stream(
             bar, (c.teams, c.num_stages, wgs), (64, c.tile_kv), bias_dtype
@@ -278,7 +287,6 @@ def forward(
         *(_bias.dtype_of(bias), _bias.has_points(bias)),
     )
     _persistent.check_smem("forward", config, scratch)
-    q, k, v = (_persistent.pad_rows(x) for x in (q, k, v))
     q_pad = -(-q_len // block_q) * block_q
     slots = max(schedule.num_slots, 1)
     f32 = jnp.float32
@@ -350,9 +358,8 @@ class _Forward(BiasedWalker):
         """
         c, w = self.config, fields[HALF]
         tile, dim, in_regs = c.tile_kv, self.value_dim, c.q_in_registers
-        k_tiling, v_tiling = tile_transforms(self.head_dim), tile_transforms(dim)
-        qk = Product(tile, k_tiling, None if in_regs else k_tiling)
-        pv = Product(dim, v_tiling, accumulate=True)
+        qk = Product(tile, self.head_dim, None if in_regs else self.head_dim)
+        pv = Product(dim, dim, accumulate=True)
         start_qk, start_pv, start_both = start(qk), start(pv), start(qk, pv)
         softmax_step = softmax.softmax_step(tile, self.scale_log2, c.lazy)
         end_step = softmax.end_step(tile, dim, self.dtype, c.lazy > 0)
@@ -364,7 +371,7 @@ class _Forward(BiasedWalker):
         acc = plgpu.layout_cast(jnp.zeros((64, dim), jnp.float32), r.ACC)
         q = s["q"].at[stage, w]
         if in_regs:
-            q = plgpu.load(q, layout=r.OPERAND)
+            q = _tiles.load(64, self.head_dim, self.dtype)(q)
             r.fence_reads()()
             plgpu.barrier_arrive(s["fixed_free"][stage])
 
@@ -445,14 +452,13 @@ class _Forward(BiasedWalker):
 
         def whole():
             values, row_lse = finish(self.dtype)
-            places = out.at[b, rows, h], lse.at[b, h, rows]
-            outputs = [(values, "out", places[0]), (row_lse, "lse", places[1])]
-            _persistent.write(s, w, outputs)
+            of_row = Output(row_lse, "lse", lse, (b, h, rows))
+            _persistent.write(s, w, Output(values, "out", out, (b, rows, h)), of_row)
 
         def one_part():
             values, row_lse = finish(jnp.float32)
             rows = pl.ds(w * 64, 64)
-            _persistent.write(s, w, [(row_lse, "lse", part_lse.at[part, rows])])
+            _persistent.write(s, w, Output(row_lse, "lse", part_lse, (part, rows)))
             r.store(part_out.at[part, rows], values)
 
         pl.when(part < 0)(whole)

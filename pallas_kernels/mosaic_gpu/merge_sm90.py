@@ -17,9 +17,10 @@ import numpy as np
 from jax import lax
 
 from . import _mean as mean
-from . import _persistent
+from . import _persistent, _tiles
 from . import _registers as r
 from ._manual_axes import per_device
+from ._persistent import Output
 from ._schedule import Schedule
 
 Array = Any
@@ -74,16 +75,14 @@ def merge(
         values, row_lse = mean.end(sums)
         b, h, i = (places[3 * split + j] for j in range(3))
         here = pl.ds(i * wgs * 64 + half, 64)
-        place = out.at[b, here, h, columns]
-        _persistent.write(s, 0, [(values.astype(out.dtype), "out", place)])
-
-        @pl.when(chunk == 0)
-        def _lse():
-            _persistent.write(s, 0, [(row_lse, "lse", lse.at[b, h, here])])
+        values, first = values.astype(out.dtype), chunk * COLUMNS
+        write = functools.partial(_persistent.write, s, 0)
+        write(Output(values, "out", out, (b, here, h), first))
+        pl.when(chunk == 0)(lambda: write(Output(row_lse, "lse", lse, (b, h, here))))
 
         plgpu.wait_smem_to_gmem(0)
 
-    tile = lambda *shape: _persistent.tiles(shape, out.dtype)
+    tile = functools.partial(_tiles.scratch, dtype=out.dtype)
     scratch = dict(
         **_persistent.staging(tile, 1, True, out=COLUMNS),
         lse=plgpu.SMEM((1, 64), jnp.float32),

@@ -31,6 +31,7 @@ from jsparse.pallas_kernels.mosaic_gpu import (
     _registers,
     _score,
     _softmax,
+    _tiles,
     bwd_dbias_sm90,
     bwd_dkv_sm90,
     bwd_dq_sm90,
@@ -60,12 +61,17 @@ def _value(x):
     return x if is_array else x[...]
 
 
+def _untiled(x):
+    """The rows and columns of a tile, of its parts; or of registers."""
+    return x if x.ndim == 2 else jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
+
+
 def start(*products):
     def f(*args):
         rest, out = list(args), []
         for p in products:
             acc = rest.pop(0) if p.accumulate else 0.0
-            a, b = (_value(rest.pop(0)).astype(F32) for _ in range(2))
+            a, b = (_untiled(_value(rest.pop(0))).astype(F32) for _ in range(2))
             out.append(acc + a @ (b if p.accumulate else b.T))
         return tuple(out) if len(out) > 1 else out[0]
 
@@ -231,27 +237,28 @@ def zero_columns(columns, dim):
 
     def f(tile, bad, first):
         flags = _flags(bad, first, columns)
-        tile[...] = jnp.where(flags[:, None], 0, tile[...]).astype(tile.dtype)
+        tile[...] = jnp.where(flags[None, :, None], 0, tile[...]).astype(tile.dtype)
 
     return f
 
 
-def load_tile(queries, keys, dtype, transposed):
-    del dtype
+def load(rows, columns, dtype, transposed=False):
+    del rows, columns, dtype
 
-    def f(ref):
-        tile = jnp.moveaxis(ref[...], 0, 1).reshape(queries, keys)
-        return tile.T if transposed else tile
+    def f(tile):
+        values = _untiled(tile[...])
+        return values.T if transposed else values
 
     return f
 
 
-def store_tile(keys, dtype):
+def store(columns, dtype):
+    del columns
+
     def f(tile, x):
-        parts, rows, width = tile.shape
-        tile[...] = jnp.moveaxis(x.reshape(rows, parts, width), 1, 0).astype(dtype)
+        count, rows, width = tile.shape
+        tile[...] = jnp.moveaxis(x.reshape(rows, count, width), 1, 0).astype(dtype)
 
-    del keys
     return f
 
 
@@ -540,7 +547,8 @@ _STAND_INS = {
     ),
     _elements: (fetch, apply, poison, zero_columns),
     _registers: (named_barrier, fence_reads),
-    _bias: (*(load_tile, store_tile, add_tile, add_columns, add_rows),),
+    _tiles: (load, store),
+    _bias: (add_tile, add_columns, add_rows),
     _entries: (read, write),
     _distance: (
         *(
