@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+
+import jax
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -19,3 +22,14 @@ def swizzle_bytes(row: int) -> int:
     raise ValueError(
         f"row={row} bytes; expected a multiple of 32. Pad the head size with zeros."
     )
+
+
+@functools.cache
+def compute_capability() -> str:
+    """Of the GPU, such as ``"9.0"``."""
+    return str(jax.devices("gpu")[0].compute_capability)
+
+
+def on_hopper() -> bool:
+    """Whether JAX computes on a GPU that these kernels were built for."""
+    return jax.default_backend() == "gpu" and compute_capability() == "9.0"

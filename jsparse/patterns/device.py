@@ -36,9 +36,10 @@ from jsparse.patterns._device_checks import (
     common_batch,
     with_batch,
 )
+from jsparse.patterns._device_lists import blocks_and_bits
 from jsparse.patterns._device_windows import atom_windows as atom_windows
-from jsparse.patterns._integers import as_keys, divide
-from jsparse.patterns._parts import WORD, Sizes
+from jsparse.patterns._integers import as_keys
+from jsparse.patterns._parts import Sizes
 from jsparse.patterns._rules import Distance, ElementRule, squared_distance
 
 Array = Any
@@ -367,14 +368,10 @@ def _neighbors(
     widths: tuple[int, int],
     num_bits: int,
 ) -> BlockMask:
-    def blocks_and_bits(index, q_length, kv_length):
-        row_exists = jnp.arange(sizes.q_len, dtype=jnp.int32)[:, None] < q_length
-        known = row_exists & (index >= 0) & (index < kv_length)
-        index = jnp.where(known, index, sizes.kv_len)
-        # A sort that keeps equals in order would carry their places with it.
-        return _set_bits(jnp.sort(index, axis=1, stable=False), sizes, num_bits)
-
-    active, bits = _each(blocks_and_bits, batch, index, q_lengths, kv_lengths)
+    lengths = jnp.stack(
+        [jnp.broadcast_to(x, batch) for x in (q_lengths, kv_lengths)], 1
+    )
+    active, bits = blocks_and_bits(index, lengths, sizes, num_bits)
     mask = _from_map(
         active[:, None],
         q_lengths,
@@ -533,36 +530,6 @@ def _box_pairs(q: list[Array], kv: list[Array], limit: Array) -> Array:
         gap = jnp.maximum(jnp.maximum(low_q - high_kv, low_kv - high_q), 0)
         squared = squared + gap * gap
     return squared <= limit
-
-
-def _set_bits(index: Array, sizes: Sizes, num_bits: int) -> tuple[Array, Array]:
-    """Block map ``[nq, nk]`` and bits of a sorted index ``[T, k]``; S means no key."""
-    nq, nk = sizes.grid
-    t = jnp.arange(sizes.q_len, dtype=jnp.int32)[:, None]
-    row, q = divide(t, sizes.block_q)
-    col, s = divide(index, sizes.block_kv)
-    exists = index < sizes.kv_len
-    col = jnp.where(exists, col, nk)
-    # Of neighbours in the same block only the first writes: a GPU takes turns at those
-    # that write to one place.
-    seen = jnp.where(_is_first(col), col, nk)
-    active = jnp.zeros((nq, nk), bool).at[row, seen].set(True, mode="drop")
-    entry = jnp.cumsum(active.reshape(-1), dtype=jnp.int32) - 1
-    entry = entry[row * nk + jnp.minimum(col, nk - 1)]
-    # Of equal neighbours in the sorted row only the first adds its bit, so that adding
-    # is setting and no order of the additions matters.
-    entry = jnp.where(exists & _is_first(index), entry, num_bits)
-    word, s = divide(s, WORD)
-    word += q * sizes.words
-    bit = jnp.left_shift(jnp.uint32(1), s.astype(jnp.uint32))
-    bits = jnp.zeros((num_bits, sizes.block_q * sizes.words), jnp.uint32)
-    bits = bits.at[entry, word].add(bit, mode="drop")
-    return active, bits.reshape(num_bits, sizes.block_q, sizes.words)
-
-
-def _is_first(x: Array) -> Array:
-    """Which entries of each row ``[T, k]`` differ from the one before."""
-    return jnp.pad(x[:, 1:] != x[:, :-1], ((0, 0), (1, 0)), constant_values=True)
 
 
 def _each(f: Callable[..., Any], batch: int, *args: Array) -> Any:

@@ -18,6 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
 from jsparse.backends import mosaic_gpu
+from jsparse.patterns import _device_lists
 from tests.pallas_kernels.launches import H100
 
 TARGET = """
@@ -62,6 +63,7 @@ def without_gpu(monkeypatch):
         lambda name: "cuda" if name in ("gpu", "cuda") else known(name),
     )
     monkeypatch.setattr(mosaic_gpu, "why_not", lambda problem: None)
+    monkeypatch.setattr(_device_lists, "on_hopper", lambda: True)
 
 
 def mesh_of(count: int, kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:

@@ -36,6 +36,7 @@ from jsparse.pallas_kernels.mosaic_gpu import (
     bwd_dkv_sm90,
     bwd_dq_sm90,
     fwd_sm90,
+    neighbors_sm90,
 )
 
 F32 = jnp.float32
@@ -538,6 +539,44 @@ def _allows(rule, at, row, column):
     return square <= rule.cutoff2[entry(rule.cutoff2)]
 
 
+def _listed(index, row, first, end, keys):
+    """Some entries of lists, which query has each, and whether it exists."""
+    count = index.shape[-1]
+    at = first + jnp.arange(neighbors_sm90.THREADS * neighbors_sm90.AT_ONCE)
+    key = index[...].reshape(-1).at[row * count + at].get(mode="clip")
+    return key, at // count, (at < end) & (key >= 0) & (key < keys)
+
+
+def flag_blocks(count, block_kv):
+    del count
+
+    def f(index, flags, row, first, end, keys):
+        key, _, exists = _listed(index, row, first, end, keys)
+        block = jnp.where(exists, key // block_kv, flags.size)
+        flags[...] = flags[...].at[block].set(1, mode="drop")
+
+    return f
+
+
+def add_bits(count, block_q, block_kv, at_once):
+    del count
+
+    def f(index, numbers, tile, row, of_row, block, first, end, keys):
+        key, q, exists = _listed(index, row, first, end, keys)
+        place = numbers[...].at[of_row + key // block_kv].get(mode="clip") - block
+        exists &= (place >= 0) & (place < at_once)
+        place = jnp.where(exists, place, at_once)
+        shape = at_once, block_q, block_kv // 32, 32
+        bits = jnp.arange(32, dtype=jnp.uint32)
+        old = tile[...].reshape(*shape[:3], 1).astype(jnp.uint32) >> bits & 1
+        word, bit = jnp.divmod(key % block_kv, 32)
+        new = old.at[place, q, word, bit].set(1, mode="drop")
+        words = (new << bits).sum(-1, dtype=jnp.uint32)
+        tile[...] = jax.lax.bitcast_convert_type(words, jnp.int32).reshape(tile.shape)
+
+    return f
+
+
 _STAND_INS = {
     _softmax: (softmax_step, operand, end_step, finish),
     _gradient: (
@@ -562,6 +601,7 @@ _STAND_INS = {
         *(seen_distances, add_gaussian_slope, store_lane_sums),
     ),
     _score: (new_logits, products_gradient),
+    neighbors_sm90: (flag_blocks, add_bits),
     fwd_sm90: (start, wait),
     bwd_dbias_sm90: (start,),
     bwd_dq_sm90: (start, wait, operand),

@@ -1,7 +1,8 @@
 """Runs the GPU kernels on small problems, for compute-sanitizer.
 
-``python -m tests.support.launch_kernels [IMPLEMENTATION ...]``; `.ci/gpu` calls it.
-What the sanitizer says is the result, so only nonsense is looked for here: NaN.
+``python -m tests.support.launch_kernels [IMPLEMENTATION[:WORD,WORD...] ...]``, of which
+the words pick problems by name; `.ci/gpu` calls it. What the sanitizer says is the
+result, so only nonsense is looked for here: NaN.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from jsparse import ScoreFunction
+from jsparse import BlockMask, ScoreFunction
+from jsparse.patterns import device
 from tests.backends import test_contract as contract
 from tests.support.cases import (
     CASES,
@@ -53,15 +55,29 @@ def problems(implementation: str) -> Iterator[tuple[str, Case]]:
         yield "score function", make_case(rng, random_mask(rng, SIZES, 8), bias=bias)
 
 
-def main(implementations: list[str]) -> None:
+def lists() -> BlockMask:
+    """The mask of some neighbour lists, made on the device."""
+    rng = np.random.default_rng(1)
+    index = rng.integers(-5, 420, (2, 300, 24))
+    sizes = {"kv_len": 400, "block_q": 64, "block_kv": 64}
+    return jax.jit(lambda x: device.neighbors(x, capacity=7, **sizes))(index)
+
+
+def main(asked: list[str]) -> None:
     """Forward and backward, each problem once."""
-    for implementation in implementations or ["mosaic_gpu"]:
+    for words in asked or ["mosaic_gpu"]:
+        implementation, _, words = words.partition(":")
         for name, case in problems(implementation):
+            if not any(word in name for word in words.split(",")):
+                continue
             found = contract.run_case(implementation, case.cast("bfloat16"))
             bad = [bool(np.isnan(x).any()) for x in jax.tree.leaves(found)]
             print(implementation, name, "NaN" if any(bad) else "ran", flush=True)
             if any(bad):
                 sys.exit(1)
+        if "lists" in words or not words:
+            jax.block_until_ready(lists())
+            print(implementation, "lists ran", flush=True)
 
 
 if __name__ == "__main__":

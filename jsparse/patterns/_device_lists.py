@@ -1,0 +1,128 @@
+"""The blocks that lists of keys touch, and the bits of their elements, on the device.
+
+On a Hopper GPU by kernels of their own, which take the lists as they come; elsewhere by
+XLA, which sorts them first. Called by `device.neighbors`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from jsparse.pallas_kernels._common import on_hopper
+from jsparse.patterns._integers import divide
+from jsparse.patterns._parts import WORD, Sizes
+
+Array = Any
+
+
+def blocks_and_bits(
+    index: Array, lengths: Array, sizes: Sizes, num_bits: int
+) -> tuple[Array, Array]:
+    """The map of blocks ``[B, nq, nk]`` and the bits ``[B, num_bits, block_q, words]``.
+
+    Args:
+        index: ``[B or 1, T, k]`` int32; keys that do not exist are padding.
+        lengths: ``[B, 2]`` int32, queries and keys that exist.
+        sizes: of the mask.
+        num_bits: blocks that there is room for; those beyond have no bits.
+    """
+    if _kernels_take(index, sizes):
+        return _by_kernels(sizes, num_bits)(index, lengths)
+    find = functools.partial(_by_sorting, sizes=sizes, num_bits=num_bits)
+    if len(index) == len(lengths) == 1:
+        return jax.tree_util.tree_map(lambda x: x[None], find(index[0], lengths[0]))
+    index = jnp.broadcast_to(index, (len(lengths), *index.shape[1:]))
+    return jax.vmap(find)(index, lengths)
+
+
+def _numbers(active: Array) -> Array:
+    """Numbers of the active blocks of a batch entry, row by row; else any."""
+    return jnp.cumsum(active.reshape(-1), dtype=jnp.int32) - 1
+
+
+# ---------------------------------------------------------------------------- kernels
+
+
+def _kernels_take(index: Array, sizes: Sizes) -> bool:
+    if not on_hopper() or jax.typeof(index).sharding.mesh.explicit_axes:
+        return False
+    from jsparse.pallas_kernels.mosaic_gpu import neighbors_sm90
+
+    return neighbors_sm90.takes(sizes.grid[1], sizes.block_q, sizes.block_kv)
+
+
+@functools.lru_cache(maxsize=16)
+def _by_kernels(sizes: Sizes, num_bits: int):
+    from jsparse.pallas_kernels.mosaic_gpu import neighbors_sm90
+
+    _, kv_len, block_q, block_kv = sizes
+    options = {"kv_len": kv_len, "block_q": block_q, "block_kv": block_kv}
+
+    @custom_vmap
+    def find(index, lengths):
+        active = neighbors_sm90.touched_blocks(index, lengths, **options)
+        ends = jnp.cumsum(active.sum(-1, dtype=jnp.int32), 1, dtype=jnp.int32)
+        starts = jnp.pad(ends, ((0, 0), (1, 0)))
+        numbers = jax.vmap(_numbers)(active)
+        bits = neighbors_sm90.set_bits(
+            index, lengths, numbers, starts, num_bits=num_bits, **options
+        )
+        return active, bits
+
+    @find.def_vmap
+    def rule(axis_size, in_batched, *args):
+        index, lengths = (
+            x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+            for x, batched in zip(args, in_batched, strict=True)
+        )
+        entries = lengths.shape[1]
+        index = jnp.broadcast_to(index, (axis_size, entries, *index.shape[2:]))
+        found = find(*(x.reshape(-1, *x.shape[2:]) for x in (index, lengths)))
+        active, bits = (x.reshape(axis_size, entries, *x.shape[1:]) for x in found)
+        return (active, bits), (True, True)
+
+    return find
+
+
+# -------------------------------------------------------------------------------- XLA
+
+
+def _by_sorting(
+    index: Array, lengths: Array, *, sizes: Sizes, num_bits: int
+) -> tuple[Array, Array]:
+    """Of one batch entry."""
+    row_exists = jnp.arange(sizes.q_len, dtype=jnp.int32)[:, None] < lengths[0]
+    known = row_exists & (index >= 0) & (index < lengths[1])
+    index = jnp.where(known, index, sizes.kv_len)
+    # A sort that keeps equals in order would carry their places with it.
+    index = jnp.sort(index, axis=1, stable=False)
+    nq, nk = sizes.grid
+    t = jnp.arange(sizes.q_len, dtype=jnp.int32)[:, None]
+    row, q = divide(t, sizes.block_q)
+    col, s = divide(index, sizes.block_kv)
+    exists = index < sizes.kv_len
+    col = jnp.where(exists, col, nk)
+    # Of neighbours in the same block only the first writes: a GPU takes turns at those
+    # that write to one place.
+    seen = jnp.where(_is_first(col), col, nk)
+    active = jnp.zeros((nq, nk), bool).at[row, seen].set(True, mode="drop")
+    entry = _numbers(active)[row * nk + jnp.minimum(col, nk - 1)]
+    # Of equal neighbours in the sorted row only the first adds its bit, so that adding
+    # is setting and no order of the additions matters.
+    entry = jnp.where(exists & _is_first(index), entry, num_bits)
+    word, s = divide(s, WORD)
+    word += q * sizes.words
+    bit = jnp.left_shift(jnp.uint32(1), s.astype(jnp.uint32))
+    bits = jnp.zeros((num_bits, sizes.block_q * sizes.words), jnp.uint32)
+    bits = bits.at[entry, word].add(bit, mode="drop")
+    return active, bits.reshape(num_bits, sizes.block_q, sizes.words)
+
+
+def _is_first(x: Array) -> Array:
+    """Which entries of each row ``[T, k]`` differ from the one before."""
+    return jnp.pad(x[:, 1:] != x[:, :-1], ((0, 0), (1, 0)), constant_values=True)

@@ -1,0 +1,39 @@
+"""What the adapters of the Hopper kernels compute beside them."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsparse.backends import _hopper
+
+
+@pytest.mark.parametrize("columns", [9, 40_000])
+def test_order_of_blocks_by_key(columns):
+    """On the host and traced; with sort keys of two bytes and of four."""
+    rng = np.random.default_rng(0)
+    heads, rows, capacity, entries = 2, 7, 5, []
+    for _ in range(heads * rows):
+        some = rng.choice(columns, rng.integers(0, capacity + 1), replace=False)
+        entries.append(np.sort(some))
+    counts = np.array([len(x) for x in entries], np.int32).reshape(heads, rows)
+    unused = np.iinfo(np.int32).max
+    lists = [np.pad(x, (0, capacity - len(x)), constant_values=unused) for x in entries]
+    indices = np.array(lists, np.int32).reshape(heads, rows, capacity)
+
+    blocks = [
+        (h, j, i)
+        for h in range(heads)
+        for i in range(rows)
+        for j in indices[h, i, : counts[h, i]]
+    ]
+    expected = sorted(range(len(blocks)), key=blocks.__getitem__)
+    order = functools.partial(_hopper._order_by_key, count=len(blocks), columns=columns)
+    found = order(np, counts=counts, indices=indices)
+    np.testing.assert_array_equal(found, expected)
+    traced = jax.jit(functools.partial(order, jnp))(counts=counts, indices=indices)
+    np.testing.assert_array_equal(traced, expected)
