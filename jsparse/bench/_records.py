@@ -63,8 +63,10 @@ def write_record(record: Record, folder: Path) -> Path:
 
     Args:
         record: made by `run_case`.
-        folder: an existing folder.
+        folder: made if it is not there: a run beside this one, which made it and then
+            had nothing to keep, may have taken it away.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     device = record["device"]
     stamp = re.sub(r"[^0-9TZ]", "", record["date"].replace("+00:00", "Z"))
     name = _slug(device["device"])

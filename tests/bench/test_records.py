@@ -121,6 +121,11 @@ def test_gpu_records_show_rates_and_who_is_dense():
     assert "500 TFLOP/s" in table.rows[1]
 
 
+def test_a_folder_taken_away_meanwhile_is_made_again(tmp_path):
+    file = write_record(attention(), tmp_path / "away" / "records")
+    assert len(read_records(file.parent)) == 1
+
+
 def test_written_record_is_read_back(tmp_path: Path):
     file = write_record(attention(), tmp_path)
     assert file.name == "tiny.cpu-acme-9000-tm-2cores.20260102T030405Z.json"
