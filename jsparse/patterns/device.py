@@ -156,7 +156,9 @@ def neighbors(
     """Query t sees the keys ``index[t, 0], ..., index[t, k - 1]``.
 
     The entries of a row are a set: their order does not matter and duplicates count
-    once. Negative entries are padding. The elements become bits, packed on the device.
+    once. Negative entries are padding. The elements become bits, packed on the device:
+    on a Hopper GPU, for blocks that attention takes there, by kernels that read the
+    lists as they are; elsewhere by XLA, which sorts a copy of them.
 
     Args:
         index: ``[T, k]`` or ``[B, T, k]`` integer, the keys of each query.

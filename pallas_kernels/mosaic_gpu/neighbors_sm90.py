@@ -66,9 +66,7 @@ def touched_blocks(
         rows = _Rows.of(lengths, entry, block, q_len * (entries > 1), block_q)
         flags[...] = _zeros((room,))
         plgpu.commit_smem()
-        rows.each(
-            count, lambda n, end: flag(index, flags, rows.first, n, end, rows.keys)
-        )
+        rows.each(count, lambda *some: flag(index, flags, rows.first, *some, rows.keys))
         plgpu.commit_smem()
         found = plgpu.load(flags, layout=_strided((room,), 4), optimized=False)
         out[entry * num_q + block] = found.astype(jnp.int8)
@@ -117,54 +115,44 @@ def set_bits(
     num_q, num_kv = -(-q_len // block_q), -(-kv_len // block_kv)
     words = block_kv // 32
     at_once = ROOM // (4 * block_q * words)
-    shape = (block_q * words // min(block_q * words, 128), min(block_q * words, 128))
+    # Of a block; TMA takes at most 256 numbers along an axis.
+    shape = (-(-block_q * words // 128), min(block_q * words, 128))
     add = add_bits(count, block_q, block_kv, at_once)
 
     def body(index, lengths, numbers, starts, out, tile):
         entry, block = _divmod(lax.axis_index("block"), num_q)
         rows = _Rows.of(lengths, entry, block, q_len * (entries > 1), block_q)
-        at = entry * (num_q + 1)
-        begin, end, total = (
-            starts[at + block],
-            starts[at + block + 1],
-            starts[at + num_q],
-        )
-        of_row = (entry * num_q + block) * num_kv
+        at, of_row = entry * (num_q + 1), (entry * num_q + block) * num_kv
+        begin, stop = starts[at + block], starts[at + block + 1]
+        total = starts[at + num_q]
 
         def clear():
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             tile[...] = _zeros((at_once, *shape))
             plgpu.commit_smem()
 
-        def some(n, _):
+        def some_blocks(n, _):
             first = begin + n * at_once
             clear()
-
-            def some_entries(n, end):
-                places = rows.first, of_row, first, n, end, rows.keys
-                add(index, numbers, tile, *places)
-
-            rows.each(count, some_entries)
+            args = index, numbers, tile, rows.first, of_row, first
+            rows.each(count, lambda *some: add(*args, *some, rows.keys))
             plgpu.commit_smem()
-            last = jnp.minimum(jnp.minimum(end, num_bits) - first, at_once)
+            found = jnp.minimum(stop, num_bits) - first
 
             def copy(i, _):
                 plgpu.copy_smem_to_gmem(tile.at[i], out.at[entry, first + i])
 
-            lax.fori_loop(0, last, copy, None)
+            lax.fori_loop(0, jnp.minimum(found, at_once), copy, None)
 
-        lax.fori_loop(
-            0, lax.div(end - begin + at_once - 1, jnp.int32(at_once)), some, None
-        )
+        lax.fori_loop(0, _rounds(stop - begin, at_once), some_blocks, None)
         clear()
-        rest = jnp.maximum(num_bits - total - block + num_q - 1, 0)
 
         def copy_zeros(n, _):
-            plgpu.copy_smem_to_gmem(
-                tile.at[0], out.at[entry, total + block + n * num_q]
-            )
+            unused = out.at[entry, total + block + n * num_q]
+            plgpu.copy_smem_to_gmem(tile.at[0], unused)
 
-        lax.fori_loop(0, lax.div(rest, jnp.int32(num_q)), copy_zeros, None)
+        # What no block uses is shared out among all.
+        lax.fori_loop(0, _rounds(num_bits - total - block, num_q), copy_zeros, None)
         plgpu.wait_smem_to_gmem(0)
 
     kernel = plgpu.kernel(
