@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from jsparse import block_sparse_attention, patterns
 from jsparse.bench import _models
 from jsparse.bench._kinds import ModelCase
 from tests.compiled.conftest import compiled, temporaries
@@ -49,3 +51,20 @@ def test_little_more_than_inputs_and_outputs(name, forward, both):
     """Limits in megabytes; a copy of a bias, or of q, k and v, is more."""
     for limit, program in zip((forward, both), programs(name), strict=True):
         assert temporaries(program) < limit * MB
+
+
+def test_no_copies_of_any_length():
+    """100,003 queries are no multiple of the rows that a tile's copies come in."""
+    mask = patterns.window(100_003, left=500, right=500)
+    x = jax.ShapeDtypeStruct((100_003, 16, 64), jnp.bfloat16)
+
+    def attend(q, k, v):
+        return block_sparse_attention(q, k, v, mask, implementation="mosaic_gpu")
+
+    def both(dout, *arrays):
+        out, pull = jax.vjp(attend, *arrays)
+        return out, pull(dout)
+
+    size = x.size * x.dtype.itemsize
+    assert temporaries(compiled(attend, x, x, x)) < 0.05 * 4 * size
+    assert temporaries(compiled(both, x, x, x, x)) < 0.05 * 8 * size
