@@ -20,7 +20,6 @@ from jax import lax
 from jax._src.lib.mlir import ir
 from jax.experimental.mosaic.gpu import utils
 
-from .._common import MAX_SMEM_BYTES
 from . import _registers as r
 from ._manual_axes import per_device
 
@@ -31,7 +30,8 @@ AT_ONCE = 8
 """Entries that a thread has in flight."""
 ROOM = 64 * 1024
 """Bytes of bits that a CTA sets at a time: three CTAs fit on a multiprocessor."""
-MOST_KEY_BLOCKS = (MAX_SMEM_BYTES - 4096) // 4
+MOST_KEY_BLOCKS = 8192
+"""Their flags take 32 KB, and 64 registers of a thread on their way out."""
 _PARAMS = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
 
 

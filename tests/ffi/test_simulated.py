@@ -13,6 +13,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from jsparse import block_sparse_attention
 from jsparse.backends import _hopper, cutlass
@@ -27,6 +28,7 @@ from tests.support.cases import (
     random_mask,
     uneven_rows,
 )
+from tests.support.meshes import mesh_of_two
 
 attend = functools.partial(
     block_sparse_attention, return_lse=True, implementation="cutlass"
@@ -165,9 +167,7 @@ def test_shard_map_moves_nothing(on_cpu, part):
     rng = np.random.default_rng(21)
     mask = random_mask(rng, (200, 300, 128, 64), 6)
     case = make_case(rng, mask, batch=(2,), heads=(2, 2)).cast("bfloat16")
-    mesh = jax.make_mesh(
-        (2,), ("x",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2]
-    )
+    mesh = mesh_of_two(AxisType.Auto)
     sharded = jax.jit(
         jax.shard_map(
             lambda q, k, v: attend(q, k, v, mask)[0],

@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from jsparse import BlockBias, DistanceBias
 from jsparse.nn import functional
 from jsparse.patterns import device
+from tests.support.meshes import mesh_of_two
 
 Array = Any
 FLOOR = {"float32": 3e-6, "bfloat16": 2.64e-3}
@@ -330,11 +332,7 @@ def test_lists_of_any_integers(dtype):
 @pytest.mark.parametrize("kind", ["none", "array", "distance"])
 def test_neighbor_lists_on_an_explicit_mesh(kind, part, capacity):
     """Lists of each sample are where its queries are."""
-    devices = jax.devices()[:2]
-    if len(devices) < 2:
-        pytest.skip("needs two devices")
-    kinds = (jax.sharding.AxisType.Explicit,)
-    mesh = jax.make_mesh((2,), ("x",), kinds, devices=devices)
+    mesh = mesh_of_two(AxisType.Explicit)
     index, coords = lists(150, 150), normal(35, 150, 3)
     q, (k, v) = normal(31, 2, 150, 4, 8), normal(32, 2, 2, 150, 2, 8)
     bias = np.ones(4, np.float32) if kind == "distance" else normal(33, 4, 150, 9)
@@ -416,10 +414,7 @@ def test_neighbors_in_parts_or_at_once_are_the_same(length):
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_devices_that_choose_differently(with_bias):
     """Inside `shard_map` one device takes parts and one does not; keys are shared."""
-    devices = jax.devices()[:2]
-    if len(devices) < 2:
-        pytest.skip("needs two devices")
-    mesh = jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Auto,), devices=devices)
+    mesh = mesh_of_two(AxisType.Auto)
     index, (k, v) = np.stack(near_and_far(150)), normal(32, 2, 150, 2, 8)
     q, bias = normal(31, 2, 150, 2, 8), normal(33, 2, 150, 2)
     some = functools.partial(

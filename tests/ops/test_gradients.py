@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from jsparse import BlockBias, BlockMask, CapacityError, block_sparse_attention
 from jsparse.bias import ScoreFunction
 from jsparse.ops import gradients
 from tests.backends import test_contract as contract
 from tests.support.cases import CASES, SIZES, Case, biases, make_case, random_mask
+from tests.support.meshes import mesh_of_two
 
 EPS = 3e-6
 
@@ -125,12 +127,7 @@ def test_some_keys_give_their_share(implementation):
 
 @pytest.mark.parametrize("implementation", contract.WITH_BIAS)
 def test_on_a_mesh_with_explicit_axes(implementation):
-    devices = jax.devices()[:2]
-    if len(devices) < 2:
-        pytest.skip("needs two devices")
-    mesh = jax.make_mesh(
-        (2,), ("x",), (jax.sharding.AxisType.Explicit,), devices=devices
-    )
+    mesh = mesh_of_two(AxisType.Explicit)
     rng = np.random.default_rng(7)
     case = make_case(rng, random_mask(rng, SIZES, 8), batch=(2,))
     rows = *contract.run_case(implementation, case)[:2], case.dout

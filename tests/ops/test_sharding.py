@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from jsparse import (
     BlockBias,
@@ -19,6 +20,7 @@ from jsparse import (
 )
 from jsparse.nn.functional import atom_window_attention
 from tests.support.cases import MOVES, random_mask
+from tests.support.meshes import mesh_of_two
 from tests.support.scores import alibi
 
 T, S, HEADS = 70, 90, 4
@@ -27,11 +29,7 @@ P = jax.P
 
 @pytest.fixture(scope="module")
 def mesh():
-    devices = jax.devices()[:2]
-    if len(devices) < 2:
-        pytest.skip("needs two devices")
-    explicit = (jax.sharding.AxisType.Explicit,)
-    return jax.make_mesh((2,), ("x",), explicit, devices=devices)
+    return mesh_of_two(AxisType.Explicit)
 
 
 def inputs(kv_heads: int = HEADS) -> list[np.ndarray]:
