@@ -6,6 +6,8 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -33,3 +35,9 @@ def compute_capability() -> str:
 def on_hopper() -> bool:
     """Whether JAX computes on a GPU that these kernels were built for."""
     return jax.default_backend() == "gpu" and compute_capability() == "9.0"
+
+
+def divided(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    """Quotient and remainder of an int32 that is not negative, in a kernel."""
+    by = jnp.int32(n)
+    return lax.div(x, by), lax.rem(x, by)

@@ -6,7 +6,7 @@ What is traced is checked by shape and dtype, what is concrete also by value. Ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -159,3 +159,12 @@ def with_batch(x: Array) -> Array:
 
 def _is_real(x: Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def each(f: Callable[..., Any], batch: int, *args: Array) -> Any:
+    """``f`` of each batch entry; arguments with one entry are shared."""
+    if batch == 1:
+        # Not mapped: under vmap the loops carry a select on every array.
+        out = f(*(x[0] for x in args))
+        return jax.tree_util.tree_map(lambda x: x[None], out)
+    return jax.vmap(f)(*(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in args))

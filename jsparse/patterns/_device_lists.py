@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from jsparse.pallas_kernels._common import on_hopper
+from jsparse.patterns._device_checks import each
 from jsparse.patterns._integers import divide
 from jsparse.patterns._parts import WORD, Sizes
 
@@ -34,10 +35,7 @@ def blocks_and_bits(
     if _kernels_take(index, sizes):
         return _by_kernels(sizes, num_bits)(index, lengths)
     find = functools.partial(_by_sorting, sizes=sizes, num_bits=num_bits)
-    if len(index) == len(lengths) == 1:
-        return jax.tree_util.tree_map(lambda x: x[None], find(index[0], lengths[0]))
-    index = jnp.broadcast_to(index, (len(lengths), *index.shape[1:]))
-    return jax.vmap(find)(index, lengths)
+    return each(find, len(lengths), index, lengths)
 
 
 def _numbers(active: Array) -> Array:

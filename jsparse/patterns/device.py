@@ -34,6 +34,7 @@ from jsparse.patterns._device_checks import (
     check_rules,
     check_widths,
     common_batch,
+    each,
     with_batch,
 )
 from jsparse.patterns._device_lists import blocks_and_bits
@@ -352,7 +353,7 @@ def _radius(
         kv = q if symmetric else _tile(kv, kv_length, sizes.block_kv)
         return _near_blocks(q, kv, cutoff * cutoff * _SLACK, symmetric)
 
-    active = _each(blocks, batch, q, kv, cutoff, q_lengths, kv_lengths)
+    active = each(blocks, batch, q, kv, cutoff, q_lengths, kv_lengths)
     rule = Distance(q, kv, cutoff[:, None])
     return _from_map(
         active[:, None], q_lengths, kv_lengths, (rule,), sizes=sizes, widths=widths
@@ -532,15 +533,6 @@ def _box_pairs(q: list[Array], kv: list[Array], limit: Array) -> Array:
         gap = jnp.maximum(jnp.maximum(low_q - high_kv, low_kv - high_q), 0)
         squared = squared + gap * gap
     return squared <= limit
-
-
-def _each(f: Callable[..., Any], batch: int, *args: Array) -> Any:
-    """``f`` of each batch entry; arguments with one entry are shared."""
-    if batch == 1:
-        # Not mapped: under vmap the loops carry a select on every array.
-        out = f(*(x[0] for x in args))
-        return jax.tree_util.tree_map(lambda x: x[None], out)
-    return jax.vmap(f)(*(jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in args))
 
 
 def _checked(mask: BlockMask) -> BlockMask:

@@ -22,7 +22,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .._common import LOG2E
+from .._common import LOG2E, divided
 from . import _bias, _biased, _elements, _persistent, _tiles
 from . import _gradient as gradient
 from . import _registers as r
@@ -312,10 +312,10 @@ class _BackwardDbias(Teams):
         heads, blocks = visits.bias.values.shape[1], self.pattern[2]
 
         def step(n, carry):
-            n, share = _divmod(worker + n * self.workers, self.shares)
-            n, part = _divmod(n, per_block)
-            rest, block = _divmod(visits.order[n], blocks)
-            entry, head = _divmod(rest, heads)
+            n, share = divided(worker + n * self.workers, self.shares)
+            n, part = divided(n, per_block)
+            rest, block = divided(visits.order[n], blocks)
+            entry, head = divided(rest, heads)
             return item(_Item(entry, head, block, part * self.tile, share), carry)
 
         return lax.fori_loop(0, turns, step, carry)
@@ -328,8 +328,8 @@ class _BackwardDbias(Teams):
         count = self.batch // entries * per_entry
 
         def step(n, carry):
-            outer, h = _divmod(n, per_entry)
-            outer, inner = _divmod(outer, bias.inner)
+            outer, h = divided(n, per_entry)
+            outer, inner = divided(outer, bias.inner)
             b = (outer * entries + at.entry) * bias.inner + inner
             h = h if heads == 1 else at.head
             own = (b if self.pattern[0] > 1 else 0) * self.pattern[1]
@@ -352,7 +352,7 @@ class _BackwardDbias(Teams):
         """Row and column of a block of the bias in batch entry b's grid of blocks."""
         blocks = visits.blocks
         if blocks.row is None:
-            return _divmod(at.block, self.columns)
+            return divided(at.block, self.columns)
         _, _, n = self.pattern
         entry = (b if len_of(blocks.row) > n else 0) * n + at.block
         return blocks.row[entry], blocks.column[entry]
@@ -361,7 +361,7 @@ class _BackwardDbias(Teams):
         """Where a warpgroup's chunks of a tile stand in the bias."""
         i = j = jnp.int32(0)
         if isinstance(visits.bias, DenseBias):
-            i, j = _divmod(at.block, self.columns)
+            i, j = divided(at.block, self.columns)
         row, column = i * self.block_rows + w * 64, j * self.block_columns + at.part
         return [
             TilePlace(at.entry, at.head, row, column + c * self.chunk, at.block)
@@ -509,8 +509,3 @@ class _BackwardDbias(Teams):
 def len_of(x: Array) -> int:
     """Elements of a reference."""
     return math.prod(x.shape)
-
-
-def _divmod(x, n: int):
-    n = jnp.int32(n)
-    return lax.div(x, n), lax.rem(x, n)

@@ -20,6 +20,7 @@ from jax import lax
 from jax._src.lib.mlir import ir
 from jax.experimental.mosaic.gpu import utils
 
+from .._common import divided
 from . import _registers as r
 from ._manual_axes import per_device
 
@@ -62,7 +63,7 @@ def touched_blocks(
     flag = flag_blocks(count, block_kv)
 
     def body(index, lengths, out, flags):
-        entry, block = _divmod(lax.axis_index("block"), num_q)
+        entry, block = divided(lax.axis_index("block"), num_q)
         rows = _Rows.of(lengths, entry, block, q_len * (entries > 1), block_q)
         flags[...] = _zeros((room,))
         plgpu.commit_smem()
@@ -120,7 +121,7 @@ def set_bits(
     add = add_bits(count, block_q, block_kv, at_once)
 
     def body(index, lengths, numbers, starts, out, tile):
-        entry, block = _divmod(lax.axis_index("block"), num_q)
+        entry, block = divided(lax.axis_index("block"), num_q)
         rows = _Rows.of(lengths, entry, block, q_len * (entries > 1), block_q)
         at, of_row = entry * (num_q + 1), (entry * num_q + block) * num_kv
         begin, stop = starts[at + block], starts[at + block + 1]
@@ -291,8 +292,3 @@ def _zeros(shape: tuple[int, ...]) -> Array:
 def _rounds(total, step: int):
     """How many steps ``total`` takes; none if it is not above 0."""
     return lax.div(jnp.maximum(total, 0) + step - 1, jnp.int32(step))
-
-
-def _divmod(x, n: int):
-    n = jnp.int32(n)
-    return lax.div(x, n), lax.rem(x, n)
