@@ -119,8 +119,8 @@ class EntryBias(_Shared):
 
 STREAMED = {"16 bits": jnp.bfloat16, "32 bits": jnp.float32}
 """Kinds of a streamed bias, and a dtype of each."""
-COMPUTED = (*_distance.FORMS, "score", "entry")
-"""Kinds of a bias that takes registers."""
+COMPUTED = (*_distance.FORMS, "score")
+"""Kinds of a bias that takes registers; beside these there is ``"entry"``."""
 Streamed = DenseBias | BlockBias
 Bias = Streamed | KeyBias | EntryBias | DistanceBias | Score
 
@@ -201,14 +201,19 @@ def lane_sums(bias: Bias | None) -> int:
     return bias.lane_sums if own else 0
 
 
-def has_points(bias: Bias | None) -> bool:
-    """Whether the points of a step's columns come through shared memory."""
-    return isinstance(bias, DistanceBias)
+def in_smem(bias: Bias | None) -> tuple[Any, bool, bool]:
+    """What of a bias is in shared memory: what each ``scratch_spec`` takes last.
+
+    The dtype of streamed tiles or None, whether there are points of a step's columns,
+    and whether tiles that the values of a bias by entry are spread over.
+    """
+    dtype = bias.values.dtype if bias is not None and streamed(bias) else None
+    return dtype, isinstance(bias, DistanceBias), isinstance(bias, EntryBias)
 
 
-def dtype_of(bias: Bias | None) -> Any:
-    """The dtype of tiles in shared memory; None if there are none."""
-    return bias.values.dtype if bias is not None and streamed(bias) else None
+def kind_in_smem(kind: str | None) -> tuple[Any, bool, bool]:
+    """`in_smem`, of a kind of bias."""
+    return STREAMED.get(kind), kind in _distance.FORMS, kind == "entry"
 
 
 def kind(bias: Bias | None) -> str | None:

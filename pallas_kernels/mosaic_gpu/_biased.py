@@ -1,10 +1,10 @@
 """What a walker does with a bias: reads it, adds it, sums its gradient by row.
 
 A streamed bias has a tile for each warpgroup and step, one by distance the points of a
-step's columns; the others are read by position (see `_bias` and `_distance`) or by bit
-(`_entries`). The gradient of a streamed bias that nobody shares is the dq kernel's ds:
-it takes the place of the tile in shared memory, and leaves from there. That of a bias
-by entry is written as it is read.
+step's columns; the others are read by position (see `_bias` and `_distance`), or spread
+over a tile by their bits (`_entries`). The gradient of a streamed bias that nobody shares
+is the dq kernel's ds: it takes the place of the tile in shared memory, and leaves from
+there. So does that of a bias by entry, bit by bit.
 Of a bias by key or by distance, the dq and the dk and dv kernel sum up for each row
 what its gradient is made of, and the dq kernel, for each item, what a table's or
 Gaussians' is. A score function is a bias that also changes the gradient of the products
@@ -39,10 +39,10 @@ Array = Any
 
 
 class _Entries(NamedTuple):
-    """What a step knows of a bias by entry: its number, and its values."""
+    """What a step knows of a bias by entry: its number, and where its values are."""
 
     step: Array
-    values: Array
+    tile: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +81,13 @@ class BiasedWalker(Walker):
             columns = _distance.read_columns(self.tile)(s["points"].at[slot])
             return _distance.Read(fields[0], self.first_row(fields), columns, table)
         if isinstance(bias, EntryBias):
-            read = _entries.read(self.tile, self.rows_tested, self.rows_are_queries)
+            sizes = self.tile, self.rows_tested, self.rows_are_queries
             b, h = bias.entry(*fields[:2])
             entry = jnp.int32(b * bias.values.shape[1] + h)
             at = self.entries_of(fields, lists, n, entry)
-            return _Entries(n, read(bias.table, bias.values, at))
+            tile = s["entries"].at[fields[HALF]]
+            _entries.spread(*sizes)(bias.table, bias.values, at, tile)
+            return _Entries(n, tile)
         if isinstance(bias, KeyBias):
             b, h = bias.entry(*fields[:2])
             if not self.rows_are_queries:
@@ -136,7 +138,8 @@ class BiasedWalker(Walker):
             add = _distance.with_bias(self.tile, scale, self.rows_tested, slopes)
             return add(x, bias, bias.entry(*fields[:2]), read)
         if isinstance(bias, EntryBias):
-            return _bias.add_tile(self.tile, scale, jnp.float32)(x, read.values)
+            values = _entries.read(self.tile)(read.tile)
+            return _bias.add_tile(self.tile, scale, jnp.float32)(x, values)
         if not isinstance(bias, KeyBias):
             return _bias.add_tile(self.tile, scale, bias.values.dtype)(x, read.values)
         if self.rows_are_queries:
@@ -176,7 +179,7 @@ class BiasedWalker(Walker):
             out = s["bias_gradient"]
             entry = fields[0] * out.shape[1] + fields[1]
             at = self.entries_of(fields, lists, read.step, entry)
-            _entries.write(self.tile)(lists.bias.table, out, at, ds)
+            _entries.write(self.tile)(lists.bias.table, out, at, read.tile, ds)
         elif self.writes_bias:
             tile, dtype = s["bias"].at[slot, fields[HALF]], lists.bias.values.dtype
             values = gradient.scaled(self.tile, 1.0, dtype)(ds)
@@ -304,6 +307,8 @@ def room(bias: str) -> dict:
     """
     if bias in ("table", "gaussian"):
         return dict(points=True)
+    if bias == "entry":
+        return dict(entries=True)
     return dict(bias_dtype=_bias.STREAMED.get(bias, jnp.float32))
 
 
@@ -356,6 +361,12 @@ def points_scratch(config: Any, columns: int, points: bool) -> dict:
     """Shared memory of the points of a step's columns; they are of the first stream."""
     shape = (config.teams, config.num_stages, 3, columns)
     return dict(points=plgpu.SMEM(shape, jnp.float32)) if points else {}
+
+
+def entries_scratch(config: Any, wgs: int, columns: int, entries: bool) -> dict:
+    """Shared memory that a step's bias by entry is spread over."""
+    lead = config.teams, wgs
+    return dict(entries=_entries.scratch(lead, columns)) if entries else {}
 
 
 def lane_sums_scratch(teams: int, wgs: int, count: int) -> dict:

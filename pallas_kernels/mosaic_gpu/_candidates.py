@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from . import _bias, _distance, _persistent, bwd_dkv_sm90, bwd_dq_sm90, fwd_sm90
+from . import _bias, _persistent, bwd_dkv_sm90, bwd_dq_sm90, fwd_sm90
 from ._gradient import BackwardConfig
 from ._tables import Key
 from .fwd_sm90 import Config
@@ -122,7 +122,7 @@ def _runs(key: Key, config: Any, dtype: Any) -> bool:
             config,
             scratch(
                 *(config, rows, key.head_dim, key.value_dim),
-                *(dtype, _bias.STREAMED.get(key.bias), key.bias in _distance.FORMS),
+                *(dtype, *_bias.kind_in_smem(key.bias)),
             ),
         )
     except ValueError:

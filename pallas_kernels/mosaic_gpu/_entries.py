@@ -1,16 +1,17 @@
-"""A bias with a value for each set bit: which one, by counting the bits before it.
+"""A bias with a value for each set bit: spread over a tile in shared memory.
 
-The values of a block lie together, in the order of its bits. A thread reads those of
-its own elements from global memory, under a predicate: an element whose bit is not set
-has 0 and reads nothing. The gradient goes the same way; every element is one thread's,
-once, so that no two write to one place.
+The values of a block lie together, in the order of its bits. Of the 16 rows of a warp
+each lane takes some words of bits, and copies the values of those that are set to their
+elements of a tile, from where every lane of the warp reads its own. Other elements do
+not count, and are left as they were. The gradient goes the same way back: each bit is
+one lane's, so that no two write to one place. Warps wait for nobody but their lanes.
 
 Called by `_biased`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -22,6 +23,10 @@ from jax.experimental.mosaic.gpu import utils
 from . import _registers as r
 
 Array = Any
+PADDING = 8
+"""Numbers between rows: four rows of neighbouring pairs are in 32 different banks."""
+IN_FLIGHT = {1: 4, 2: 3, 4: 2}
+"""Values of a word that a lane has under way, by how many words it has."""
 
 
 class TileEntries(NamedTuple):
@@ -38,184 +43,230 @@ class TileEntries(NamedTuple):
     key: Array
 
 
-def read(columns: int, rows: int, rows_are_queries: bool) -> Callable:
-    """``f(table, values, at) -> x``: float32, 0 where no bit is set.
+def scratch(lead: Sequence[int], columns: int) -> plgpu.SMEM:
+    """Shared memory of 64-row tiles; ``lead`` are axes before them."""
+    return plgpu.SMEM((*lead, 64 * (columns + PADDING)), jnp.float32)
+
+
+def spread(columns: int, rows: int, rows_are_queries: bool) -> Callable:
+    """``f(table, values, at, tile)``: values to the elements whose bits are set.
 
     ``table`` and ``values`` are those of `_bias.EntryBias`, ``at`` is a `TileEntries`,
     and ``rows`` are those of a block, if there are less than 64.
     """
-    found = plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=r.ACC)
 
     @plgpu.inline_mgpu(
-        arg_types=(*[plgpu.RefType()] * 2, *[r.SCALAR] * 3), return_type=found
+        arg_types=(*[plgpu.RefType()] * 3, *[r.SCALAR] * 3), return_type=()
     )
-    def f(_, table, values, *at):
-        scalars = [x.registers.item() for x in at]
-        of_thread = _ByQuery if rows_are_queries else _ByKey
-        place = of_thread(table, values, scalars, rows)
-        out = [r.number(0.0)] * (columns // 2)
-        for (first, second), pair in place.pairs(columns):
-            out[first], out[second] = place.load(pair)
+    def f(_, table, values, tile, *at):
+        at = TileEntries(*(x.registers.item() for x in at))
+        find = _by_query if rows_are_queries else _by_key
+        words = find(table, tile, at, columns, rows)
+        # Nobody still reads the last step's.
+        r.command("bar.warp.sync 0xffffffff;")
+        _each_bit(words, values, at.entry, to_shared=True)
+
+    return lambda table, values, at, tile: f(table, values, tile, *at)
+
+
+def read(columns: int) -> Callable:
+    """``f(tile) -> x``: what the lanes of the warp have spread."""
+    found = plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=r.ACC)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=found)
+    def f(_, tile):
+        r.command("bar.warp.sync 0xffffffff;")
+        struct = llvm.StructType.get_literal([r.f32()] * 2)
+        place, out = _own_elements(tile, columns), []
+        for offset in _pairs(columns):
+            text = f"ld.shared.v2.f32 {{$0, $1}}, [$2+{offset}];"
+            both = r.asm(struct, [place], text, "=f,=f,r", effects=True)
+            out += [llvm.extractvalue(r.f32(), both, [e]) for e in range(2)]
         return r.accumulator(out, (64, columns))
 
-    return lambda table, values, at: f(table, values, *at)
+    return f
 
 
 def write(columns: int) -> Callable:
-    """``f(table, out, at, x)``: writes x where bits are set; rows are queries."""
+    """``f(table, out, at, tile, x)``: writes x where bits are set; rows are queries."""
 
     @plgpu.inline_mgpu(
-        arg_types=(*[plgpu.RefType()] * 2, *[r.SCALAR] * 3, r.ACC), return_type=()
+        arg_types=(*[plgpu.RefType()] * 3, *[r.SCALAR] * 3, r.ACC), return_type=()
     )
-    def f(_, table, out, *args):
+    def f(_, table, out, tile, *args):
         *at, x = args
-        place = _ByQuery(table, out, [x.registers.item() for x in at], 64)
-        values = r.scalars(x)
-        for (first, second), pair in place.pairs(columns):
-            place.store(pair, values[first], values[second])
+        at = TileEntries(*(x.registers.item() for x in at))
+        words, values = _by_query(table, tile, at, columns, 64), r.scalars(x)
+        place = _own_elements(tile, columns)
+        for nth, offset in enumerate(_pairs(columns)):
+            text = f"st.shared.v2.f32 [$0+{offset}], {{$1, $2}};"
+            r.command(text, place, *values[2 * nth : 2 * nth + 2], spec="r,f,f")
+        r.command("bar.warp.sync 0xffffffff;")
+        _each_bit(words, out, at.entry, to_shared=False)
 
-    return lambda table, out, at, x: f(table, out, *at, x)
+    return lambda table, out, at, tile, x: f(table, out, tile, *at, x)
 
 
-class _Pair(NamedTuple):
-    """Two elements of a thread whose bits are in one word.
+# -------------------------------------------------------------------- words of a lane
+
+
+class _Word(NamedTuple):
+    """Some bits of a lane.
 
     Attributes:
-        word: has the two bits, and others.
-        bits: each one's.
-        before: how many set bits come before each one's.
+        bits: which are set.
+        before: how many bits come before the first.
+        place: of the first bit's element in shared memory.
+        step: bytes from an element to the next bit's.
     """
 
-    word: ir.Value
-    bits: tuple[int, int]
-    before: tuple[ir.Value, ir.Value]
+    bits: ir.Value
+    before: ir.Value
+    place: ir.Value
+    step: int
 
+
+def _by_query(
+    table: ir.Value, tile: ir.Value, at: TileEntries, columns: int, rows: int
+) -> list[_Word]:
+    """Of a lane where rows are queries: a word has columns of one row."""
+    del rows  # at least 64
+    per_row, per_query = columns // 32, ir.MemRefType(table.type).shape[-2]
+    lane, first, found = r.lane(), _first_row(), []
+    for n in range(-(-per_row // 2)):
+        number = arith.addi(lane, r.integer(32 * n))
+        row = arith.divui(number, r.integer(per_row))
+        word = arith.remui(number, r.integer(per_row))
+        used = arith.cmpi(arith.CmpIPredicate.ult, row, r.integer(16))
+        row = arith.addi(first, arith.andi(row, r.integer(15)))
+        index = arith.addi(at.word, arith.muli(row, r.integer(per_query)))
+        bits, before = _look_up(table, arith.addi(index, word))
+        bits = arith.select(used, bits, r.integer(0))
+        word = arith.muli(word, r.integer(32))
+        place = _element(tile, columns, row, word)
+        found.append(_Word(bits, before, place, 4))
+    return found
+
+
+def _by_key(
+    table: ir.Value, tile: ir.Value, at: TileEntries, columns: int, rows: int
+) -> list[_Word]:
+    """Of a lane where rows are keys: of each column's word the half with the rows."""
+    per_query = ir.MemRefType(table.type).shape[-2]
+    lane, first, found = r.lane(), _first_row(), []
+    key = arith.addi(at.key, arith.andi(first, r.integer(rows - 1)))
+    word = arith.addi(at.word, arith.shrui(key, r.integer(5)))
+    shift = arith.andi(key, r.integer(31))
+    for n in range(columns // 32):
+        column = arith.addi(lane, r.integer(32 * n))
+        index = arith.addi(word, arith.muli(column, r.integer(per_query)))
+        bits, before = _look_up(table, index)
+        text = (
+            "{ .reg .b32 m; bmsk.clamp.b32 m, 0, $3; and.b32 m, m, $1; popc.b32 m, m; "
+            "add.s32 $0, $2, m; }"
+        )
+        before = r.asm(r.i32(), [bits, before, shift], text, "=r,r,r,r")
+        bits = arith.andi(arith.shrui(bits, shift), r.integer(0xFFFF))
+        place = _element(tile, columns, first, column)
+        found.append(_Word(bits, before, place, 4 * (columns + PADDING)))
+    return found
+
+
+def _look_up(table: ir.Value, index: ir.Value) -> list[ir.Value]:
+    """A word, and how many bits come before it."""
+    return r.global_pair(table, arith.muli(index, r.integer(2)), 0, r.i32())
+
+
+def _first_row() -> ir.Value:
+    """The first row of the warp."""
+    text = "{ .reg .b32 a; mov.u32 a, %tid.x; and.b32 a, a, 96; shr.u32 $0, a, 1; }"
+    return r.asm(r.i32(), [], text, "=r")
+
+
+def _element(
+    tile: ir.Value, columns: int, row: ir.Value, column: ir.Value
+) -> ir.Value:
+    """Where an element is in shared memory."""
+    number = arith.muli(row, r.integer(columns + PADDING))
+    number = arith.muli(arith.addi(number, column), r.integer(4))
+    return arith.addi(llvm.ptrtoint(r.i32(), utils.memref_ptr(tile)), number)
+
+
+def _own_elements(tile: ir.Value, columns: int) -> ir.Value:
+    """Where the first of the elements is that the thread's registers hold."""
+    return _element(tile, columns, r.first_row(), r.first_column())
+
+
+def _pairs(columns: int) -> list[int]:
+    """How far behind the first the thread's pairs of elements are, in bytes."""
+    below = 8 * (columns + PADDING)
+    return [4 * (8 * j + below * half) for j in range(columns // 8) for half in (0, 1)]
+
+
+# --------------------------------------------------------------------------- each bit
 
 _TYPES = {
     "f32": ("b32", "", ""),
-    "bf16": ("b16", "mov.b32 {x}, {{z, h}};", "cvt.rn.bf16.f32 h, {x};"),
-    "f16": ("b16", "cvt.f32.f16 {x}, h;", "cvt.rn.f16.f32 h, {x};"),
+    "bf16": ("b16", "mov.b32 {x}, {{z, {h}}};", "cvt.rn.bf16.f32 {h}, {x};"),
+    "f16": ("b16", "cvt.f32.f16 {x}, {h};", "cvt.rn.f16.f32 {h}, {x};"),
 }
 """By dtype: how a value is moved, and how h is made float32 x, and x made h."""
 
 
-class _Place:
-    """The elements of a thread in a tile, and how to get at their values."""
+def _each_bit(
+    words: Sequence[_Word], values: ir.Value, entry: ir.Value, to_shared: bool
+) -> None:
+    """Copies the values of all set bits of a warp's words, or to where they belong.
 
-    def __init__(self, table: ir.Value, values: ir.Value, at: list, rows: int):
-        entry, self.word, self.key = at
-        self.table, ty = table, ir.MemRefType(values.type)
-        self.words_per_query = ir.MemRefType(table.type).shape[-2]
-        self.kind = str(ty.element_type)
-        self.size = 4 if self.kind == "f32" else 2
-        of_entry = ty.shape[-1] * self.size
-        # All values of a launch may be more than 32 bits can count.
-        text = (
-            f"{{ .reg .b64 e; cvt.s64.s32 e, $2; mad.lo.s64 $0, e, {of_entry}, $1; }}"
-        )
-        i64 = ir.IntegerType.get_signless(64)
-        self.first = r.asm(i64, [utils.memref_ptr(values), entry], text, "=l,l,r")
-        self.row, self.column = r.first_row(), r.first_column()
-        if rows < 64:
-            self.row = arith.andi(self.row, r.integer(rows - 1))
-
-    def pairs(self, columns: int) -> Iterator[tuple[tuple[int, int], _Pair]]:
-        """Elements of an accumulator, by their numbers."""
-        raise NotImplementedError
-
-    def look_up(self, offset: int) -> list[ir.Value]:
-        """Bits of a word after the thread's first, and how many come before it."""
-        return r.global_pair(self.table, self.at, 2 * offset, r.i32())
-
-    def load(self, pair: _Pair) -> list[ir.Value]:
-        """The values of two elements."""
-        width, widen, _ = _TYPES[self.kind]
-        text = self._registers + "mov.b16 z, 0; "
-        for x, place, bit in (("$0", "$2", 0), ("$1", "$3", 1)):
-            target = x if width == "b32" else "h"
-            text += f"mov.{width} {target}, 0; " + self._find(place, pair.bits[bit])
-            text += f"@p ld.global.nc.{width} {target}, [a]; {widen.format(x=x)} "
-        struct = llvm.StructType.get_literal([r.f32()] * 2)
-        args = [*pair.before, pair.word, self.first]
-        # Here, so that they are under way while the products are.
-        both = r.asm(struct, args, text + "}", "=f,=f,r,r,r,l", effects=True)
-        return [llvm.extractvalue(r.f32(), both, [e]) for e in range(2)]
-
-    def store(self, pair: _Pair, *values: ir.Value) -> None:
-        """Writes the values of two elements."""
-        width, _, narrow = _TYPES[self.kind]
-        text = self._registers
-        for x, place, bit in (("$0", "$2", 0), ("$1", "$3", 1)):
-            source = x if width == "b32" else "h"
-            text += narrow.format(x=x) + self._find(place, pair.bits[bit])
-            text += f"@p st.global.{width} [a], {source}; "
-        args = [*values, *pair.before, pair.word, self.first]
-        r.command(text + "}", *args, spec="f,f,r,r,r,l")
-
-    _registers = "{ .reg .pred p; .reg .b64 a; .reg .b32 t; .reg .b16 h, z; "
-
-    def _find(self, place: str, bit: int) -> str:
-        """Whether an element's bit is set, p, and where its value is, a."""
-        return (
-            f"and.b32 t, $4, {bit}; setp.ne.s32 p, t, 0; "
-            f"mad.wide.s32 a, {place}, {self.size}, $5; "
-        )
-
-
-class _ByQuery(_Place):
-    """Rows are queries: a word has columns of one row."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        stride = r.integer(self.words_per_query)
-        at = arith.addi(self.word, arith.muli(self.row, stride))
-        self.at = arith.muli(at, r.integer(2))
-
-    def pairs(self, columns):
-        """See `_Place.pairs`: neighbouring columns, for which bits are counted once."""
-        room = arith.subi(r.integer(32), self.column)
-        for half in range(2):
-            for w in range(-(-columns // 32)):
-                bits, before = self.look_up(8 * half * self.words_per_query + w)
-                mine = arith.shrui(bits, self.column)
-                for pair in range(min(4, columns // 8 - 4 * w)):
-                    first = _count(bits, before, room, 8 * pair)
-                    own = arith.shrui(mine, r.integer(8 * pair))
-                    own = arith.andi(own, r.integer(1))
-                    both = first, arith.addi(first, own)
-                    at = (4 * w + pair) << 2 | half << 1
-                    own_bits = 1 << 8 * pair, 2 << 8 * pair
-                    yield (at, at + 1), _Pair(mine, own_bits, both)
-
-
-class _ByKey(_Place):
-    """Rows are keys: each column has a word, and rows r and r + 8 are both in it."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.key = arith.addi(self.key, self.row)
-        stride = r.integer(self.words_per_query)
-        at = arith.addi(self.word, arith.muli(self.column, stride))
-        at = arith.addi(at, arith.shrui(self.key, r.integer(5)))
-        self.at = arith.muli(at, r.integer(2))
-
-    def pairs(self, columns):
-        """See `_Place.pairs`: the thread's two rows of a column."""
-        bit = arith.andi(self.key, r.integer(31))
-        room = arith.subi(r.integer(32), bit)
-        for column in range(columns // 4):
-            pair, second = divmod(column, 2)
-            bits, before = self.look_up((8 * pair + second) * self.words_per_query)
-            both = tuple(_count(bits, before, room, 8 * half) for half in range(2))
-            at = pair << 2 | second
-            mine = arith.shrui(bits, bit)
-            yield (at, at + 2), _Pair(mine, (1, 1 << 8), both)
-
-
-def _count(bits: ir.Value, before: ir.Value, room: ir.Value, skip: int) -> ir.Value:
-    """``before`` and the set bits below one; ``room - skip`` is 32 less its number."""
-    text = (
-        f"{{ .reg .b32 n; sub.s32 n, $3, {skip}; shl.b32 n, $1, n; "
-        "popc.b32 n, n; add.s32 $0, n, $2; }"
+    From the highest bit on, which one instruction finds, a few of each word at a time;
+    all lanes go on until the last one is done.
+    """
+    ty = ir.MemRefType(values.type)
+    kind = str(ty.element_type)
+    size, count = (4 if kind == "f32" else 2), IN_FLIGHT[len(words)]
+    args = [x for word in words for x in word[:3]] + [utils.memref_ptr(values), entry]
+    pointer, number = f"${len(args) - 2}", f"${len(args) - 1}"
+    text = "{ .reg .pred more; .reg .b16 z; .reg .b32 n, m; .reg .b64 e; "
+    # All values of a launch may be more than 32 bits can count.
+    text += f"mov.b16 z, 0; cvt.s64.s32 e, {number}; "
+    text += f"mad.lo.s64 e, e, {ty.shape[-1] * size}, {pointer}; "
+    for w in range(len(words)):
+        text += f".reg .b32 bits{w}; .reg .b64 last{w}; mov.b32 bits{w}, ${3 * w}; "
+        text += f"popc.b32 n, bits{w}; add.s32 n, n, ${3 * w + 1}; "
+        text += f"mad.wide.s32 last{w}, n, {size}, e; "
+        for name in (f"{w}_{n}" for n in range(count)):
+            text += f".reg .pred p{name}; .reg .b32 x{name}, to{name}; "
+            text += f".reg .b16 h{name}; "
+    text += "again: "
+    copies = []
+    for w, word in enumerate(words):
+        for n in range(count):
+            name = f"{w}_{n}"
+            # Beyond the last bit n is -1, and what is shifted by it 0.
+            text += f"setp.ne.s32 p{name}, bits{w}, 0; bfind.u32 n, bits{w}; "
+            text += f"mad.lo.u32 to{name}, n, {word.step}, ${3 * w + 2}; "
+            text += f"shl.b32 m, 1, n; xor.b32 bits{w}, bits{w}, m; "
+            copies.append(_copy(name, f"last{w}+{-(n + 1) * size}", kind, to_shared))
+    text += "".join(load for load, _ in copies) + "".join(store for _, store in copies)
+    text += "mov.b32 n, 0; "
+    for w in range(len(words)):
+        text += f"sub.s64 last{w}, last{w}, {count * size}; or.b32 n, n, bits{w}; "
+    text += (
+        "setp.ne.s32 more, n, 0; vote.sync.any.pred more, more, 0xffffffff; "
+        "@more bra again; }"
     )
-    return r.asm(r.i32(), [bits, before, room], text, "=r,r,r,r")
+    r.command(text, *args, spec=",".join(["r,r,r"] * len(words) + ["l,r"]))
+
+
+def _copy(name: str, at: str, kind: str, to_shared: bool) -> tuple[str, str]:
+    """The load and the store of a value, both under its predicate."""
+    width, widen, narrow = _TYPES[kind]
+    x, h, p = (f"{letter}{name}" for letter in "xhp")
+    register = x if width == "b32" else h
+    if to_shared:
+        load = f"@{p} ld.global.nc.{width} {register}, [{at}]; "
+        store = widen.format(x=x, h=h) + f"@{p} st.shared.b32 [to{name}], {x}; "
+    else:
+        load = f"@{p} ld.shared.b32 {x}, [to{name}]; "
+        store = narrow.format(x=x, h=h) + f"@{p} st.global.{width} [{at}], {register}; "
+    return load, store

@@ -48,14 +48,14 @@ def choose(
 ) -> BackwardConfig:
     """The table's, or the heuristic's: what was fastest on an H100 (see README.md).
 
-    For head sizes above 128, what fits; beside a bias (see `_bias.kind`) that is
-    streamed or computed, or one that has ``lane_sums`` in the dq kernel, too.
+    For head sizes above 128, what fits; beside a bias (see `_bias.kind`), or one that
+    has ``lane_sums`` in the dq kernel, too.
     """
     sizes = head_dim, value_dim, block_q, block_kv
     measured = None if lane_sums else _tables.find("dkv", *sizes, bias=bias)
     if measured is not None:
         return BackwardConfig(**measured, num_ctas=num_ctas)
-    if bias in (*_bias.STREAMED, *_bias.COMPUTED):
+    if bias is not None:
         dims, room = (block_kv, head_dim, value_dim, jnp.bfloat16), _biased.room(bias)
         widest = _biased.widest_step(bias, head_dim, value_dim)
         configs = gradient.beside_bias(block_kv, block_q, num_ctas, widest)
@@ -81,6 +81,7 @@ def scratch_spec(
     dtype,
     bias_dtype=None,
     points=False,
+    entries=False,
 ) -> dict:
     """Shared memory of one CTA; the estimate and the launch both read it.
 
@@ -109,6 +110,7 @@ def scratch_spec(
             bar, (c.teams, c.num_stages, wgs), (c.tile, 64), bias_dtype
         ),
         **_biased.points_scratch(c, c.tile, points),
+        **_biased.entries_scratch(c, wgs, c.tile, entries),
     )
 
 
@@ -163,8 +165,7 @@ def backward_dkv(
     kv_len, head_dim, value_dim = k.shape[1], q.shape[-1], v.shape[-1]
     tile_kv = config.rows(blocks[1])
     scratch = scratch_spec(
-        *(config, tile_kv, head_dim, value_dim, q.dtype),
-        *(_bias.dtype_of(bias), _bias.has_points(bias)),
+        *(config, tile_kv, head_dim, value_dim, q.dtype), *_bias.in_smem(bias)
     )
     _persistent.check_smem("backward_dkv", config, scratch)
     kernel = _BackwardDkv(

@@ -59,14 +59,14 @@ def choose(
 ) -> BackwardConfig:
     """The table's, or the heuristic's: what was fastest on an H100 (see README.md).
 
-    For head sizes above 128, what fits; beside a bias (see `_bias.kind`) that is
-    streamed or computed, or the ``lane_sums`` of another, too.
+    For head sizes above 128, what fits; beside a bias (see `_bias.kind`), or its
+    ``lane_sums``, too.
     """
     sizes = head_dim, value_dim, block_q, block_kv
     measured = None if lane_sums else _tables.find("dq", *sizes, bias=bias)
     if measured is not None:
         return BackwardConfig(**measured, num_ctas=num_ctas)
-    if bias in (*_bias.STREAMED, *_bias.COMPUTED):
+    if bias is not None:
         dims = block_q, head_dim, value_dim, jnp.bfloat16
         room = _biased.room(bias) | dict(lane_sums=lane_sums)
         widest = _biased.widest_step(bias, head_dim, value_dim)
@@ -93,6 +93,7 @@ def scratch_spec(
     dtype,
     bias_dtype=None,
     points=False,
+    entries=False,
     lane_sums=0,
 ) -> dict:
     """Shared memory of one CTA; the estimate and the launch both read it."""
@@ -118,6 +119,7 @@ def scratch_spec(
             bar, (c.teams, c.num_stages, wgs), (64, c.tile), bias_dtype
         ),
         **_biased.points_scratch(c, c.tile, points),
+        **_biased.entries_scratch(c, wgs, c.tile, entries),
         **_biased.lane_sums_scratch(c.teams, wgs, lane_sums),
     )
 
@@ -176,7 +178,7 @@ def backward_dq(
     lane_sums = _bias.lane_sums(bias)
     scratch = scratch_spec(
         *(config, tile_q, head_dim, value_dim, q.dtype),
-        *(_bias.dtype_of(bias), _bias.has_points(bias), lane_sums),
+        *(*_bias.in_smem(bias), lane_sums),
     )
     _persistent.check_smem("backward_dq", config, scratch)
     slots = max(schedule.num_slots, 1)

@@ -21,7 +21,6 @@ from jax import lax
 from . import (
     _bias,
     _biased,
-    _distance,
     _elements,
     _persistent,
     _sharing,
@@ -141,15 +140,15 @@ class Config:
         """The table's, or the heuristic's: what was fastest on an H100 (see README.md).
 
         For head sizes above 128, what fits. Beside a bias (see `_bias.kind`) that is
-        streamed, what leaves room for it. One that is computed takes registers, of
-        which steps of 128 keys of wide heads leave too few.
+        in shared memory, what leaves room for it. One that is computed takes registers,
+        of which steps of 128 keys of wide heads leave too few.
         """
         widest = max(head_dim, value_dim)
         sizes = head_dim, value_dim, block_q, block_kv
         measured = _tables.find("forward", *sizes, launch=launch, bias=bias)
         if measured is not None:
             return cls(**measured, num_ctas=num_ctas)
-        if bias in _bias.STREAMED or (bias in _bias.COMPUTED and widest > 64):
+        if bias is not None and (bias not in _bias.COMPUTED or widest > 64):
             return cls._beside_bias(*sizes, num_ctas, bias)
         if widest > 128:
             turns = block_q == 128
@@ -198,7 +197,7 @@ class Config:
             ),
             lambda c: scratch_spec(
                 *(c, block_q, head_dim, value_dim, jnp.bfloat16),
-                *(_bias.STREAMED.get(bias), bias in _distance.FORMS),
+                *_bias.kind_in_smem(bias),
             ),
         )
 
@@ -211,6 +210,7 @@ def scratch_spec(
     dtype,
     bias_dtype=None,
     points=False,
+    entries=False,
 ) -> dict:
     """Shared memory of one CTA; the estimate and the launch both read it."""
     c, wgs = config, tile_q // 64
@@ -236,6 +236,7 @@ def scratch_spec(
             bar, (c.teams, c.num_stages, wgs), (64, c.tile_kv), bias_dtype
         ),
         **_biased.points_scratch(c, c.tile_kv, points),
+        **_biased.entries_scratch(c, wgs, c.tile_kv, entries),
     )
 
 
@@ -284,7 +285,7 @@ def forward(
         raise ValueError(f"forward: {config} for block_q={block_q}; tile_q divides it.")
     scratch = scratch_spec(
         *(config, tile_q, head_dim, value_dim, q.dtype),
-        *(_bias.dtype_of(bias), _bias.has_points(bias)),
+        *_bias.in_smem(bias),
     )
     _persistent.check_smem("forward", config, scratch)
     q_pad = -(-q_len // block_q) * block_q

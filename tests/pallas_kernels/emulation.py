@@ -295,18 +295,27 @@ def _entries_of_tile(table, at, columns, rows, rows_are_queries):
     return bits >> bit & 1 == 1, word[..., 1] + below.astype(jnp.int32)
 
 
-def read(columns, rows, rows_are_queries):
-    def f(table, values, at):
+def spread(columns, rows, rows_are_queries):
+    """Elements that do not count become NaN, which must not show."""
+
+    def f(table, values, at, tile):
         args = columns, rows, rows_are_queries
         is_set, place = _entries_of_tile(table, at, *args)
         b, h = jnp.divmod(at.entry, values.shape[1])
-        return jnp.where(is_set, values[b, h][place].astype(F32), 0)
+        found = jnp.where(is_set, values[b, h][place].astype(F32), jnp.nan)
+        padding = jnp.full((64, _entries.PADDING), jnp.nan)
+        tile[...] = jnp.append(found, padding, 1).reshape(-1)
 
     return f
 
 
+def read(columns):
+    return lambda tile: tile[...].reshape(64, -1)[:, :columns]
+
+
 def write(columns):
-    def f(table, out, at, x):
+    def f(table, out, at, tile, x):
+        del tile
         is_set, place = _entries_of_tile(table, at, columns, 64, True)
         b, h = jnp.divmod(at.entry, out.shape[1])
         own = jnp.argsort(~is_set.reshape(-1), stable=True)
@@ -588,7 +597,7 @@ _STAND_INS = {
     _registers: (named_barrier, fence_reads),
     _tiles: (load, store),
     _bias: (add_tile, add_columns, add_rows),
-    _entries: (read, write),
+    _entries: (spread, read, write),
     _distance: (
         *(
             read_columns,
