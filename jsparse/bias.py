@@ -147,24 +147,26 @@ def _block_coordinates(mask: BlockMask, count: int) -> tuple[Array, Array]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class EntryBias:
-    """A bias with one value for each set bit of a mask, which has no full blocks.
+    """A bias with a value for each entry of the neighbour lists that make the mask.
 
-    What neighbour lists need: blocks hold ten times as many pairs as the lists name.
-    The order is that of the bits: block by block as in the lists, query by query, keys
-    ascending. For ``"mosaic_gpu"`` and ``"reference"``; `jsparse.nn.functional`'s
+    What lists need: the blocks that they touch hold ten times as many pairs as they
+    name. For ``"mosaic_gpu"`` and ``"reference"``; `jsparse.nn.functional`'s
     `neighbor_attention` makes one, or else a `BlockBias`.
 
     Args:
-        values: ``[B or 1, H or 1, n]``; n is at least the number of set bits, and what
-            is beyond them counts for nothing. The mask has one pattern for all heads.
+        values: ``[B or 1, H or 1, T, n]``.
+        index: ``[B or 1, T, n]`` integers, the lists that `patterns.device.neighbors`
+            was given: one pattern for all heads, no full blocks. Entries outside
+            0..S - 1 are padding; of a key that a list names twice, the first counts.
 
     Example:
         >>> import jax.numpy as jnp, jsparse
-        >>> index = jnp.array([[1, 2], [0, -1], [2, 3]])
+        >>> index = jnp.array([[1, 2], [0, -1], [3, 2]])
         >>> mask = jsparse.patterns.device.neighbors(
         ...     index, kv_len=4, block_q=64, block_kv=64, capacity=1
         ... )
-        >>> bias = EntryBias(jnp.array([[[1.0, 2, 3, 4, 5]]]))
+        >>> values = jnp.array([[1.0, 2.0], [3.0, 0.0], [5.0, 4.0]])
+        >>> bias = EntryBias(values[None, None], index[None])
         >>> q, k, v = (jnp.zeros((n, 1, 8)) for n in (3, 4, 4))
         >>> _, lse = jsparse.block_sparse_attention(
         ...     *(q, k, v, mask), bias=bias, implementation="reference", return_lse=True
@@ -174,19 +176,7 @@ class EntryBias:
     """
 
     values: Array
-
-    @staticmethod
-    def table(bits: Any) -> Array:
-        """Of each word of ``bits [..., n, block_q, words]``, and of those before it.
-
-        ``[..., n, block_q, words, 2]`` int32: the word, and how many bits of all words
-        before it are set. A value is as far behind as bits are set below its own.
-        """
-        words = jax.lax.bitcast_convert_type(jnp.asarray(bits), jnp.int32)
-        counts = jax.lax.population_count(words)
-        flat = counts.reshape(*counts.shape[:-3], -1)
-        before = jnp.cumsum(flat, -1, dtype=jnp.int32) - flat
-        return jnp.stack([words, before.reshape(counts.shape)], -1)
+    index: Array
 
 
 @jax.tree_util.register_dataclass

@@ -91,7 +91,8 @@ class Problem:
     bias: str | None
     platform: str
     bias_weights: int = 0
-    """Of each head, of a bias by distance: entries of a table, or Gaussians."""
+    """Of a head, of a bias by distance: entries of a table, or Gaussians. Of a list, of
+    one by entry: entries."""
     score: Any = None
     """The `_score.Program` of a `ScoreFunction`."""
 

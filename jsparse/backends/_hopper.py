@@ -173,11 +173,7 @@ class Call:
 
     def launched(self, side: str) -> _bias.Bias | None:
         """The bias for a launch over the lists ``"kv"``, by query block, or ``"q"``."""
-        bias = launched(self.bias, self.mask, side)
-        if isinstance(bias, _bias.EntryBias) and side == "q":
-            order = self._order_by_key(bias.table.shape[1])
-            return dataclasses.replace(bias, order=order)
-        return bias
+        return launched(self.bias, self.mask, side)
 
     # -------------------------------------------------------------- lists, schedules
 

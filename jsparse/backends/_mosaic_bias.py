@@ -25,6 +25,9 @@ from jsparse.pallas_kernels.mosaic_gpu.bwd_dbias_sm90 import (
     Blocks,
 )
 from jsparse.patterns import BlockMask
+from jsparse.patterns._device_lists import EntryLists, entry_lists
+from jsparse.patterns._integers import as_keys
+from jsparse.patterns._parts import Sizes
 
 Array = Any
 Known = tuple[Listed, Listed]
@@ -36,8 +39,7 @@ def kernel_bias(
 ) -> _bias.Bias | None:
     """A bias of `Operands` for the kernels, for launches by query block.
 
-    A `BlockBias` gets its numbers by `launched`, an `EntryBias` its order by
-    `_hopper.Call.launched`.
+    A `BlockBias` gets its numbers by `launched`.
 
     The last axis is padded, which is a copy, where TMA could not address a row of it.
     """
@@ -52,7 +54,15 @@ def kernel_bias(
     if values.dtype.itemsize > 4:
         values = values.astype(jnp.float32)
     if isinstance(bias, EntryBias):
-        return _bias.EntryBias(values, inner, table=EntryBias.table(mask.bits))
+        found = _entry_lists(bias, mask, batch)
+        return _bias.EntryBias(
+            values,
+            inner,
+            lists=found.lists,
+            starts=found.starts,
+            counted=found.counted,
+            blocks=(mask.block_q, mask.block_kv),
+        )
     if isinstance(bias, BlockBias):
         return _bias.BlockBias(values, inner)
     if values.shape[2] == 1:
@@ -62,6 +72,22 @@ def kernel_bias(
     pitch = 16 // values.dtype.itemsize
     whole = -(-values.shape[-1] // pitch) * pitch
     return _bias.DenseBias(_pad_last(values, whole), inner)
+
+
+def _entry_lists(
+    bias: EntryBias, mask: BlockMask, batch: tuple[int, ...]
+) -> EntryLists:
+    index = _one_batch_axis(as_keys(bias.index, mask.kv_len), batch)
+    sides = mask.q_lengths, mask.kv_lengths
+    count = max(len(x) for x in (index, *sides))
+    lengths = [jnp.broadcast_to(x, (count,)).astype(jnp.int32) for x in sides]
+    return entry_lists(
+        index,
+        jnp.stack(lengths, 1),
+        mask.bits,
+        mask.kv_num_blocks[:, 0],
+        Sizes(mask.q_len, mask.kv_len, mask.block_q, mask.block_kv),
+    )
 
 
 def _distance_bias(
@@ -92,6 +118,8 @@ def launched(bias: _bias.Bias | None, mask: BlockMask, side: str) -> _bias.Bias 
     """The bias for a launch over the lists ``"kv"``, by query block, or ``"q"``."""
     if isinstance(bias, _distance.DistanceBias) and side == "q":
         return dataclasses.replace(bias, rows=bias.columns, columns=bias.rows)
+    if isinstance(bias, _bias.EntryBias):
+        return dataclasses.replace(bias, counted=None)
     if not isinstance(bias, _bias.BlockBias):
         return bias
     if side == "kv":
@@ -108,13 +136,11 @@ def launched(bias: _bias.Bias | None, mask: BlockMask, side: str) -> _bias.Bias 
 
 
 def entry_gradient(
-    grad: Array, mask: BlockMask, primal: EntryBias, batch: tuple[int, ...]
-) -> Bias:
-    """From ``grad [B, H, n]``, undefined where no bit is set."""
-    bits = jax.lax.population_count(jnp.asarray(mask.bits))
-    count = bits.sum((1, 2, 3), dtype=jnp.int32)[:, None, None]
-    is_set = jnp.arange(grad.shape[-1], dtype=jnp.int32) < count
-    return like(jnp.where(is_set, grad, 0), primal, batch)
+    grad: Array, counted: Array, primal: EntryBias, batch: tuple[int, ...]
+) -> EntryBias:
+    """From ``grad [B, H, T, n]``, undefined where an entry does not count."""
+    found = like(jnp.where(counted[:, None], grad, 0), primal.values, batch)
+    return EntryBias(found, primal.index)
 
 
 def bias_blocks(bias: _bias.Streamed, mask: BlockMask) -> Blocks:
@@ -184,8 +210,7 @@ def like(grad: Array, primal: Bias, batch: tuple[int, ...]) -> Bias:
     if axes:
         grad = grad.astype(jnp.float32).sum(axes, keepdims=True)
     grad = grad.astype(values.dtype)
-    stored = isinstance(primal, BlockBias | EntryBias)
-    return type(primal)(grad) if stored else grad
+    return BlockBias(grad) if isinstance(primal, BlockBias) else grad
 
 
 def distance_gradient(

@@ -31,6 +31,7 @@ from jsparse.pallas_kernels.mosaic_gpu import (
     bwd_dkv_sm90,
     bwd_dq_sm90,
     fwd_sm90,
+    neighbors_sm90,
 )
 from jsparse.patterns import Distance
 
@@ -79,6 +80,9 @@ def _why_not_bias(problem: Problem, kind: str) -> str | None:
             f"a {kind} bias with {problem.bias_weights} weights a head; "
             f"expected at most {most}"
         )
+    most = neighbors_sm90.MOST_ENTRIES
+    if kind == "entry" and problem.bias_weights > most:
+        return f"lists of {problem.bias_weights} entries; expected at most {most}"
     return None
 
 
@@ -213,7 +217,7 @@ def _bias_gradient(
         dlse = found.dlse.reshape(-1, *found.dlse.shape[-2:])
         return distance_gradient(bias, *found[:3], dlse, primal, call.batch)
     if isinstance(primal, EntryBias):
-        return entry_gradient(found.values, call.mask, primal, call.batch)
+        return entry_gradient(found.values, bias.counted, primal, call.batch)
     if isinstance(primal, ScoreFunction):
         dlse = found.dlse.reshape(-1, *found.dlse.shape[-2:])
         return score_gradient(bias, *found[:2], dlse, primal, call.batch)

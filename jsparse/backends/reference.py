@@ -21,6 +21,7 @@ from jsparse.backends._contract import (
 )
 from jsparse.bias import BlockBias, DistanceBias, EntryBias, ScoreFunction
 from jsparse.patterns import BlockMask
+from jsparse.patterns._integers import as_keys
 
 Array = Any
 
@@ -144,16 +145,21 @@ def _bits(mask: BlockMask) -> Array:
     return bits.reshape(*words.shape[:-1], -1)[..., : mask.block_kv] != 0
 
 
-def _values_of_bits(values: Array, mask: BlockMask) -> Array:
-    """The blocks of an `EntryBias` ``[*B, H or 1, n]``."""
-    bits = _bits(mask)[..., None, :, :, :]
-    flat = bits.reshape(*bits.shape[:-3], -1)
-    place = jnp.cumsum(flat, -1, dtype=jnp.int32) - 1
-    lead = jnp.broadcast_shapes(values.shape[:-1], flat.shape[:-1])
-    values = jnp.broadcast_to(values, (*lead, values.shape[-1]))
-    place = jnp.broadcast_to(jnp.maximum(place, 0), (*lead, place.shape[-1]))
-    found = jnp.where(flat, jnp.take_along_axis(values, place, -1), 0)
-    return found.reshape(*lead, *bits.shape[-3:])
+def _dense_entries(bias: EntryBias, kv_len: int) -> Array:
+    """``[*B, H or 1, T, S]``, 0 where no list has an entry."""
+    values, index = bias.values, as_keys(bias.index, kv_len)[..., None, :, :]
+    lead = jnp.broadcast_shapes(values.shape[:-1], index.shape[:-1])
+    values, index = (
+        jnp.broadcast_to(x, (*lead, x.shape[-1])).reshape(-1, x.shape[-1])
+        for x in (values, index)
+    )
+    key = jnp.where((index >= 0) & (index < kv_len), index, kv_len)
+    rows, count = jnp.arange(len(key), dtype=jnp.int32)[:, None], key.shape[1]
+    # Of a key that is named twice, the first.
+    first = jnp.full((len(key), kv_len + 1), count)
+    first = first.at[rows, key].min(jnp.arange(count), mode="drop")
+    dense = jnp.pad(values, ((0, 0), (0, 1)))[rows, first]
+    return dense[:, :kv_len].reshape(*lead, kv_len)
 
 
 def _place_blocks(blocks: Array, ids: Array, mask: BlockMask) -> Array:
@@ -198,7 +204,7 @@ def _dense_bias(bias: Any, mask: BlockMask, ids: Array) -> Array:
     if isinstance(bias, BlockBias):
         return _place_blocks(bias.values, ids, mask)
     if isinstance(bias, EntryBias):
-        return _place_blocks(_values_of_bits(bias.values, mask), ids, mask)
+        return _dense_entries(bias, mask.kv_len)
     if isinstance(bias, DistanceBias):
         return bias.dense()
     return bias

@@ -1,7 +1,7 @@
 """Attention through neighbour lists in tables of bounded size.
 
 A table holds what belongs to the blocks that a pattern touches: bits that say which
-elements count, and, for kernels that cannot read it by bit, the bias. Its size is
+elements count, and, for kernels that cannot read it as it is, the bias. Its size is
 static, the number of blocks is not: a pattern that touches more than a table holds is
 taken a few query blocks at a time, as many as fit even if they touch every key block.
 Called by `functional.py`.
@@ -23,10 +23,9 @@ from jsparse.ops._sharding import Axes, axes_of, check_heads, on_devices, sum_de
 from jsparse.ops._vjp import Static, accumulator_dtype, vary_like
 from jsparse.patterns import BlockMask, device
 from jsparse.patterns._integers import divide
-from jsparse.patterns._parts import WORD
 
 Array = Any
-READS_BITS = "mosaic_gpu"
+READS_ENTRIES = "mosaic_gpu"
 """The implementation that takes an `EntryBias` of any size."""
 
 
@@ -205,7 +204,7 @@ class _Pattern(NamedTuple):
 
     Attributes:
         mask: with room for the blocks of a table.
-        entries: where they are, if the bias is an array.
+        entries: where they are, if the bias is a `BlockBias` made of an array.
         bias: an `EntryBias`, a `BlockBias`, a `DistanceBias` or None.
     """
 
@@ -226,20 +225,12 @@ def _pattern(tables: Tables, inputs: _Inputs, index: Array, room: int) -> _Patte
     )
     if inputs.bias is None or isinstance(inputs.bias, DistanceBias):
         return _Pattern(mask, None, inputs.bias)
+    by_entry = EntryBias(inputs.bias, index)
+    asked = tables.implementation in ("auto", READS_ENTRIES)
+    if asked and support(*inputs[:3], mask, bias=by_entry)[READS_ENTRIES] is None:
+        return _Pattern(mask, None, by_entry)
     entries = _Entries.of(mask, index)
-    return _Pattern(mask, entries, _spread(tables, inputs, mask, entries))
-
-
-def _spread(
-    tables: Tables, inputs: _Inputs, mask: BlockMask, entries: _Entries
-) -> EntryBias | BlockBias:
-    """An array of bias as the backend takes it."""
-    by_bit = entries.bias_of_bits(inputs.bias)
-    refusals = support(inputs.q, inputs.k, inputs.v, mask, bias=by_bit)
-    asked = tables.implementation in ("auto", READS_BITS)
-    if asked and refusals[READS_BITS] is None:
-        return by_bit
-    return entries.bias_of_blocks(inputs.bias, mask)
+    return _Pattern(mask, entries, entries.spread(inputs.bias, mask))
 
 
 def _attention(
@@ -273,7 +264,9 @@ def _gradients(
         scale=tables.scale,
         implementation=tables.implementation,
     )
-    if pattern.entries is not None and of_bias is not None:
+    if isinstance(of_bias, EntryBias):
+        of_bias = of_bias.values
+    elif pattern.entries is not None and of_bias is not None:
         of_bias = pattern.entries.gradient(of_bias, inputs.bias)
     return _Inputs(dq, dk, dv, of_bias)
 
@@ -395,22 +388,17 @@ class _Entries(NamedTuple):
     """Where the entries of neighbour lists are in a mask made of them, ``[B, T, n]``.
 
     Of a key that a list names twice the first entry counts. What does not count, or
-    does not exist, has a bit, and a block of its own, beyond all others.
+    does not exist, has a block of its own, beyond all others.
 
     Attributes:
         block: number of the block.
         row: query in the block.
         column: key in the block.
-        bit: number of the bit.
-        at_bit: ``[B, T * n]``, the number of the entry at each bit; beyond all where
-            there is none.
     """
 
     block: Array
     row: Array
     column: Array
-    bit: Array
-    at_bit: Array
 
     @classmethod
     def of(cls, mask: BlockMask, index: Array) -> _Entries:
@@ -418,21 +406,16 @@ class _Entries(NamedTuple):
         counts, lists = (
             jnp.asarray(x)[:, 0] for x in (mask.kv_num_blocks, mask.kv_indices)
         )
-        words = EntryBias.table(mask.bits)
-        sizes = mask.kv_len, mask.block_q, mask.block_kv
+        sizes = (
+            mask.kv_len,
+            mask.block_q,
+            mask.block_kv,
+            jnp.asarray(mask.bits).shape[1],
+        )
         find = functools.partial(_places, sizes=sizes)
-        return cls(*jax.vmap(find)(counts, lists, words, index))
+        return cls(*jax.vmap(find)(counts, lists, index))
 
-    def bias_of_bits(self, bias: Array) -> EntryBias:
-        """``bias [B or 1, H or 1, T, n]`` by bit."""
-
-        def fill(bias, at_bit):
-            entries = bias.reshape(len(bias), -1)
-            return entries.at[:, at_bit].get(mode="fill", fill_value=0)
-
-        return EntryBias(self._each(fill, bias, self.at_bit))
-
-    def bias_of_blocks(self, bias: Array, mask: BlockMask) -> BlockBias:
+    def spread(self, bias: Array, mask: BlockMask) -> BlockBias:
         """``bias [B or 1, H or 1, T, n]`` by block."""
         room = jnp.asarray(mask.bits).shape[1]
 
@@ -441,35 +424,30 @@ class _Entries(NamedTuple):
             empty = jnp.zeros(shape, bias.dtype)
             return empty.at[:, *places].set(bias, mode="drop", unique_indices=True)
 
-        return BlockBias(self._each(fill, bias, self.block, self.row, self.column))
+        return BlockBias(self._each(fill, bias))
 
     def gradient(self, found: Any, bias: Array) -> Array:
-        """The gradient of ``bias``, of that of an `EntryBias` or `BlockBias`."""
-        by_bit = isinstance(found, EntryBias)
-        places = (self.bit,) if by_bit else (self.block, self.row, self.column)
+        """The gradient of ``bias``, of that of the `BlockBias`."""
 
         # Every entry looks up its own, where JAX would have them scattered.
         def look(values, *places):
             return values.at[:, *places].get(mode="fill", fill_value=0)
 
-        each = self._each(look, found.values, *places)
+        each = self._each(look, found.values)
         return each.sum(0, keepdims=True) if len(bias) < len(each) else each
 
-    def _each(self, move: Callable, values: Array, *places: Array) -> Array:
-        """``move`` of every batch entry of the values or of the places."""
+    def _each(self, move: Callable, values: Array) -> Array:
+        """``move`` of every batch entry of the values or of the entries."""
         batch = max(len(values), len(self.block))
-        whole = (jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in (values, *places))
+        whole = (jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in (values, *self))
         return jax.vmap(move)(*whole)
 
 
 def _places(
-    counts: Array, lists: Array, words: Array, index: Array, sizes: tuple[int, int, int]
-) -> tuple[Array, Array, Array, Array, Array]:
-    """The fields of `_Entries`, of one batch entry.
-
-    ``words`` is `EntryBias.table`, of one batch entry.
-    """
-    kv_len, block_q, block_kv = sizes
+    counts: Array, lists: Array, index: Array, sizes: tuple[int, int, int, int]
+) -> tuple[Array, Array, Array]:
+    """The fields of `_Entries`, of one batch entry; ``sizes`` end with the blocks."""
+    kv_len, block_q, block_kv, total = sizes
     exists = (index >= 0) & (index < kv_len)
     t = jnp.arange(index.shape[0], dtype=jnp.int32)[:, None]
     row, q = divide(t, block_q)
@@ -482,17 +460,13 @@ def _places(
     block = jnp.zeros((len(counts), columns), jnp.int32)
     listed = jnp.where(slots < counts[:, None], lists, columns)
     block = block.at[rows, listed].set(number, mode="drop")[row, column]
-    q = jnp.broadcast_to(q, index.shape)
-
-    at, lane = divide(s, WORD)
-    word = words.at[block, q, at].get(mode="clip")
-    below = jnp.left_shift(jnp.int32(1), lane) - 1
-    bit = word[..., 1] + jax.lax.population_count(word[..., 0] & below)
-
-    # Who is first at a bit: the least of all numbers that are sent there.
-    number = jnp.arange(index.size, dtype=jnp.int32).reshape(index.shape)
-    at_bit = jnp.full(index.size, index.size, jnp.int32)
-    at_bit = at_bit.at[jnp.where(exists, bit, index.size)].min(number, mode="drop")
-    placed = exists & (at_bit.at[bit].get(mode="clip") == number)
-    block = jnp.where(placed, block, len(words) + number)
-    return block, q, s, jnp.where(placed, bit, index.size), at_bit
+    # Equal keys are neighbours in the sorted list, in the order of their entries.
+    keys = jnp.where(exists, index, kv_len)
+    order = jnp.argsort(keys, axis=1)
+    ordered = jnp.take_along_axis(keys, order, 1)
+    first = jnp.pad(ordered[:, 1:] != ordered[:, :-1], ((0, 0), (1, 0)))
+    first = first.at[:, :1].set(True)
+    first = jnp.zeros_like(first).at[t, order].set(first, unique_indices=True)
+    beyond = total + jnp.arange(index.size, dtype=jnp.int32).reshape(index.shape)
+    block = jnp.where(exists & first, block, beyond)
+    return block, jnp.broadcast_to(q, index.shape), s

@@ -320,8 +320,8 @@ def neighbor_attention(
         gate: ``[*B, T, H, Dv]``, before its sigmoid; none if not given.
         capacity: key blocks that the tables have room for, per query block on the mean.
             A block takes ``block_q * block_kv / 8`` bytes, and with an array of bias
-            twice as much in ``"mosaic_gpu"``, which reads the bias by bit; in the
-            others ``H * block_q * block_kv`` of its numbers more.
+            ``H * block_q * block_kv`` of its numbers more, but in ``"mosaic_gpu"``,
+            which reads the bias as it is.
         block_q: queries per block.
         block_kv: keys per block.
         scale: multiplies ``q . k``; ``1 / sqrt(D)`` if not given.

@@ -60,7 +60,11 @@ def describe(operands: Operands) -> Problem:
         type(None): None,
     }
     form = getattr(bias, "form", "dense")
-    by_distance = isinstance(bias, DistanceBias)
+    weights = 0
+    if isinstance(bias, DistanceBias):
+        weights = bias.weights.shape[-1]
+    elif isinstance(bias, EntryBias):
+        weights = bias.index.shape[-1]
     return Problem(
         batch=math.prod(q.shape[:-3]),
         q_len=q.shape[-3],
@@ -78,7 +82,7 @@ def describe(operands: Operands) -> Problem:
         bits=mask.bits is not None,
         bias=kinds.get(type(bias), form),
         platform=jax.default_backend(),
-        bias_weights=bias.weights.shape[-1] if by_distance else 0,
+        bias_weights=weights,
         score=bias.function if isinstance(bias, ScoreFunction) else None,
     )
 
@@ -246,8 +250,13 @@ def _batched_bias(bias: Any, q: Array, k: Array, mask: BlockMask) -> Bias | None
         _check_block_bias(bias, mask, math.prod(batch), num_heads)
         return jax.tree_util.tree_map(lambda x: _unfold(x, batch), bias)
     if isinstance(bias, EntryBias):
+        values, index = (
+            _as_array(f"EntryBias.{name}", getattr(bias, name))
+            for name in ("values", "index")
+        )
+        bias = EntryBias(values, index)
         _check_entry_bias(bias, mask, math.prod(batch), num_heads)
-        return EntryBias(_unfold(bias.values, batch))
+        return EntryBias(*(_unfold(x, batch) for x in (bias.values, bias.index)))
     if isinstance(bias, DistanceBias):
         _check_distance_bias(bias, mask, math.prod(batch), num_heads)
         coords = [
@@ -337,7 +346,7 @@ def _check_block_bias(
 def _check_entry_bias(
     bias: EntryBias, mask: BlockMask, batch: int, num_heads: int
 ) -> None:
-    shape = bias.values.shape
+    shape, lists = bias.values.shape, bias.index.shape
     if mask.bits is None or mask.capacity.full_kv or mask.num_heads > 1:
         raise ValueError(
             f"{_OP}: an EntryBias needs a mask with bits, one pattern for all heads "
@@ -346,18 +355,35 @@ def _check_entry_bias(
             f"{mask.capacity.full_kv} full blocks a row. Make it with "
             "patterns.device.neighbors, or use a BlockBias."
         )
-    if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] not in (1, num_heads):
+    if len(lists) != 3 or lists[0] not in (1, batch) or lists[1] != mask.q_len:
+        raise ValueError(
+            f"{_OP}: EntryBias.index has shape {lists}; expected [{batch} or 1, "
+            f"{mask.q_len}, n], the lists that the mask was made of."
+        )
+    for name, x, kind, expected in (
+        ("values", bias.values, jnp.floating, "a floating-point type"),
+        ("index", bias.index, jnp.integer, "integers"),
+    ):
+        if not jnp.issubdtype(x.dtype, kind):
+            raise TypeError(
+                f"{_OP}: EntryBias.{name} has dtype {x.dtype}; expected {expected}."
+            )
+    fits = len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, num_heads)
+    if not fits or shape[2:] != lists[1:]:
         raise ValueError(
             f"{_OP}: EntryBias.values has shape {shape}; expected [{batch} or 1, "
-            f"{num_heads} or 1, n]."
+            f"{num_heads} or 1, {lists[1]}, {lists[2]}]: a value for each entry of "
+            "index."
         )
-    if isinstance(mask.bits, jax.core.Tracer):
+    if any(isinstance(x, jax.core.Tracer) for x in (mask.bits, bias.index)):
         return
-    needed = int(np.bitwise_count(np.asarray(mask.bits)).sum((-1, -2, -3)).max())
-    if shape[2] < needed:
+    index = np.asarray(bias.index)
+    named = ((index >= 0) & (index < mask.kv_len)).sum((1, 2))
+    needed = np.bitwise_count(np.asarray(mask.bits)).sum((1, 2, 3), dtype=np.int64)
+    if (named < needed).any():
         raise ValueError(
-            f"{_OP}: the EntryBias holds {shape[2]} values but the mask has {needed} "
-            "set bits; it was made for another mask."
+            f"{_OP}: EntryBias.index names {named.min()} keys but the mask has "
+            f"{needed.max()} set bits; it was made of other lists."
         )
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jsparse.backends._contract import Operands
-from jsparse.bias import DistanceBias, ScoreFunction
+from jsparse.bias import DistanceBias, EntryBias, ScoreFunction
 
 Array = Any
 _OP = "block_sparse_attention"
@@ -190,6 +190,8 @@ def _specs(operands: Operands, axes: Axes) -> Operands:
         of_bias = dataclasses.replace(
             every(shared, bias), weights=by_head(bias.weights)
         )
+    elif isinstance(bias, EntryBias):
+        of_bias = EntryBias(by_head(bias.values), shared(bias.index))
     else:
         of_bias = every(shared if isinstance(bias, ScoreFunction) else by_head, bias)
     q, k, v = map(tokens, qkv)

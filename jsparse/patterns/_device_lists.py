@@ -1,13 +1,13 @@
-"""The blocks that lists of keys touch, and the bits of their elements, on the device.
+"""The blocks that lists of keys touch, their bits and their entries, on the device.
 
 On a Hopper GPU by kernels of their own, which take the lists as they come; elsewhere by
-XLA, which sorts them first. Called by `device.neighbors`.
+XLA, which sorts them first. Called by `device.neighbors`, and for an `EntryBias`.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,47 @@ def blocks_and_bits(
     return each(find, len(lengths), index, lengths)
 
 
+class EntryLists(NamedTuple):
+    """The entries of lists by block; see `neighbors_sm90.list_entries`.
+
+    Attributes:
+        lists: ``[B, nq, room]`` int32.
+        starts: ``[B, nq, nk]`` int32, where those of a block begin.
+        counted: ``[B, T, k]`` bool, whether an entry counts.
+    """
+
+    lists: Array
+    starts: Array
+    counted: Array
+
+
+def entry_lists(index: Array, lengths: Array, bits: Array, counts: Array, sizes: Sizes):
+    """The `EntryLists` of lists ``index``.
+
+    Args:
+        index: as in `blocks_and_bits`.
+        lengths: as in `blocks_and_bits`.
+        bits: ``[B or 1, n, block_q, words]`` uint32, of the mask made of the lists.
+        counts: ``[B or 1, nq]`` int32, its blocks.
+        sizes: of the mask.
+    """
+    if not _kernels_take(index, sizes):
+        find = functools.partial(_entries_by_sorting, sizes=sizes)
+        return each(find, len(lengths), index, lengths)
+    from jsparse.pallas_kernels.mosaic_gpu import neighbors_sm90
+
+    _, kv_len, block_q, block_kv = sizes
+    options = {"kv_len": kv_len, "block_q": block_q, "block_kv": block_kv}
+    named = neighbors_sm90.count_blocks(index, lengths, **options)
+    starts = neighbors_sm90.list_starts(named)
+    first_bits = jnp.pad(jnp.cumsum(counts, 1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    bits = jax.lax.bitcast_convert_type(bits, jnp.int32)
+    lists, counted = neighbors_sm90.list_entries(
+        index, lengths, bits, first_bits, starts, **options
+    )
+    return EntryLists(lists, starts, counted)
+
+
 def _numbers(active: Array) -> Array:
     """Numbers of the active blocks of a batch entry, row by row; else any."""
     return jnp.cumsum(active.reshape(-1), dtype=jnp.int32) - 1
@@ -63,7 +104,7 @@ def _by_kernels(sizes: Sizes, num_bits: int):
 
     @custom_vmap
     def find(index, lengths):
-        active = neighbors_sm90.touched_blocks(index, lengths, **options)
+        active = neighbors_sm90.count_blocks(index, lengths, **options) > 0
         ends = jnp.cumsum(active.sum(-1, dtype=jnp.int32), 1, dtype=jnp.int32)
         starts = jnp.pad(ends, ((0, 0), (1, 0)))
         numbers = jax.vmap(_numbers)(active)
@@ -124,3 +165,43 @@ def _by_sorting(
 def _is_first(x: Array) -> Array:
     """Which entries of each row ``[T, k]`` differ from the one before."""
     return jnp.pad(x[:, 1:] != x[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+
+
+def _entries_by_sorting(index: Array, lengths: Array, *, sizes: Sizes) -> EntryLists:
+    """Of one batch entry."""
+    from jsparse.pallas_kernels.mosaic_gpu import neighbors_sm90
+
+    (nq, nk), (q_len, count) = sizes.grid, index.shape
+    row_exists = jnp.arange(q_len, dtype=jnp.int32)[:, None] < lengths[0]
+    exists = row_exists & (index >= 0) & (index < lengths[1])
+    keys = jnp.where(exists, index, sizes.kv_len)
+    order = jnp.argsort(keys, axis=1)
+    rows = jnp.arange(q_len, dtype=jnp.int32)[:, None]
+    first = _is_first(jnp.take_along_axis(keys, order, 1))
+    counted = exists & jnp.zeros(keys.shape, bool).at[rows, order].set(first)
+
+    # By query block, block by block.
+    _, q = divide(jnp.broadcast_to(rows, keys.shape), sizes.block_q)
+    column, s = divide(keys, sizes.block_kv)
+    number = jnp.arange(count, dtype=jnp.int32) << 14
+    entry = jnp.where(counted, number | q << 7 | s, -1)
+    column = jnp.where(exists, column, nk)
+    room = ((0, nq * sizes.block_q - q_len), (0, 0))
+    column = jnp.pad(column, room, constant_values=nk).reshape(nq, -1)
+    entry = jnp.pad(entry, room).reshape(nq, -1)
+    order = jnp.argsort(column, axis=1)
+    column, entry = (jnp.take_along_axis(x, order, 1) for x in (column, entry))
+    rows = jnp.arange(nq, dtype=jnp.int32)[:, None]
+    counts = jnp.zeros((nq, nk), jnp.int32).at[rows, column].add(1, mode="drop")
+    starts = neighbors_sm90.list_starts(counts)
+    before = jnp.cumsum(counts, 1, dtype=jnp.int32) - counts
+    at = (starts - before).at[rows, column].get(mode="fill", fill_value=0)
+    at += jnp.arange(column.shape[1], dtype=jnp.int32)
+    size = neighbors_sm90.list_size(count, nk, sizes.block_q)
+    lists = jnp.zeros((nq, size), jnp.int32)
+    lists = lists.at[rows, jnp.where(column < nk, at, size)].set(entry, mode="drop")
+    for n, x in enumerate((counts, jnp.broadcast_to(rows, counts.shape), starts)):
+        place = starts - neighbors_sm90.HEADER + n
+        place = jnp.where(counts > 0, place, size)
+        lists = lists.at[rows, place].set(x, mode="drop")
+    return EntryLists(lists, starts, counted)

@@ -22,7 +22,7 @@ from jax import lax
 from jax._src.lib.mlir.dialects import arith
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 
-from . import _distance, _tiles
+from . import _distance, _entries, _tiles
 from . import _registers as r
 from ._distance import DistanceBias
 from ._score import Score
@@ -95,26 +95,28 @@ class KeyBias(_Shared):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EntryBias(_Shared):
-    """``values [b, H or 1, n]``, one for each set bit of the partial blocks, in order.
+    """``values [b, H or 1, T, count]``, one for each entry of neighbour lists.
 
     There are no full blocks, and one pattern for all heads.
 
     Attributes:
-        table: ``[B or 1, blocks, block_q, words, 2]`` int32, blocks as in the lists by
-            query block: bits, and how many are set before them.
-        order: ``[B or 1, blocks]`` int32, for launches over the lists by key block: of
-            each block the number in the table; else None.
+        lists: ``[B or 1, nq, room]`` int32, and
+        starts: ``[B or 1, nq, nk]`` int32: see `neighbors_sm90.list_entries`.
+        counted: ``[B or 1, T, count]`` bool, which count; not for kernels.
+        blocks: queries and keys of a block.
     """
 
-    table: Any = None
-    order: Array | None = None
+    lists: Any = None
+    starts: Any = None
+    counted: Any = None
+    blocks: tuple[int, int] = dataclasses.field(
+        default=(64, 64), metadata=dict(static=True)
+    )
 
-    def number(self, b, n) -> Array:
-        """Where the n-th block of a launch is in the table."""
-        if self.order is not None:
-            n = self.order[b if self.order.shape[0] > 1 else 0, n]
-        count, blocks = self.table.shape[:2]
-        return n + (b * blocks if count > 1 else 0)
+    @property
+    def count(self) -> int:
+        """Entries of a list."""
+        return self.values.shape[-1]
 
 
 STREAMED = {"16 bits": jnp.bfloat16, "32 bits": jnp.float32}
@@ -189,7 +191,7 @@ def own_gradient(
     shared = any(bias.shared(batch, heads))
     if isinstance(bias, EntryBias):
         dtype = jnp.float32 if shared else bias.values.dtype
-        return jax.ShapeDtypeStruct((batch, heads, bias.values.shape[-1]), dtype)
+        return jax.ShapeDtypeStruct((batch, heads, *bias.values.shape[2:]), dtype)
     if not streamed(bias) or shared:
         return None
     return jax.ShapeDtypeStruct(bias.values.shape, bias.values.dtype)
@@ -201,19 +203,37 @@ def lane_sums(bias: Bias | None) -> int:
     return bias.lane_sums if own else 0
 
 
-def in_smem(bias: Bias | None) -> tuple[Any, bool, bool]:
+class InSmem(NamedTuple):
     """What of a bias is in shared memory: what each ``scratch_spec`` takes last.
 
-    The dtype of streamed tiles or None, whether there are points of a step's columns,
-    and whether tiles that the values of a bias by entry are spread over.
+    Attributes:
+        dtype: of streamed tiles, or None.
+        points: whether there are points of a step's columns.
+        entries: whether there are tiles that values of a bias by entry are spread over.
+        values: length and dtype of lists of such values, if theirs are there too.
     """
+
+    dtype: Any = None
+    points: bool = False
+    entries: bool = False
+    values: tuple[int, Any] | None = None
+
+
+def in_smem(bias: Bias | None, rows_are_queries: bool) -> InSmem:
+    """Of a launch; values if they fit beside the rest."""
     dtype = bias.values.dtype if bias is not None and streamed(bias) else None
-    return dtype, isinstance(bias, DistanceBias), isinstance(bias, EntryBias)
+    values = None
+    if isinstance(bias, EntryBias) and rows_are_queries:
+        of_list = bias.count, bias.values.dtype
+        values = of_list if _entries.values_fit(*of_list) else None
+    kinds = isinstance(bias, DistanceBias), isinstance(bias, EntryBias)
+    return InSmem(dtype, *kinds, values)
 
 
-def kind_in_smem(kind: str | None) -> tuple[Any, bool, bool]:
-    """`in_smem`, of a kind of bias."""
-    return STREAMED.get(kind), kind in _distance.FORMS, kind == "entry"
+def kind_in_smem(kind: str | None) -> InSmem:
+    """Of a kind of bias, by which a config is chosen: lists as most are."""
+    values = (128, jnp.bfloat16) if kind == "entry" else None
+    return InSmem(STREAMED.get(kind), kind in _distance.FORMS, kind == "entry", values)
 
 
 def kind(bias: Bias | None) -> str | None:

@@ -2,9 +2,9 @@
 
 A streamed bias has a tile for each warpgroup and step, one by distance the points of a
 step's columns; the others are read by position (see `_bias` and `_distance`), or spread
-over a tile by their bits (`_entries`). The gradient of a streamed bias that nobody shares
-is the dq kernel's ds: it takes the place of the tile in shared memory, and leaves from
-there. So does that of a bias by entry, bit by bit.
+over a tile (`_entries`). The gradient of a streamed bias that nobody shares is the dq
+kernel's ds: it takes the place of the tile in shared memory, and leaves from there. So
+does that of a bias by entry, one by one.
 Of a bias by key or by distance, the dq and the dk and dv kernel sum up for each row
 what its gradient is made of, and the dq kernel, for each item, what a table's or
 Gaussians' is. A score function is a bias that also changes the gradient of the products
@@ -39,9 +39,10 @@ Array = Any
 
 
 class _Entries(NamedTuple):
-    """What a step knows of a bias by entry: its number, and where its values are."""
+    """What a step knows of a bias by entry: which are its, and where its values are."""
 
-    step: Array
+    at: TileEntries
+    listed: Array
     tile: Array
 
 
@@ -61,12 +62,12 @@ class BiasedWalker(Walker):
     lane_sums: int = dataclasses.field(default=0, kw_only=True)
     writes_bias: bool = dataclasses.field(default=False, kw_only=True)
 
-    def read_bias(self, fields, lists: Lists, n, s: dict, slot):
+    def read_bias(self, fields, lists: Lists, n, s: dict, slot, stage=None):
         """What step n needs of the bias: its values, or where they stand.
 
-        Called while the step's products are in flight, which do not touch those
-        registers. The tile of a streamed bias is free then, unless its gradient shall
-        take its place: see `free_bias`.
+        ``stage`` is that of the item's fixed tiles. Called while the step's products
+        are in flight, which do not touch those registers. The tile of a streamed bias
+        is free then, unless its gradient shall take its place: see `free_bias`.
         """
         bias = lists.bias
         if bias is None:
@@ -81,13 +82,15 @@ class BiasedWalker(Walker):
             columns = _distance.read_columns(self.tile)(s["points"].at[slot])
             return _distance.Read(fields[0], self.first_row(fields), columns, table)
         if isinstance(bias, EntryBias):
-            sizes = self.tile, self.rows_tested, self.rows_are_queries
             b, h = bias.entry(*fields[:2])
-            entry = jnp.int32(b * bias.values.shape[1] + h)
-            at = self.entries_of(fields, lists, n, entry)
-            tile = s["entries"].at[fields[HALF]]
-            _entries.spread(*sizes)(bias.table, bias.values, at, tile)
-            return _Entries(n, tile)
+            values = jnp.int32(b * bias.values.shape[1] + h)
+            at = self.entries_of(fields, lists, n, values)
+            found = _Entries(
+                at, s["entry_list"].at[slot], s["entries"].at[fields[HALF]]
+            )
+            own = s["values"].at[stage, fields[HALF]] if "values" in s else None
+            _entries.spread(self.entry_sizes(bias))(bias, *found, own)
+            return found
         if isinstance(bias, KeyBias):
             b, h = bias.entry(*fields[:2])
             if not self.rows_are_queries:
@@ -112,19 +115,18 @@ class BiasedWalker(Walker):
             number = self.listed(fields, bias.numbers, nth)
         return TilePlace(*bias.entry(*fields[:2]), at.row, at.column, number)
 
-    def entries_of(self, fields, lists: Lists, n, entry) -> TileEntries:
-        """Where the values of step n's tile are, for an entry of their first axes."""
-        bias: Any = lists.bias
-        _, _, block_q, words, _ = bias.table.shape
-        per_block, row = jnp.int32(self.steps_per_block), self.first_row(fields)
-        block = bias.number(fields[0], fields[8] + lax.div(n, per_block)) * block_q
-        part = lax.rem(n, per_block) * self.tile
-        if self.rows_are_queries:
-            word = (block + lax.rem(row, jnp.int32(block_q))) * words
-            return TileEntries(entry, word + lax.div(part, jnp.int32(32)), jnp.int32(0))
-        return TileEntries(
-            entry, (block + part) * words, lax.rem(row, jnp.int32(32 * words))
-        )
+    def entries_of(self, fields, lists: Lists, n, values) -> TileEntries:
+        """Which entries are step n's; ``values`` is the number of theirs."""
+        bias, per_block = lists.bias, jnp.int32(self.steps_per_block)
+        count, blocks, _ = bias.lists.shape
+        first = fields[0] * blocks if count > 1 else jnp.int32(0)
+        of_rows = jnp.int32(bias.blocks[0 if self.rows_are_queries else 1])
+        row = lax.rem(self.first_row(fields), of_rows)
+        return TileEntries(values, first, row, lax.rem(n, per_block) * self.tile)
+
+    def entry_sizes(self, bias: EntryBias) -> _entries.Sizes:
+        """What `_entries` must know."""
+        return _entries.Sizes(self.tile, bias.blocks, self.rows_are_queries)
 
     def with_bias(self, fields, lists: Lists, x, read):
         """A step's products ``x``, with the bias over the scale of the logits."""
@@ -177,9 +179,9 @@ class BiasedWalker(Walker):
         """
         if self.writes_bias and isinstance(lists.bias, EntryBias):
             out = s["bias_gradient"]
-            entry = fields[0] * out.shape[1] + fields[1]
-            at = self.entries_of(fields, lists, read.step, entry)
-            _entries.write(self.tile)(lists.bias.table, out, at, read.tile, ds)
+            at = read.at._replace(values=fields[0] * out.shape[1] + fields[1])
+            put = _entries.write(self.entry_sizes(lists.bias))
+            put(lists.bias, out, at, read.listed, read.tile, ds)
         elif self.writes_bias:
             tile, dtype = s["bias"].at[slot, fields[HALF]], lists.bias.values.dtype
             values = gradient.scaled(self.tile, 1.0, dtype)(ds)
@@ -190,6 +192,12 @@ class BiasedWalker(Walker):
             return self.add_sums(fields, lists, sums, p, ds, read, s, partial), ds
         f = _score.products_gradient(lists.bias, *self.score_options)
         return f(sums, x, p, ds, fields[1], read)
+
+    def free_fixed(self, s: dict, stage) -> None:
+        """Frees an item's fixed tiles, the values of its queries among them."""
+        if "values" in s:
+            r.fence_reads()()
+        plgpu.barrier_arrive(s["fixed_free"][stage])
 
     def free_bias(self, s: dict, slot, pending: int) -> None:
         """Frees the tile of a step once at most ``pending`` gradients have not left.
@@ -312,11 +320,17 @@ def room(bias: str) -> dict:
     return dict(bias_dtype=_bias.STREAMED.get(bias, jnp.float32))
 
 
-def widest_step(bias: str, head_dim: int, value_dim: int) -> int:
-    """Columns of a backward step beside a kind of bias that leave enough registers."""
+def largest_step(bias: str, head_dim: int, value_dim: int) -> dict:
+    """Columns of a backward step beside a kind of bias, and warpgroups of a CTA.
+
+    The most that leave enough registers.
+    """
+    narrow = max(head_dim, value_dim) <= 64
     if bias in ("table", "gaussian"):
-        return 32
-    return 128 if bias == "16 bits" and max(head_dim, value_dim) <= 64 else 64
+        return dict(widest=32, wgs=2)
+    if bias == "entry":
+        return dict(widest=64, wgs=3 if narrow else 2)
+    return dict(widest=128 if bias == "16 bits" and narrow else 64, wgs=2)
 
 
 def first_fit(configs: Iterable, scratch: Callable) -> Any:
@@ -364,9 +378,31 @@ def points_scratch(config: Any, columns: int, points: bool) -> dict:
 
 
 def entries_scratch(config: Any, wgs: int, columns: int, entries: bool) -> dict:
-    """Shared memory that a step's bias by entry is spread over."""
-    lead = config.teams, wgs
-    return dict(entries=_entries.scratch(lead, columns)) if entries else {}
+    """Shared memory of a bias by entry: the entries of steps, and one step's values.
+
+    The former are of the first stream.
+    """
+    if not entries:
+        return {}
+    return dict(
+        entry_list=_entries.list_scratch((config.teams, config.num_stages)),
+        entries=_entries.tile_scratch((config.teams, wgs), columns),
+    )
+
+
+def values_scratch(teams: int, stages: int, wgs: int, values: tuple | None) -> dict:
+    """Shared memory of the values of an item's queries, of their length and dtype."""
+    if values is None:
+        return {}
+    return dict(values=_entries.value_scratch((teams, stages, wgs), *values))
+
+
+def with_values(make: Callable, of_bias: _bias.InSmem) -> dict:
+    """``make(*of_bias)``, the scratch of a CTA, without values if they do not fit."""
+    scratch = make(*of_bias)
+    if of_bias.values is not None and not _persistent.fits(scratch):
+        return make(*of_bias[:3])
+    return scratch
 
 
 def lane_sums_scratch(teams: int, wgs: int, count: int) -> dict:

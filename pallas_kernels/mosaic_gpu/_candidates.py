@@ -116,13 +116,16 @@ def _runs(key: Key, config: Any, dtype: Any) -> bool:
     if config.ping_pong and wgs != 2:
         return False  # there is nobody to take turns with
     scratch = _MODULES[key.kernel].scratch_spec
+    of_bias = _bias.kind_in_smem(key.bias)
+    if key.kernel == "dkv":
+        of_bias = of_bias[:3]  # values are where rows are queries
     try:
         _persistent.check_smem(
             key.kernel,
             config,
             scratch(
                 *(config, rows, key.head_dim, key.value_dim),
-                *(dtype, *_bias.kind_in_smem(key.bias)),
+                *(dtype, *of_bias),
             ),
         )
     except ValueError:

@@ -269,23 +269,31 @@ class BackwardConfig:
 
 
 def beside_bias(
-    block_rows: int, block_columns: int, num_ctas: int, widest: int, stages: int = 2
+    block_rows: int,
+    block_columns: int,
+    num_ctas: int,
+    widest: int,
+    wgs: int,
+    stages: int = 2,
 ) -> list[BackwardConfig]:
     """What may leave room for a bias, best first.
 
-    At most two warpgroups a CTA: a bias takes registers. ``widest`` are the most
-    columns of a step for which it leaves enough, ``stages`` those of steps of 128.
+    ``widest`` are the most columns of a step, and ``wgs`` the most warpgroups of a CTA,
+    for which it leaves registers, ``stages`` those of steps of 128.
     """
     return [
         BackwardConfig(
             tile=min(tile, block_columns),
             num_stages=stages,
             teams=1 if block_rows == 128 else teams,
+            staged=staged,
             num_ctas=num_ctas,
         )
-        for tile, stages, teams in (
-            *((128, stages, 2), (64, 4, 2), (64, 3, 2), (32, 3, 2), (32, 3, 1)),
-            (32, 2, 1),
+        for tile, stages, teams, staged in (
+            (128, stages, 2, True),
+            *((64, 3, 3, staged) for staged in (True, False) if block_rows <= 64),
+            *((64, 4, 2, True), (64, 3, 2, True), (32, 3, 2, True), (32, 3, 1, True)),
+            (32, 2, 1, True),
         )
-        if tile <= min(widest, max(64, block_columns))
+        if tile <= min(widest, max(64, block_columns)) and teams <= wgs
     ]

@@ -32,9 +32,9 @@ import numpy as np
 from jax import lax
 
 from .._common import MAX_SMEM_BYTES, NUM_FIELDS
-from . import _bias, _elements, _tiles
+from . import _bias, _elements, _entries, _tiles
 from . import _registers as r
-from ._bias import Bias, BlockBias, Streamed, TilePlace
+from ._bias import Bias, BlockBias, EntryBias, Streamed, TilePlace
 from ._elements import Elements, Position
 from ._manual_axes import per_device
 from ._schedule import Schedule
@@ -324,6 +324,13 @@ class Walker(Teams):
                     rows = pl.ds(row * self.block_rows + w * 64, 64)
                     _tiles.fetch(array, (b, rows, h_row), s[name].at[stage, w], full)
 
+            if "values" in s:
+                for w in range(self.wgs):
+                    rows = pl.ds(row * self.block_rows + w * 64, 64)
+                    values = lists.bias.values.at[*lists.bias.entry(b, h), rows]
+                    to = s["values"].at[stage, w]
+                    plgpu.copy_gmem_to_smem(values, to, full)
+
             def step(n, block):
                 slot = lax.rem(step0 + n, jnp.int32(self.num_stages))
                 following = entry(lax.div(n + 1, per_block))
@@ -344,6 +351,10 @@ class Walker(Teams):
                     full = s[f"{streams[0].name}_full"][slot]
                     points = lists.bias.columns_at(b, columns)
                     plgpu.copy_gmem_to_smem(points, s["points"].at[slot], full)
+                if "entry_list" in s:
+                    full = s[f"{streams[0].name}_full"][slot]
+                    place = self.block_of(fields, lists.bias, block)
+                    _entries.fetch(lists.bias, place, s["entry_list"].at[slot], full)
                 if _bias.streamed(lists.bias):
                     own = "bias_full" in s
                     full = s["bias_full" if own else f"{streams[0].name}_full"][slot]
@@ -379,6 +390,13 @@ class Walker(Teams):
             first = (row, column) if self.rows_are_queries else (column, row)
             place = TilePlace(*bias.entry(*fields[:2]), *first, number)
             _bias.fetch(bias, place, s["bias"].at[slot, w], full)
+
+    def block_of(self, fields, bias: EntryBias, column) -> tuple:
+        """Batch entry, query block and key block of a step of a column of blocks."""
+        entry = fields[0] if bias.lists.shape[0] > 1 else 0
+        rows = bias.blocks[0 if self.rows_are_queries else 1]
+        row = lax.div(fields[2] * self.block_rows, jnp.int32(rows))
+        return entry, *((row, column) if self.rows_are_queries else (column, row))
 
     def stream_names(self, streams: Sequence[Stream], lists: Lists) -> list[str]:
         """Of all streams; that of the bias is freed apart from its step's others."""

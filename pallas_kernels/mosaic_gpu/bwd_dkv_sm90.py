@@ -20,7 +20,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from . import _bias, _biased, _persistent, _tables, _tiles
+from . import _bias, _biased, _entries, _persistent, _tables, _tiles
 from . import _gradient as gradient
 from . import _registers as r
 from ._bias import Bias
@@ -57,8 +57,8 @@ def choose(
         return BackwardConfig(**measured, num_ctas=num_ctas)
     if bias is not None:
         dims, room = (block_kv, head_dim, value_dim, jnp.bfloat16), _biased.room(bias)
-        widest = _biased.widest_step(bias, head_dim, value_dim)
-        configs = gradient.beside_bias(block_kv, block_q, num_ctas, widest)
+        most = _biased.largest_step(bias, head_dim, value_dim)
+        configs = gradient.beside_bias(block_kv, block_q, num_ctas, **most)
         return _biased.first_fit(configs, lambda c: scratch_spec(c, *dims, **room))
     widest = max(head_dim, value_dim)
     narrow = widest <= 64
@@ -91,6 +91,7 @@ def scratch_spec(
     tile = lambda lead, *sizes: _tiles.scratch((c.teams, *lead), *sizes, dtype)
     parts = sum(_tiles.parts(dim, dtype)[0] for dim in (head_dim, value_dim))
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
+    of_lists = _entries.COPIES * entries
     row = plgpu.SMEM((c.teams, c.num_stages, c.tile), jnp.float32)
     of_bias = _biased.arrivals(wgs, 64, bias_dtype)
     return dict(
@@ -104,7 +105,7 @@ def scratch_spec(
         item=_persistent.item_slots(c.teams, c.num_fixed_stages),
         fixed_full=bar(c.num_fixed_stages, 1 + wgs * parts),
         fixed_free=bar(c.num_fixed_stages, wgs),
-        queries_full=bar(c.num_stages, 2 + parts + of_bias + points),
+        queries_full=bar(c.num_stages, 2 + parts + of_bias + points + of_lists),
         queries_free=bar(c.num_stages, wgs),
         **_biased.bias_stream(
             bar, (c.teams, c.num_stages, wgs), (c.tile, 64), bias_dtype
@@ -165,7 +166,8 @@ def backward_dkv(
     kv_len, head_dim, value_dim = k.shape[1], q.shape[-1], v.shape[-1]
     tile_kv = config.rows(blocks[1])
     scratch = scratch_spec(
-        *(config, tile_kv, head_dim, value_dim, q.dtype), *_bias.in_smem(bias)
+        *(config, tile_kv, head_dim, value_dim, q.dtype),
+        *_bias.in_smem(bias, rows_are_queries=False)[:3],
     )
     _persistent.check_smem("backward_dkv", config, scratch)
     kernel = _BackwardDkv(

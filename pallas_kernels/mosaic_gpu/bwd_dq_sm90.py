@@ -16,7 +16,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from . import _bias, _biased, _persistent, _tables, _tiles
+from . import _bias, _biased, _entries, _persistent, _tables, _tiles
 from . import _gradient as gradient
 from . import _registers as r
 from ._bias import Bias
@@ -69,8 +69,9 @@ def choose(
     if bias is not None:
         dims = block_q, head_dim, value_dim, jnp.bfloat16
         room = _biased.room(bias) | dict(lane_sums=lane_sums)
-        widest = _biased.widest_step(bias, head_dim, value_dim)
-        configs = gradient.beside_bias(block_q, block_kv, num_ctas, widest, stages=3)
+        room |= dict(values=_bias.kind_in_smem(bias).values)
+        most = _biased.largest_step(bias, head_dim, value_dim)
+        configs = gradient.beside_bias(block_q, block_kv, num_ctas, **most, stages=3)
         return _biased.first_fit(configs, lambda c: scratch_spec(c, *dims, **room))
     widest = max(head_dim, value_dim)
     if widest > 128:
@@ -94,6 +95,7 @@ def scratch_spec(
     bias_dtype=None,
     points=False,
     entries=False,
+    values=None,
     lane_sums=0,
 ) -> dict:
     """Shared memory of one CTA; the estimate and the launch both read it."""
@@ -101,6 +103,7 @@ def scratch_spec(
     tile = lambda lead, *sizes: _tiles.scratch((c.teams, *lead), *sizes, dtype)
     of_q, of_v = (_tiles.parts(dim, dtype)[0] for dim in (head_dim, value_dim))
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
+    of_lists = _entries.COPIES * entries
     of_bias = _biased.arrivals(wgs, c.tile, bias_dtype)
     return dict(
         q=tile((c.num_fixed_stages, wgs), 64, head_dim),
@@ -109,9 +112,11 @@ def scratch_spec(
         v=tile((c.num_stages,), c.tile, value_dim),
         **_persistent.staging(tile, wgs, c.staged, dq=head_dim),
         item=_persistent.item_slots(c.teams, c.num_fixed_stages),
-        fixed_full=bar(c.num_fixed_stages, 1 + wgs * (of_q + of_v)),
+        fixed_full=bar(
+            c.num_fixed_stages, 1 + wgs * (of_q + of_v + (values is not None))
+        ),
         fixed_free=bar(c.num_fixed_stages, wgs),
-        k_full=bar(c.num_stages, of_q + of_bias + points),
+        k_full=bar(c.num_stages, of_q + of_bias + points + of_lists),
         k_free=bar(c.num_stages, wgs),
         v_full=bar(c.num_stages, of_v),
         v_free=bar(c.num_stages, wgs),
@@ -120,6 +125,7 @@ def scratch_spec(
         ),
         **_biased.points_scratch(c, c.tile, points),
         **_biased.entries_scratch(c, wgs, c.tile, entries),
+        **_biased.values_scratch(c.teams, c.num_fixed_stages, wgs, values),
         **_biased.lane_sums_scratch(c.teams, wgs, lane_sums),
     )
 
@@ -176,9 +182,13 @@ def backward_dq(
             f"backward_dq: num_stages={config.num_stages}; expected at least 3."
         )
     lane_sums = _bias.lane_sums(bias)
-    scratch = scratch_spec(
-        *(config, tile_q, head_dim, value_dim, q.dtype),
-        *(*_bias.in_smem(bias), lane_sums),
+    scratch = _biased.with_values(
+        lambda *of_bias: scratch_spec(
+            *(config, tile_q, head_dim, value_dim, q.dtype),
+            *of_bias,
+            lane_sums=lane_sums,
+        ),
+        _bias.in_smem(bias, rows_are_queries=True),
     )
     _persistent.check_smem("backward_dq", config, scratch)
     slots = max(schedule.num_slots, 1)
@@ -259,7 +269,7 @@ class _BackwardDq(BiasedWalker):
         self.take_turn(s, w)
         logits, dp = start(qk, dov)(q, s["k"].at[slot], dout, s["v"].at[slot])
         self.pass_turn(s, w)
-        bias = self.read_bias(fields, lists, jnp.int32(0), s, slot)
+        bias = self.read_bias(fields, lists, jnp.int32(0), s, slot, stage)
         x, dp = gradient.await_all(tile, tile)(logits, dp)
         plgpu.barrier_arrive(s["v_free"][slot])
         logits = self.with_bias(fields, lists, x, bias)
@@ -284,7 +294,7 @@ class _BackwardDq(BiasedWalker):
                 *(dq, ds, s["k"].at[before]),
             )
             self.pass_turn(s, w)
-            bias = self.read_bias(fields, lists, n, s, slot)
+            bias = self.read_bias(fields, lists, n, s, slot, stage)
             x = wait((64, tile), 2)(logits)
             if seen is not None:
                 # Also a branch, which ptxas does not move the test across: with it
@@ -311,7 +321,7 @@ class _BackwardDq(BiasedWalker):
         carry = dq, ds, rows, slot, following
         dq, ds, rows, last, _ = self.steps(fields, lists, step, carry, 1)
         self.free_bias(s, last, pending=0)
-        plgpu.barrier_arrive(s["fixed_free"][stage])
+        self.free_fixed(s, stage)
         dq = start(dsk)(dq, ds, s["k"].at[last])
         dq = wait((64, dim), 0)(dq)
         plgpu.barrier_arrive(s["k_free"][last])

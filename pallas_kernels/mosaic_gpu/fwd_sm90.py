@@ -22,6 +22,7 @@ from . import (
     _bias,
     _biased,
     _elements,
+    _entries,
     _persistent,
     _sharing,
     _tables,
@@ -173,15 +174,20 @@ class Config:
     def _beside_bias(
         cls, head_dim, value_dim, block_q, block_kv, num_ctas, bias
     ) -> Config:
-        """The first that fits: four warpgroups and three stages, or two with turns."""
-        choices = (
+        """The first that fits: four warpgroups and three stages, or two with turns.
+
+        Beside a bias by entry, three warpgroups, with the values of their queries.
+        """
+        choices = [
             (64, 3, 4),
             (64, 4, 2),
             (64, 3, 2),
             (64, 2, 2),
             (32, 3, 2),
             (32, 2, 2),
-        )
+        ]
+        if bias == "entry" and block_q == 64:
+            choices[:1] = [(64, 3, 3)]
         return _biased.first_fit(
             (
                 cls(
@@ -211,12 +217,14 @@ def scratch_spec(
     bias_dtype=None,
     points=False,
     entries=False,
+    values=None,
 ) -> dict:
     """Shared memory of one CTA; the estimate and the launch both read it."""
     c, wgs = config, tile_q // 64
     tile = lambda lead, *sizes: _tiles.scratch((c.teams, *lead), *sizes, dtype)
     of_q, of_v = (_tiles.parts(dim, dtype)[0] for dim in (head_dim, value_dim))
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
+    of_lists = _entries.COPIES * entries
     shared = _sharing.scratch_spec(c.teams, value_dim) if c.share else {}
     return dict(
         **shared,
@@ -226,9 +234,9 @@ def scratch_spec(
         **_persistent.staging(tile, wgs, c.staged, out=value_dim),
         lse=plgpu.SMEM((c.teams, wgs, 64), jnp.float32),
         item=_persistent.item_slots(c.teams, c.num_q_stages),
-        fixed_full=bar(c.num_q_stages, 1 + wgs * of_q),
+        fixed_full=bar(c.num_q_stages, 1 + wgs * (of_q + (values is not None))),
         fixed_free=bar(c.num_q_stages, wgs),
-        k_full=bar(c.num_stages, of_q + points),
+        k_full=bar(c.num_stages, of_q + points + of_lists),
         k_free=bar(c.num_stages, wgs),
         v_full=bar(c.num_stages, of_v),
         v_free=bar(c.num_stages, wgs),
@@ -237,6 +245,7 @@ def scratch_spec(
         ),
         **_biased.points_scratch(c, c.tile_kv, points),
         **_biased.entries_scratch(c, wgs, c.tile_kv, entries),
+        **_biased.values_scratch(c.teams, c.num_q_stages, wgs, values),
     )
 
 
@@ -283,9 +292,11 @@ def forward(
         raise ValueError(f"forward: scale={scale}; expected a positive number.")
     if block_q % tile_q:
         raise ValueError(f"forward: {config} for block_q={block_q}; tile_q divides it.")
-    scratch = scratch_spec(
-        *(config, tile_q, head_dim, value_dim, q.dtype),
-        *_bias.in_smem(bias),
+    scratch = _biased.with_values(
+        lambda *of_bias: scratch_spec(
+            *(config, tile_q, head_dim, value_dim, q.dtype), *of_bias
+        ),
+        _bias.in_smem(bias, rows_are_queries=True),
     )
     _persistent.check_smem("forward", config, scratch)
     q_pad = -(-q_len // block_q) * block_q
@@ -358,7 +369,9 @@ class _Forward(BiasedWalker):
         other warpgroup's products run on the tensor core.
         """
         c, w = self.config, fields[HALF]
-        tile, dim, in_regs = c.tile_kv, self.value_dim, c.q_in_registers
+        # The values of a bias are freed with the queries.
+        in_regs = c.q_in_registers and "values" not in s
+        tile, dim = c.tile_kv, self.value_dim
         qk = Product(tile, self.head_dim, None if in_regs else self.head_dim)
         pv = Product(dim, dim, accumulate=True)
         start_qk, start_pv, start_both = start(qk), start(pv), start(qk, pv)
@@ -381,7 +394,7 @@ class _Forward(BiasedWalker):
         self.take_turn(s, w)
         logits = start_qk(q, s["k"].at[slot])
         self.pass_turn(s, w)
-        bias = self.read_bias(fields, lists, jnp.int32(0), s, slot)
+        bias = self.read_bias(fields, lists, jnp.int32(0), s, slot, stage)
         logits = wait((64, tile), 0)(logits)
         plgpu.barrier_arrive(s["k_free"][slot])
         logits = self.with_bias(fields, lists, logits, bias)
@@ -398,7 +411,7 @@ class _Forward(BiasedWalker):
             self.take_turn(s, w)
             logits, acc = start_both(q, s["k"].at[slot], acc, p, s["v"].at[before])
             self.pass_turn(s, w)
-            bias = self.read_bias(fields, lists, n, s, slot)
+            bias = self.read_bias(fields, lists, n, s, slot, stage)
             logits = wait((64, tile), 1)(logits)
             plgpu.barrier_arrive(s["k_free"][slot])
             logits = self.with_bias(fields, lists, logits, bias)
@@ -417,7 +430,7 @@ class _Forward(BiasedWalker):
         carry = acc, p, m, l, slot, following
         acc, p, m, l, last, _ = self.steps(fields, lists, step, carry, 1)
         if not in_regs:
-            plgpu.barrier_arrive(s["fixed_free"][stage])
+            self.free_fixed(s, stage)
         acc = start_pv(acc, p, s["v"].at[last])
         acc = wait((64, dim), 0)(acc)
         plgpu.barrier_arrive(s["v_free"][last])

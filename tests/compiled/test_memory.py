@@ -43,8 +43,8 @@ def programs(name: str):
         ("pair4096_h16_d64", 1, 1),
         ("windows100k_h4_d32", 4, 7),
         ("graph32k_distance", 4, 28),
-        ("neighbors27k_h4_d32", 41, 77),
-        ("neighbors27k_h4_d32_bias", 87, 142),
+        ("neighbors27k_h4_d32", 26, 66),
+        ("neighbors27k_h4_d32_bias", 34, 70),
     ],
 )
 def test_little_more_than_inputs_and_outputs(name, forward, both):

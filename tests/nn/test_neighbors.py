@@ -1,4 +1,4 @@
-"""A bias of neighbour lists by bit, as the Mosaic kernels take it; here `reference`."""
+"""A bias of neighbour lists by entry, as Mosaic kernels take it; here `reference`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tests.nn.test_functional import check, lists, neighbors, normal
 
 @pytest.mark.parametrize("capacity", [10, 2], ids=["at_once", "in_parts"])
 @pytest.mark.parametrize("shared", ["nothing", "lists", "bias", "heads"])
-def test_bias_by_bit(shared, capacity, monkeypatch):
-    monkeypatch.setattr(_neighbors, "READS_BITS", "reference")
-    monkeypatch.setattr(_neighbors._Entries, "bias_of_blocks", None)
+def test_bias_by_entry(shared, capacity, monkeypatch):
+    monkeypatch.setattr(_neighbors, "READS_ENTRIES", "reference")
+    monkeypatch.setattr(_neighbors._Entries, "spread", None)
     tables = _neighbors.Tables(capacity, 16, 16, None, "reference")
     index, (k, v) = lists(75, 150), normal(32, 2, 2, 150, 2, 8)
     q, bias = normal(31, 2, 75, 2, 8), normal(33, 2, 2, 75, 9)

@@ -53,12 +53,24 @@ def call(changes, **options):
     )
 
 
+LISTS = (
+    np.zeros((1, T, 2), np.float32),
+    np.arange(T)[None, :, None] + np.array([0, 9]),
+)
+"""Values and keys, two for each query."""
+
+
 def listed(_):
     """A mask with two bits a row."""
-    index = np.arange(T)[:, None] + np.array([0, 9])
     return patterns.device.neighbors(
-        index, kv_len=S, block_q=16, block_kv=32, capacity=2
+        LISTS[1][0], kv_len=S, block_q=16, block_kv=32, capacity=2
     )
+
+
+def entries(first, stop, heads=1):
+    """A bias for some entries of the lists."""
+    values, index = (x[..., first:stop] for x in LISTS)
+    return EntryBias(np.repeat(values[:, None], heads, 1), index)
 
 
 def cut(name, *index):
@@ -157,26 +169,37 @@ BAD = {
         "expected 2 or 1 batch entries and 1 heads",
     ),
     "entry bias without bits": (
-        {"bias": EntryBias(np.zeros((1, 1, 9), np.float32))},
+        {"bias": entries(0, 2)},
         ValueError,
         "needs a mask with bits.*this has no bits, 1 head patterns and at most 1 full",
     ),
-    "entry bias shape": (
-        {"mask": listed, "bias": EntryBias(np.zeros((1, 3, 80), np.float32))},
+    "entry bias heads": (
+        {"mask": listed, "bias": entries(0, 2, heads=3)},
         ValueError,
-        r"has shape \(1, 3, 80\); expected \[2 or 1, 4 or 1, n\]",
+        r"values has shape \(1, 3, 40, 2\); expected \[2 or 1, 4 or 1, 40, 2\]",
+    ),
+    "entry bias of other queries": (
+        {"mask": listed, "bias": EntryBias(*(x[:, 1:] for x in LISTS))},
+        ValueError,
+        r"EntryBias.index has shape \(1, 39, 2\); expected \[2 or 1, 40, n\]",
+    ),
+    "entry bias by numbers": (
+        {"mask": listed, "bias": EntryBias(LISTS[0][:, None], LISTS[1] * 1.0)},
+        TypeError,
+        "EntryBias.index has dtype float32; expected integers",
+    ),
+    "entry bias of integers": (
+        {"mask": listed, "bias": EntryBias(LISTS[1][:, None], LISTS[1].tolist())},
+        TypeError,
+        "EntryBias.values has dtype int32; expected a floating-point type",
     ),
     "entry bias of another mask": (
-        {"mask": listed, "bias": EntryBias(np.zeros((1, 1, 79), np.float32))},
+        {"mask": listed, "bias": entries(0, 1)},
         ValueError,
-        "holds 79 values but the mask has 80 set bits",
+        "index names 40 keys but the mask has 80 set bits; it was made of other lists",
     ),
     "entry bias for blocks": (
-        {
-            "mask": listed,
-            "bias": EntryBias(np.zeros((1, 1, 80), np.float32)),
-            "implementation": "xla",
-        },
+        {"mask": listed, "bias": entries(0, 2), "implementation": "xla"},
         NotImplementedError,
         "'xla' cannot run this: an entry bias.*These can: reference",
     ),

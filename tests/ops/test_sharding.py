@@ -18,8 +18,9 @@ from jsparse import (
     ScoreFunction,
     block_sparse_attention,
 )
+from jsparse.bias import EntryBias
 from jsparse.nn.functional import atom_window_attention
-from tests.support.cases import MOVES, random_mask
+from tests.support.cases import MOVES, random_mask, with_entries
 from tests.support.meshes import mesh_of_two
 from tests.support.scores import alibi
 
@@ -113,6 +114,30 @@ def test_a_bias_that_devices_share(mesh, kind, part):
             check(mesh, inputs(), part, pattern, bias)
         return
     check(mesh, inputs(), part, pattern, bias)
+
+
+@pytest.mark.parametrize("part", [P("x"), P(None, None, "x")], ids=str)
+@pytest.mark.parametrize("kind", ["entry", "entry_shared_heads"])
+def test_a_bias_by_entry(mesh, kind, part):
+    case = with_entries(kind, (T, S, 16, 32), dim=8)
+    index = case.bias.index
+
+    @jax.jit
+    def both(values, q, k, v):
+        def run(values, q, k, v):
+            bias = EntryBias(values, index)
+            return block_sparse_attention(
+                q, k, v, case.mask, bias=bias, implementation="reference"
+            )
+
+        out, pull = jax.vjp(run, values, q, k, v)
+        return out, *pull(jnp.sin(out))
+
+    arrays = case.q, case.k, case.v
+    sharded = [jax.device_put(x, jax.NamedSharding(mesh, part)) for x in arrays]
+    truth = both(case.bias.values, *arrays)
+    for x, y in zip(both(case.bias.values, *sharded), truth, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5)
 
 
 def test_a_bias_with_heads_of_its_own(mesh):

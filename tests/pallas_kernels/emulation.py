@@ -282,27 +282,40 @@ def add_rows(columns, scale):
     return lambda s, values: s + values[:, None] / scale
 
 
-def _entries_of_tile(table, at, columns, rows, rows_are_queries):
-    """Which bits of a tile are set, and how many come before each."""
-    count = table.shape[-2]
-    table = table[...].reshape(-1, 2)
-    row = jnp.arange(64, dtype=jnp.int32)[:, None] % rows
-    column = jnp.arange(columns, dtype=jnp.int32)
-    query, key = (row, column) if rows_are_queries else (column, at.key + row)
-    word = table[at.word + query * count + key // 32]
-    bits, bit = word[..., 0].astype("uint32"), (key % 32).astype("uint32")
-    below = jax.lax.population_count(bits & ((jnp.uint32(1) << bit) - 1))
-    return bits >> bit & 1 == 1, word[..., 1] + below.astype(jnp.int32)
+def _entries_of_tile(sizes, bias, at, listed):
+    """Of each entry of a block: its element of the tile, its query and its number.
+
+    The number of the tile's elements where it has none, or does not count.
+    """
+    count, query_block, start = (listed[n] for n in range(neighbors_sm90.HEADER))
+    entry, block = jnp.divmod(at.lists + query_block, bias.lists.shape[1])
+    nth = jnp.arange(min(bias.lists.shape[2], 2 * 128 * 128), dtype=jnp.int32)
+    there = bias.lists[entry, block][jnp.minimum(start + nth, bias.lists.shape[2] - 1)]
+    at_hand = listed[...][jnp.minimum(nth + neighbors_sm90.HEADER, listed.shape[0] - 1)]
+    word = jnp.where(nth < _entries.AT_HAND, at_hand, there)
+    query, key = word >> 7 & 127, word & 127
+    row, column = (query, key) if sizes.rows_are_queries else (key, query)
+    row, column = row - at.row, column - at.column
+    counts = (nth < count) & (word >= 0) & (row >= 0) & (row < 64)
+    counts &= (column >= 0) & (column < sizes.columns)
+    place = jnp.where(counts, row * sizes.columns + column, 64 * sizes.columns)
+    query += query_block * sizes.blocks[0]
+    return place, query, jnp.minimum(word >> 14, bias.count - 1)
 
 
-def spread(columns, rows, rows_are_queries):
+def spread(sizes):
     """Elements that do not count become NaN, which must not show."""
 
-    def f(table, values, at, tile):
-        args = columns, rows, rows_are_queries
-        is_set, place = _entries_of_tile(table, at, *args)
-        b, h = jnp.divmod(at.entry, values.shape[1])
-        found = jnp.where(is_set, values[b, h][place].astype(F32), jnp.nan)
+    def f(bias, at, listed, tile, own):
+        place, query, n = _entries_of_tile(sizes, bias, at, listed)
+        b, h = jnp.divmod(at.values, bias.values.shape[1])
+        values = bias.values[b, h]
+        if own is not None:
+            first = listed[1] * sizes.blocks[0] + at.row
+            values, query = own[...], query - first
+        values = values[jnp.clip(query, 0, len(values) - 1), n].astype(F32)
+        found = jnp.full(64 * sizes.columns, jnp.nan)
+        found = found.at[place].set(values, mode="drop").reshape(64, -1)
         padding = jnp.full((64, _entries.PADDING), jnp.nan)
         tile[...] = jnp.append(found, padding, 1).reshape(-1)
 
@@ -313,19 +326,22 @@ def read(columns):
     return lambda tile: tile[...].reshape(64, -1)[:, :columns]
 
 
-def write(columns):
-    def f(table, out, at, tile, x):
+def write(sizes):
+    def f(bias, out, at, listed, tile, x):
         del tile
-        is_set, place = _entries_of_tile(table, at, columns, 64, True)
-        b, h = jnp.divmod(at.entry, out.shape[1])
-        own = jnp.argsort(~is_set.reshape(-1), stable=True)
-        x, place = (array.reshape(-1)[own] for array in (x, place))
+        place, *which = _entries_of_tile(sizes, bias, at, listed)
+        b, h = jnp.divmod(at.values, out.shape[1])
+        none = 64 * sizes.columns
+        own = jnp.argsort(place == none, stable=True)
+        x = x.reshape(-1)[jnp.minimum(place[own], none - 1)]
+        query, number = (y[own] for y in which)
 
         # One by one: what is between belongs to others, who write at the same time.
         def store(n, _):
-            out[b, h, place[n]] = x[n].astype(out.dtype)
+            out[b, h, query[n], number[n]] = x[n].astype(out.dtype)
 
-        jax.lax.fori_loop(0, is_set.sum(dtype=jnp.int32), store, None)
+        total = (place < none).sum(dtype=jnp.int32)
+        jax.lax.fori_loop(0, total, store, None)
 
     return f
 
@@ -556,13 +572,67 @@ def _listed(index, row, first, end, keys):
     return key, at // count, (at < end) & (key >= 0) & (key < keys)
 
 
-def flag_blocks(count, block_kv):
+def add_to_blocks(count, block_kv):
     del count
 
-    def f(index, flags, row, first, end, keys):
+    def f(index, counts, row, first, end, keys):
         key, _, exists = _listed(index, row, first, end, keys)
-        block = jnp.where(exists, key // block_kv, flags.size)
-        flags[...] = flags[...].at[block].set(1, mode="drop")
+        block = jnp.where(exists, key // block_kv, counts.size)
+        counts[...] = counts[...].at[block].add(1, mode="drop")
+
+    return f
+
+
+def count_entries(count):
+    del count
+
+    def f(index, extra, row, first, end, keys):
+        _, q, exists = _listed(index, row, first, end, keys)
+        q = jnp.where(exists, q, extra.size)
+        extra[...] = extra[...].at[q].add(1, mode="drop")
+
+    return f
+
+
+def take_off_bits(block_q, words):
+    def f(bits, extra, block):
+        counts = jax.lax.population_count(bits[block]).reshape(block_q, words).sum(1)
+        extra[...] = extra[...].at[:block_q].add(-counts)
+
+    return f
+
+
+def place_entries(count, block_kv, size):
+    def f(index, ends, extra, lists, counted, own, row, first, end, keys):
+        key, q, exists = _listed(index, row, first, end, keys)
+        at = first + jnp.arange(len(key))
+        number, others = at % count, jnp.arange(count)
+        same = index[...][jnp.minimum(row + q, len(index) - 1)] == key[:, None]
+        earlier = (same & (others < number[:, None])).any(1)
+        counts = exists & ~(earlier & (extra[...][jnp.minimum(q, extra.size - 1)] > 0))
+        word = jnp.where(counts, number << 14 | q << 7 | key % block_kv, -1)
+        block = jnp.where(exists, key // block_kv, ends.size)
+        before = (block[:, None] == block) & (at < at[:, None])
+        place = ends[...].at[block].get(mode="clip") + before.sum(1)
+        lists[own] = (
+            lists[own].at[jnp.where(exists, place, size)].set(word, mode="drop")
+        )
+        counted[own] = counted[own].at[at].set(counts.astype(jnp.int8), mode="drop")
+        ends[...] = ends[...].at[block].add(1, mode="drop")
+
+    return f
+
+
+def close_lists(room, size):
+    del room
+
+    def f(starts, ends, lists, own, block):
+        start, found = starts[own], lists[own]
+        count = ends[...] - start
+        for n, x in enumerate((count, jnp.full_like(count, block), start)):
+            at = jnp.where(count > 0, start - neighbors_sm90.HEADER + n, size)
+            found = found.at[at].set(x, mode="drop")
+        lists[own] = found
 
     return f
 
@@ -610,7 +680,10 @@ _STAND_INS = {
         *(seen_distances, add_gaussian_slope, store_lane_sums),
     ),
     _score: (new_logits, products_gradient),
-    neighbors_sm90: (flag_blocks, add_bits),
+    neighbors_sm90: (
+        *(add_to_blocks, add_bits, count_entries, take_off_bits),
+        *(place_entries, close_lists),
+    ),
     fwd_sm90: (start, wait),
     bwd_dbias_sm90: (start,),
     bwd_dq_sm90: (start, wait, operand),

@@ -19,6 +19,7 @@ from jsparse.pallas_kernels.mosaic_gpu import (
     bwd_dkv_sm90,
     bwd_dq_sm90,
     fwd_sm90,
+    neighbors_sm90,
 )
 from jsparse.pallas_kernels.mosaic_gpu._elements import (
     ColumnInterval,
@@ -167,16 +168,16 @@ class Launch:
         return _bias.DenseBias(jax.ShapeDtypeStruct(shape, self.bias))
 
     def entries(self) -> _bias.EntryBias:
-        """Of 5,000 bits in 40 blocks, which heads share unless ``shared`` is False."""
+        """Of lists of 24, which heads share unless ``shared`` is False."""
         heads = 1 if self.shared else self.heads[0]
         dtype = "bfloat16" if self.shared else "float32"
-        block_q, block_kv = self.blocks
-        table = jax.ShapeDtypeStruct((1, 40, block_q, block_kv // 32, 2), "int32")
-        order = jax.ShapeDtypeStruct((1, 40), "int32")
+        count, size = 24, neighbors_sm90.list_size(24, 5, self.blocks[0])
+        q_len = 7 * self.blocks[0] - 5
         return _bias.EntryBias(
-            jax.ShapeDtypeStruct((1, heads, 5000), dtype),
-            table=table,
-            order=order if self.kernel == "dkv" else None,
+            jax.ShapeDtypeStruct((1, heads, q_len, count), dtype),
+            lists=jax.ShapeDtypeStruct((1, 7, size), "int32"),
+            starts=jax.ShapeDtypeStruct((1, 7, 5), "int32"),
+            blocks=self.blocks,
         )
 
     def score(self) -> _score.Score:

@@ -1,115 +1,119 @@
-"""Which value of a bias by entry each thread reads, on NumPy integers for registers.
-
-What the instructions themselves do, of which emulation knows nothing, is for the GPU.
-"""
+"""Which element of a tile gets which value of a bias by entry: its PTX, interpreted."""
 
 from __future__ import annotations
 
-import types
-from typing import Any
-
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jsparse.pallas_kernels.mosaic_gpu import _entries
+from jsparse.patterns import _device_lists
+from jsparse.patterns._parts import Sizes
+from tests.support.ptx import Machine, Memory
 
-I32 = np.int32
-BLOCK_Q, BLOCK_KV, BLOCKS = 128, 64, 3
+COUNT = 24
 
 
-@pytest.fixture
-def thread(monkeypatch):
-    """Whose registers they are, ``thread[0]`` of 128."""
-    number = [0]
-    registers = types.SimpleNamespace(
-        first_row=lambda: number[0] // 32 * 16 + number[0] % 32 // 4,
-        first_column=lambda: number[0] % 4 * 2,
-        integer=int,
-        i32=lambda: I32,
-        asm=lambda *_: None,
-        global_pair=lambda table, at, offset, _: table.words.reshape(-1)[
-            at + offset : at + offset + 2
-        ],
+def lists_of(blocks: tuple[int, int], dense: bool):
+    """Neighbour lists, some keys twice, and the `EntryLists` of them."""
+    rng, sizes = np.random.default_rng(sum(blocks)), Sizes(300, 260, *blocks)
+    index = rng.integers(-20, 120 if dense else 270, (1, 300, COUNT))
+    found = _device_lists._entries_by_sorting(
+        jnp.asarray(index[0], jnp.int32), jnp.asarray([290, 250]), sizes=sizes
     )
-    arith = types.SimpleNamespace(
-        addi=lambda x, y: int(x) + int(y),
-        andi=lambda x, y: int(x) & int(y),
-        muli=lambda x, y: int(x) * int(y),
-        shrui=lambda x, n: int(x) >> int(n),
-        subi=lambda x, y: int(x) - int(y),
+    return index[0], found
+
+
+def tile_of(found, index, at, values, sizes) -> np.ndarray:
+    """What the tile must hold; NaN where no entry counts."""
+    out = np.full((64, sizes.columns), np.nan, np.float32)
+    query, key, row, column = at
+    counted = np.asarray(found.counted)
+    for t, n in zip(*np.nonzero(counted), strict=True):
+        q = t - query * sizes.blocks[0], index[t, n] - key * sizes.blocks[1]
+        if 0 <= q[0] < sizes.blocks[0] and 0 <= q[1] < sizes.blocks[1]:
+            r, c = q if sizes.rows_are_queries else q[::-1]
+            if 0 <= r - row < 64 and 0 <= c - column < sizes.columns:
+                out[r - row, c - column] = values[t, n]
+    return out
+
+
+def run(monkeypatch, found, at, sizes, values, tile, **options) -> np.ndarray:
+    """All threads of a warpgroup; returns the values after it."""
+    query, key, row, column = at
+    lists = np.asarray(found.lists)[None]
+    start = int(found.starts[query, key]) - _entries.HEADER
+    listed = np.zeros(_entries.COPIES * _entries.COPIED, np.int32)
+    some = lists[0, query, start : start + len(listed)]
+    listed[: len(some)] = some
+    first = query * sizes.blocks[0] + row
+    own = np.zeros((64, COUNT), values.dtype)
+    own[: len(values[1, 2, first : first + 64])] = values[1, 2, first : first + 64]
+    bases = 1 << 33, 1 << 34, 1 << 12, 1 << 16, 1 << 18
+    refs = list(map(Memory, (values, lists, listed, tile, own), bases))
+    machine = Machine(refs)
+    machine.install(monkeypatch, _entries)
+    machine.each(
+        _entries._each_entry(sizes, COUNT, **options), *refs, 5, 0, row, column
     )
-    mlir = types.SimpleNamespace(
-        MemRefType=lambda x: x,
-        IntegerType=types.SimpleNamespace(get_signless=lambda bits: bits),
+    return refs[0].array
+
+
+CASES = [
+    ((64, 64), True, 64, (2, 1, 0, 0), False),
+    ((64, 64), False, 64, (1, 2, 0, 0), False),
+    ((128, 128), True, 64, (1, 0, 64, 64), True),
+    ((128, 128), False, 32, (1, 0, 64, 96), True),
+    ((128, 32), False, 128, (0, 1, 0, 0), True),
+]
+
+
+@pytest.mark.parametrize("at_hand", [False, True])
+@pytest.mark.parametrize("kind", ["f32", "f16"])
+@pytest.mark.parametrize("blocks, by_query, columns, at, dense", CASES)
+def test_values_reach_their_elements(
+    monkeypatch, blocks, by_query, columns, at, dense, kind, at_hand
+):
+    if at_hand and not by_query:
+        pytest.skip("values are at hand where rows are queries")
+    index, found = lists_of(blocks, dense)
+    assert dense == (longest(found) > _entries.AT_HAND)
+    sizes = _entries.Sizes(columns, blocks, by_query)
+    dtype = np.float32 if kind == "f32" else np.float16
+    values = np.random.default_rng(1).normal(size=(2, 3, 300, COUNT)).astype(dtype)
+    tile = np.full((64, columns + _entries.PADDING), np.nan, np.float32)
+    options = {"to_tile": True, "at_hand": at_hand}
+    run(monkeypatch, found, at, sizes, values, tile, **options)
+    expected = tile_of(found, index, at, values[1, 2], sizes)
+    assert np.isfinite(expected).any()
+    np.testing.assert_array_equal(tile[:, :columns], expected)
+    assert np.isnan(tile[:, columns:]).all()
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16"])
+@pytest.mark.parametrize("blocks, by_query, columns, at, dense", CASES[::2])
+def test_gradients_reach_their_places(
+    monkeypatch, blocks, by_query, columns, at, dense, kind
+):
+    index, found = lists_of(blocks, dense)
+    sizes = _entries.Sizes(columns, blocks, by_query)
+    dtype = np.float32 if kind == "f32" else np.float16
+    tile = np.random.default_rng(1).normal(size=(64, columns + 8)).astype(np.float32)
+    out, options = np.zeros((2, 3, 300, COUNT), dtype), {"to_tile": False}
+    out = run(monkeypatch, found, at, sizes, out, tile, at_hand=False, **options)
+    assert not out[:1].any() and not out[1, :2].any()
+    place = tile_of(found, index, at, np.ones((300, COUNT)), sizes)
+    expected = np.where(np.isnan(place), 0, tile[:, :columns].astype(dtype))
+    again = np.nan_to_num(tile_of(found, index, at, out[1, 2], sizes))
+    np.testing.assert_array_equal(again, expected)
+    assert (out != 0).sum() == np.isfinite(place).sum()
+
+
+def longest(found) -> int:
+    """The most entries of a block, duplicates among them."""
+    starts = np.asarray(found.starts)
+    lists = np.asarray(found.lists)
+    return max(
+        int(lists[q, starts[q, k] - _entries.HEADER])
+        for q, k in np.argwhere(np.diff(starts, axis=1) > 0)
     )
-    monkeypatch.setattr(_entries, "r", registers)
-    monkeypatch.setattr(_entries, "arith", arith)
-    monkeypatch.setattr(_entries, "ir", mlir)
-    monkeypatch.setattr(
-        _entries, "utils", types.SimpleNamespace(memref_ptr=lambda ref: ref)
-    )
-    monkeypatch.setattr(_entries, "_count", count)
-    return number
-
-
-def count(bits, before, room, skip):
-    """As its text says; a shift by 32 leaves nothing."""
-    below = int(bits) << (room - skip) & 0xFFFFFFFF
-    return int(before) + below.bit_count()
-
-
-def entries(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Bits, the number of each that is set, else -1, and the table."""
-    bits = rng.random((BLOCKS, BLOCK_Q, BLOCK_KV)) < 0.2
-    number = np.where(bits, np.cumsum(bits).reshape(bits.shape) - 1, -1)
-    words = np.packbits(bits, -1, "little").view(np.uint32).astype(np.int64)
-    counts = np.bitwise_count(words)
-    before = (np.cumsum(counts) - counts.reshape(-1)).reshape(words.shape)
-    table = types.SimpleNamespace(words=np.stack([words, before], -1))
-    table.type = types.SimpleNamespace(shape=table.words.shape)
-    return bits, number, table
-
-
-def found(place, columns: int, row: Any, column: Any) -> dict:
-    """Number by row and column of the tile, of one thread's elements."""
-    numbers = {}
-    for at, pair in place.pairs(columns):
-        for n, bit, before in zip(at, pair.bits, pair.before, strict=True):
-            r, c = row + 8 * (n >> 1 & 1), column + 8 * (n >> 2) + (n & 1)
-            assert (r, c) not in numbers
-            numbers[r, c] = before if int(pair.word) & bit else -1
-    return numbers
-
-
-VALUES: Any = types.SimpleNamespace(
-    type=types.SimpleNamespace(shape=(2, 3, 5000), element_type="f32")
-)
-
-
-@pytest.mark.parametrize("columns, part", [(64, 0), (32, 0), (32, 32)])
-@pytest.mark.parametrize("first", [0, 64])
-def test_rows_are_queries(thread, columns, part, first):
-    _, number, table = entries(np.random.default_rng(columns))
-    seen = {}
-    for thread[0] in range(128):
-        at = [0, (1 * BLOCK_Q + first) * 2 + part // 32, 0]
-        place = _entries._ByQuery(table, VALUES, at, 64)
-        seen |= found(place, columns, place.row, place.column)
-    assert len(seen) == 64 * columns
-    for (q, kv), n in seen.items():
-        assert n == number[1, first + q, part + kv], (q, kv)
-
-
-@pytest.mark.parametrize("columns, part", [(64, 0), (64, 64), (32, 96), (128, 0)])
-@pytest.mark.parametrize("first, rows", [(0, 64), (32, 32)])
-def test_rows_are_keys(thread, columns, part, first, rows):
-    _, number, table = entries(np.random.default_rng(columns))
-    seen = {}
-    for thread[0] in range(128):
-        at = [0, (2 * BLOCK_Q + part) * 2, first]
-        place = _entries._ByKey(table, VALUES, at, rows)
-        row = place.key - first
-        seen |= found(place, columns, row, place.column)
-    assert len(seen) == rows * columns
-    for (kv, q), n in seen.items():
-        assert n == number[2, part + q, first + kv], (q, kv)

@@ -12,7 +12,7 @@ import numpy as np
 
 from jsparse import BlockBias, BlockMask, DistanceBias
 from jsparse.bias import EntryBias
-from jsparse.patterns import Distance, Segments, Window
+from jsparse.patterns import Distance, Segments, Window, device
 
 
 @dataclasses.dataclass
@@ -288,10 +288,14 @@ def biases(rng: np.random.Generator, mask: BlockMask, heads: int, batch: int) ->
 
 
 def cast_bias(bias: Any, dtype: str) -> Any:
-    """A dense or block bias in another dtype; the others are float32 always."""
+    """The values of a bias in another dtype; one by distance is float32 always."""
     if isinstance(bias, DistanceBias):
         return bias
-    return jax.tree_util.tree_map(lambda x: jnp.asarray(x).astype(dtype), bias)
+
+    def cast(x):
+        return jnp.asarray(x).astype(dtype if x.dtype.kind != "i" else x.dtype)
+
+    return jax.tree_util.tree_map(cast, bias)
 
 
 def with_bias(case: Case, kind: str, dtype: str = "float32") -> Case:
@@ -305,42 +309,56 @@ def with_bias(case: Case, kind: str, dtype: str = "float32") -> Case:
 
 
 ENTRIES = {
-    "entry": (2, True),
-    "entry_shared_heads": (2, False),
-    "entry_shared_batch": (1, True),
+    "entry": (2, True, 24),
+    "entry_shared_heads": (2, False, 21),
+    "entry_shared_batch": (1, True, 24),
 }
-"""Batch entries of an `EntryBias`, of two in all, and whether heads have their own."""
+"""Of an `EntryBias`: batch entries, of two in all, whether heads have their own, and
+entries of a list, not always what TMA copies."""
 
 
 def with_entries(
     kind: str, sizes: tuple[int, int, int, int], *, patterns: int = 1, dim: int = 32
 ) -> Case:
-    """A case of two batch entries beside one of `ENTRIES`, a tenth of the bits set."""
+    """A case of two batch entries beside one of `ENTRIES`.
+
+    Lists name keys of some blocks, in any order, some of them twice, and some that do
+    not exist. Nobody may read the values of entries that do not count.
+    """
     rng = np.random.default_rng(14)
     q_len, kv_len, block_q, block_kv = sizes
-    grid = -(-q_len // block_q), -(-kv_len // block_kv)
+    batch, own_heads, length = ENTRIES[kind]
+    nq, nk = -(-q_len // block_q), -(-kv_len // block_kv)
+    some = np.arange(max(1, nk // 2))
+    shape = patterns, q_len, length
+    near = rng.permuted(np.tile(np.arange(nk), (patterns, nq, 1)), axis=2)
+    block = near[:, np.arange(q_len)[:, None] // block_q, rng.choice(some, shape[1:])]
+    index = block * block_kv + rng.integers(0, block_kv, shape)
+    absent = (rng.random(shape) < 0.1) | (index >= kv_len)
+    index = np.where(absent, rng.integers(-9, 0, shape), index)
+    mask = device.neighbors(
+        jnp.asarray(index),
+        kv_len=kv_len,
+        block_q=block_q,
+        block_kv=block_kv,
+        capacity=len(some),
+        q_capacity=nq,
+    )
+    mask = jax.tree_util.tree_map(np.asarray, mask)
+    case = make_case(rng, mask, batch=(2,), heads=(4, 2), dims=(dim, dim))
+    values = _normal(rng, batch, 4 if own_heads else 1, *shape[1:])
+    counted = _counted(index, kv_len)
+    counted = counted if batch == patterns else counted.any(0)
+    values = np.where(counted[..., None, :, :], values, np.nan).astype(np.float32)
+    return dataclasses.replace(case, bias=EntryBias(values, index.astype(np.int32)))
 
-    def mask():
-        count = max(2, grid[0] * grid[1] // 2)
-        return BlockMask.from_blocks(
-            *(rng.integers(0, n, count) for n in grid),
-            q_len=q_len,
-            kv_len=kv_len,
-            block_q=block_q,
-            block_kv=block_kv,
-            elements=rng.random((count, block_q, block_kv)) < 0.1,
-        )
 
-    whole = BlockMask.stack([mask() for _ in range(patterns)], "batch")
-    case = make_case(rng, whole, batch=(2,), heads=(4, 2), dims=(dim, dim))
-    batch, own_heads = ENTRIES[kind]
-    counts = np.bitwise_count(np.asarray(whole.bits)).sum((1, 2, 3), dtype=int)
-    counts = counts if batch == patterns else np.repeat(counts.max(), batch)
-    # More than there are bits: nobody may read or write what is beyond.
-    values = _normal(rng, batch, 4 if own_heads else 1, counts.max() + 3)
-    for own, count in zip(values, counts, strict=True):
-        own[:, count:] = np.nan
-    return dataclasses.replace(case, bias=EntryBias(values))
+def _counted(index: np.ndarray, kv_len: int) -> np.ndarray:
+    """Which entries of lists exist, and are the first of their key."""
+    counted = (index >= 0) & (index < kv_len)
+    for n in range(1, index.shape[-1]):
+        counted[..., n] &= (index[..., :n] != index[..., n : n + 1]).all(-1)
+    return counted
 
 
 def pair(

@@ -64,9 +64,8 @@ def dense_bias(bias, mask: BlockMask, num_heads: int) -> np.ndarray:
     if isinstance(bias, BlockBias):
         return _place_blocks(np.asarray(bias.values, np.float64), mask, num_heads)
     if isinstance(bias, EntryBias):
-        blocks = _blocks_of_entries(np.asarray(bias.values, np.float64), mask)
-        return _place_blocks(blocks, mask, num_heads)
-    if isinstance(bias, DistanceBias):
+        values = _dense_entries(bias, mask.kv_len)
+    elif isinstance(bias, DistanceBias):
         values = _distance_values(bias)
     else:
         values = np.asarray(bias, np.float64)
@@ -93,17 +92,16 @@ def _distance_values(bias: DistanceBias) -> np.ndarray:
     return np.stack(rows, 1)
 
 
-def _blocks_of_entries(values: np.ndarray, mask: BlockMask) -> np.ndarray:
-    """``[B, H or 1, n, block_q, block_kv]``: values where bits are set, else 0."""
-    words = np.asarray(mask.bits).astype("<u4")
-    bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
-    bits = bits[..., : mask.block_kv].astype(bool)
-    batch, heads, _ = values.shape
-    out = np.zeros((max(batch, len(bits)), heads, *bits.shape[1:]))
-    for b in range(len(out)):
-        own = bits[min(b, len(bits) - 1)]
-        out[b, :, own] = values[min(b, batch - 1), :, : own.sum()].T
-    return out
+def _dense_entries(bias: EntryBias, kv_len: int) -> np.ndarray:
+    """``[B, H or 1, T, S]``: of each list the first entry of a key, else 0."""
+    values, index = np.asarray(bias.values, np.float64), np.asarray(bias.index, int)
+    batch = max(len(values), len(index))
+    dense = np.zeros((batch, *values.shape[1:3], kv_len))
+    for b, t, n in np.ndindex(batch, *index.shape[1:]):
+        own = index[min(b, len(index) - 1), t]
+        if 0 <= own[n] < kv_len and own[n] not in own[:n]:
+            dense[b, :, t, own[n]] = values[min(b, len(values) - 1), :, t, n]
+    return dense
 
 
 def _place_blocks(values: np.ndarray, mask: BlockMask, num_heads: int) -> np.ndarray:
