@@ -70,7 +70,8 @@ def entry_lists(index: Array, lengths: Array, bits: Array, counts: Array, sizes:
     _, kv_len, block_q, block_kv = sizes
     options = {"kv_len": kv_len, "block_q": block_q, "block_kv": block_kv}
     named = neighbors_sm90.count_blocks(index, lengths, **options)
-    starts = neighbors_sm90.list_starts(named)
+    size = neighbors_sm90.list_size(index.shape[-1], sizes.grid[1], block_q)
+    starts = neighbors_sm90.list_starts(named, size)
     first_bits = jnp.pad(jnp.cumsum(counts, 1, dtype=jnp.int32), ((0, 0), (1, 0)))
     bits = jax.lax.bitcast_convert_type(bits, jnp.int32)
     lists, counted = neighbors_sm90.list_entries(
@@ -193,15 +194,14 @@ def _entries_by_sorting(index: Array, lengths: Array, *, sizes: Sizes) -> EntryL
     column, entry = (jnp.take_along_axis(x, order, 1) for x in (column, entry))
     rows = jnp.arange(nq, dtype=jnp.int32)[:, None]
     counts = jnp.zeros((nq, nk), jnp.int32).at[rows, column].add(1, mode="drop")
-    starts = neighbors_sm90.list_starts(counts)
+    size = neighbors_sm90.list_size(count, nk, sizes.block_q)
+    starts = neighbors_sm90.list_starts(counts, size)
     before = jnp.cumsum(counts, 1, dtype=jnp.int32) - counts
     at = (starts - before).at[rows, column].get(mode="fill", fill_value=0)
     at += jnp.arange(column.shape[1], dtype=jnp.int32)
-    size = neighbors_sm90.list_size(count, nk, sizes.block_q)
     lists = jnp.zeros((nq, size), jnp.int32)
     lists = lists.at[rows, jnp.where(column < nk, at, size)].set(entry, mode="drop")
     for n, x in enumerate((counts, jnp.broadcast_to(rows, counts.shape), starts)):
         place = starts - neighbors_sm90.HEADER + n
-        place = jnp.where(counts > 0, place, size)
-        lists = lists.at[rows, place].set(x, mode="drop")
+        lists = lists.at[rows, place].set(x)
     return EntryLists(lists, starts, counted)

@@ -260,7 +260,8 @@ def list_entries(
         kernel_name="jsparse_neighbor_entries",
         compiler_params=_PARAMS,
     )
-    starts = jnp.pad(starts, ((0, 0), (0, 0), (0, room - num_kv)))
+    rest = (0, 0), (0, 0), (0, room - num_kv)
+    starts = jnp.pad(starts, rest, constant_values=size - ALIGNED + HEADER)
     bits = bits.reshape(-1, block_q * words)
     lists, counted = per_device(kernel)(
         *(index.reshape(-1, count), lengths, bits, first_bits),
@@ -272,17 +273,21 @@ def list_entries(
 
 
 def list_size(count: int, num_kv: int, block_q: int) -> int:
-    """Room for the lists of a query block, whose queries have ``count`` entries."""
+    """Room for the lists of a query block, whose queries have ``count`` entries.
+
+    The last of them is that of all blocks that no list names.
+    """
     entries = block_q * count
     most = entries + (HEADER + ALIGNED - 1) * min(num_kv, entries)
-    return -(-most // ALIGNED) * ALIGNED
+    return (-(-most // ALIGNED) + 1) * ALIGNED
 
 
-def list_starts(counts: Array) -> Array:
+def list_starts(counts: Array, size: int) -> Array:
     """Where the entries of each block begin, from how often lists name it."""
     whole = -(-(counts + HEADER) // ALIGNED) * ALIGNED
     sizes = jnp.where(counts > 0, whole, 0)
-    return jnp.cumsum(sizes, -1, dtype=jnp.int32) - sizes + HEADER
+    starts = jnp.cumsum(sizes, -1, dtype=jnp.int32) - sizes
+    return jnp.where(counts > 0, starts, size - ALIGNED) + HEADER
 
 
 class _Rows(NamedTuple):
@@ -486,14 +491,14 @@ def close_lists(room: int, size: int) -> Callable:
         args += [own.registers.item(), block.registers.item()]
         for first in range(0, room, THREADS):
             text = (
-                "{ .reg .pred p; .reg .b32 n, s, e; .reg .b64 a; mov.u32 n, %tid.x; "
+                "{ .reg .b32 n, s, e; .reg .b64 a; mov.u32 n, %tid.x; "
                 f"add.s32 n, n, {first}; mul.wide.s32 a, $3, {4 * room}; "
                 "add.s64 a, a, $0; mad.wide.s32 a, n, 4, a; ld.global.nc.b32 s, [a]; "
                 "mad.lo.u32 n, n, 4, $1; ld.shared.b32 e, [n]; sub.s32 e, e, s; "
-                f"setp.gt.s32 p, e, 0; mul.wide.s32 a, $3, {4 * size}; "
+                f"mul.wide.s32 a, $3, {4 * size}; "
                 "add.s64 a, a, $2; mad.wide.s32 a, s, 4, a; "
-                "@p st.global.b32 [a+-12], e; @p st.global.b32 [a+-8], $4; "
-                "@p st.global.b32 [a+-4], s; }"
+                "st.global.b32 [a+-12], e; st.global.b32 [a+-8], $4; "
+                "st.global.b32 [a+-4], s; }"
             )
             r.command(text, *args, spec="l,r,l,r,r")
 

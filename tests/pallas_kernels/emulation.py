@@ -624,14 +624,13 @@ def place_entries(count, block_kv, size):
 
 
 def close_lists(room, size):
-    del room
+    del room, size
 
     def f(starts, ends, lists, own, block):
         start, found = starts[own], lists[own]
         count = ends[...] - start
         for n, x in enumerate((count, jnp.full_like(count, block), start)):
-            at = jnp.where(count > 0, start - neighbors_sm90.HEADER + n, size)
-            found = found.at[at].set(x, mode="drop")
+            found = found.at[start - neighbors_sm90.HEADER + n].set(x)
         lists[own] = found
 
     return f

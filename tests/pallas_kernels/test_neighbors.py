@@ -98,7 +98,7 @@ def check_entry_lists(found, expected, named):
     np.testing.assert_array_equal(found.counted, expected.counted)
     np.testing.assert_array_equal(found.starts, expected.starts)
     header = neighbors_sm90.HEADER
-    for b, q, k in np.argwhere(named):
+    for b, q, k in np.ndindex(named.shape):
         start, count = expected.starts[b, q, k], named[b, q, k]
         own = slice(start, start + count)
         for x in (found.lists[b, q], expected.lists[b, q]):
@@ -132,6 +132,7 @@ def test_entries_agree_with_sorting(blocks, batch, shared):
 @pytest.mark.parametrize("blocks", [(64, 32), (128, 64)])
 def test_instructions(blocks, monkeypatch):
     """The kernels' PTX, interpreted, for the last query block, which is not whole."""
+    kernels = neighbors_sm90
     own, row, count, keys, q_len = 1, blocks[0], 14, 190, blocks[0] + 30
     before = 3  # query blocks of other batch entries
     sizes, rng = Sizes(q_len, 200, *blocks), np.random.default_rng(7)
@@ -144,7 +145,9 @@ def test_instructions(blocks, monkeypatch):
     bits, (nq, nk) = bits.view(np.int32).reshape(20, -1), sizes.grid
     numbers = (np.cumsum(active) - 1).astype(np.int32)
     first, total = int(active[:own].sum()), int(active.sum())
+    empty = expected.lists.shape[-1] - kernels.ALIGNED + kernels.HEADER
     starts = np.pad(expected.starts[0], ((before, 0), (0, 512 - nk)))
+    starts[:, nk:] = empty
     size = expected.lists.shape[-1]
 
     shared = (np.zeros(512, np.int32), np.zeros_like(bits), np.zeros(512, np.int32))
@@ -158,7 +161,7 @@ def test_instructions(blocks, monkeypatch):
     out = np.zeros(shapes[0], np.int32), np.zeros(shapes[1], np.int8)
     in_global = [Memory(x, n << 36) for n, x in enumerate((*given, *out), 1)]
     index_, numbers, bits_, starts, found, counted = in_global
-    machine, kernels = Machine(in_shared + in_global), neighbors_sm90
+    machine = Machine(in_shared + in_global)
     machine.install(monkeypatch, kernels)
 
     def each_entry(f, *args):
@@ -169,7 +172,7 @@ def test_instructions(blocks, monkeypatch):
     each_entry(kernels.add_to_blocks(count, blocks[1]), index_, counts, row)
     np.testing.assert_array_equal(counts.array[:nk], named[0, own])
 
-    add = kernels.add_bits(count, *blocks, len(bits))
+    add = kernels.add_bits(count, blocks[0], blocks[1], len(bits))
     each_entry(add, index_, numbers, tile, row, own * nk, first)
     np.testing.assert_array_equal(tile.array[: total - first], bits[first:total])
 
