@@ -52,8 +52,10 @@ class EntryLists(NamedTuple):
     counted: Array
 
 
-def entry_lists(index: Array, lengths: Array, bits: Array, counts: Array, sizes: Sizes):
-    """The `EntryLists` of lists ``index``.
+def entry_lists(
+    index: Array, lengths: Array, bits: Array, counts: Array, sizes: Sizes
+) -> EntryLists:
+    """The entries of lists ``index`` by block.
 
     Args:
         index: as in `blocks_and_bits`.

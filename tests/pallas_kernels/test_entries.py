@@ -69,17 +69,16 @@ CASES = [
 
 
 @pytest.mark.parametrize("at_hand", [False, True])
-@pytest.mark.parametrize("kind", ["f32", "f16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("blocks, by_query, columns, at, dense", CASES)
 def test_values_reach_their_elements(
-    monkeypatch, blocks, by_query, columns, at, dense, kind, at_hand
+    monkeypatch, blocks, by_query, columns, at, dense, dtype, at_hand
 ):
     if at_hand and not by_query:
         pytest.skip("values are at hand where rows are queries")
     index, found = lists_of(blocks, dense)
     assert dense == (longest(found) > _entries.AT_HAND)
     sizes = _entries.Sizes(columns, blocks, by_query)
-    dtype = np.float32 if kind == "f32" else np.float16
     values = np.random.default_rng(1).normal(size=(2, 3, 300, COUNT)).astype(dtype)
     tile = np.full((64, columns + _entries.PADDING), np.nan, np.float32)
     options = {"to_tile": True, "at_hand": at_hand}
@@ -90,14 +89,13 @@ def test_values_reach_their_elements(
     assert np.isnan(tile[:, columns:]).all()
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("blocks, by_query, columns, at, dense", CASES[::2])
 def test_gradients_reach_their_places(
-    monkeypatch, blocks, by_query, columns, at, dense, kind
+    monkeypatch, blocks, by_query, columns, at, dense, dtype
 ):
     index, found = lists_of(blocks, dense)
     sizes = _entries.Sizes(columns, blocks, by_query)
-    dtype = np.float32 if kind == "f32" else np.float16
     tile = np.random.default_rng(1).normal(size=(64, columns + 8)).astype(np.float32)
     out, options = np.zeros((2, 3, 300, COUNT), dtype), {"to_tile": False}
     out = run(monkeypatch, found, at, sizes, out, tile, at_hand=False, **options)

@@ -10,6 +10,7 @@ import re
 import types
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 WIDTH = {f"{kind}{bits}": bits for kind in "bus" for bits in (8, 16, 32, 64)}
@@ -166,8 +167,8 @@ class Thread:
 
     def _cvt(self, kinds, to, x):
         if kinds[:1] == ["rn"]:
-            assert kinds[1:] == ["f16", "f32"]
-            value = np.uint32(self._get(x, 32)).view(np.float32).astype(np.float16)
+            dtype = {"f16": np.float16, "bf16": jnp.bfloat16}[kinds[1]]
+            value = np.uint32(self._get(x, 32)).view(np.float32).astype(dtype)
             self._set(to, int(value.view(np.uint16)), 16)
         elif kinds == ["f32", "f16"]:
             value = np.uint16(self._get(x, 16)).view(np.float16).astype(np.float32)
