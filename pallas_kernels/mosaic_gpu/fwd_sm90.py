@@ -48,9 +48,10 @@ def launch_of(
 ) -> str:
     """One of `LAUNCHES`.
 
-    Where there are few blocks for each multiprocessor, or at most one row, latency
-    counts; where half of them could have all rows, several teams work on one row.
-    Distances of points take registers, of which two teams leave too few.
+    Where there are few blocks for each multiprocessor, latency counts; more are few
+    where none has more than a row, which two teams would have to share. Where half of
+    them could have all rows, several teams work on one row. Distances of points take
+    registers, of which two teams leave too few.
 
     Args:
         num_rows: rows of blocks, of all heads and batch entries.
@@ -58,7 +59,8 @@ def launch_of(
         distances: whether partial blocks test distances.
         num_ctas: multiprocessors.
     """
-    if most_blocks < 16 * num_ctas or num_rows <= num_ctas:
+    few = 16 if num_rows > num_ctas else 64
+    if most_blocks < few * num_ctas:
         return "few_rows" if 2 * num_rows <= num_ctas else "few_blocks"
     return "distances" if distances else "many"
 
