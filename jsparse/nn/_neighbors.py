@@ -22,6 +22,7 @@ from jsparse.ops import block_sparse_attention, gradients, support
 from jsparse.ops._sharding import Axes, axes_of, check_heads, on_devices, sum_devices
 from jsparse.ops._vjp import Static, accumulator_dtype, vary_like
 from jsparse.patterns import BlockMask, device
+from jsparse.patterns._device_lists import first_of_keys
 from jsparse.patterns._integers import divide
 
 Array = Any
@@ -460,13 +461,7 @@ def _places(
     block = jnp.zeros((len(counts), columns), jnp.int32)
     listed = jnp.where(slots < counts[:, None], lists, columns)
     block = block.at[rows, listed].set(number, mode="drop")[row, column]
-    # Equal keys are neighbours in the sorted list, in the order of their entries.
-    keys = jnp.where(exists, index, kv_len)
-    order = jnp.argsort(keys, axis=1)
-    ordered = jnp.take_along_axis(keys, order, 1)
-    first = jnp.pad(ordered[:, 1:] != ordered[:, :-1], ((0, 0), (1, 0)))
-    first = first.at[:, :1].set(True)
-    first = jnp.zeros_like(first).at[t, order].set(first, unique_indices=True)
+    placed = exists & first_of_keys(jnp.where(exists, index, kv_len))
     beyond = total + jnp.arange(index.size, dtype=jnp.int32).reshape(index.shape)
-    block = jnp.where(exists & first, block, beyond)
+    block = jnp.where(placed, block, beyond)
     return block, jnp.broadcast_to(q, index.shape), s

@@ -165,6 +165,15 @@ def _by_sorting(
     return active, bits.reshape(num_bits, sizes.block_q, sizes.words)
 
 
+def first_of_keys(keys: Array) -> Array:
+    """Which entries of lists ``[T, k]`` are the first of their key."""
+    # Equal keys are neighbours in the sorted list, in the order of their entries.
+    order = jnp.argsort(keys, axis=1)
+    first = _is_first(jnp.take_along_axis(keys, order, 1))
+    rows = jnp.arange(len(keys), dtype=jnp.int32)[:, None]
+    return jnp.zeros_like(first).at[rows, order].set(first, unique_indices=True)
+
+
 def _is_first(x: Array) -> Array:
     """Which entries of each row ``[T, k]`` differ from the one before."""
     return jnp.pad(x[:, 1:] != x[:, :-1], ((0, 0), (1, 0)), constant_values=True)
@@ -178,12 +187,10 @@ def _entries_by_sorting(index: Array, lengths: Array, *, sizes: Sizes) -> EntryL
     row_exists = jnp.arange(q_len, dtype=jnp.int32)[:, None] < lengths[0]
     exists = row_exists & (index >= 0) & (index < lengths[1])
     keys = jnp.where(exists, index, sizes.kv_len)
-    order = jnp.argsort(keys, axis=1)
-    rows = jnp.arange(q_len, dtype=jnp.int32)[:, None]
-    first = _is_first(jnp.take_along_axis(keys, order, 1))
-    counted = exists & jnp.zeros(keys.shape, bool).at[rows, order].set(first)
+    counted = exists & first_of_keys(keys)
 
     # By query block, block by block.
+    rows = jnp.arange(q_len, dtype=jnp.int32)[:, None]
     _, q = divide(jnp.broadcast_to(rows, keys.shape), sizes.block_q)
     column, s = divide(keys, sizes.block_kv)
     number = jnp.arange(count, dtype=jnp.int32) << 14
