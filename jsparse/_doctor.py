@@ -27,13 +27,16 @@ EXTRAS = {
     "bench": "psutil",
 }
 
+DTYPES = ("float32", "bfloat16")
+
 
 def examine() -> dict[str, Any]:
     """Looks at the installation and tries every implementation.
 
     Returns:
         ``ok`` (whether at least one implementation gives right results), ``versions``,
-        ``machine``, ``implementations`` (name to ``runs``, ``reason``, ``max_error``),
+        ``machine``, ``implementations`` (name to ``runs``, ``reason``, ``max_error``
+        and the ``dtype`` that was tried),
         ``auto`` (of the same problem in bfloat16: ``forward``, ``backward``,
         ``reason``),
         ``extras`` (name to ``version`` and the command that installs it), ``advice``.
@@ -82,30 +85,40 @@ def _problem() -> tuple[np.ndarray, list[jax.Array], BlockMask]:
 def _try_all(
     coords: np.ndarray, inputs: list[jax.Array], mask: BlockMask
 ) -> dict[str, dict[str, Any]]:
-    """Runs each implementation."""
-    q, k, v = inputs
+    """Runs each implementation, in the first of `DTYPES` that it takes."""
     rows = measure.choose_rows(300)
     near = measure.within_cutoff(coords, rows, 10.0)
-    found = {}
-    name: Any
-    for name, reason in support(q, k, v, mask).items():
-        if reason is not None:
-            found[name] = {"runs": False, "reason": reason, "max_error": None}
-            continue
+
+    def attempt(name: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> dict[str, Any]:
         try:
             out = block_sparse_attention(q, k, v, mask, implementation=name)
             check = measure.check_rows(out, rows, q, k, v, near)
         except Exception as err:  # noqa: BLE001 (a backend may fail in any way)
-            reason = f"{type(err).__name__}: {err}"
-            found[name] = {"runs": False, "reason": reason, "max_error": None}
-            continue
+            return _outcome(f"{type(err).__name__}: {err}", dtype=str(q.dtype))
         wrong = None if check.ok else "its results are wrong on this machine"
-        found[name] = {
-            "runs": check.ok,
-            "reason": wrong,
-            "max_error": check.max_error,
-        }
+        return _outcome(wrong, check.max_error, str(q.dtype))
+
+    found: dict[str, dict[str, Any]] = {}
+    for dtype in DTYPES:
+        q, k, v = (x.astype(dtype) for x in inputs)
+        for name, reason in support(q, k, v, mask).items():
+            if reason is None and not found.get(name, {}).get("dtype"):
+                found[name] = attempt(name, q, k, v)
+            elif name not in found:
+                found[name] = _outcome(reason)
     return found
+
+
+def _outcome(
+    reason: str | None, max_error: float | None = None, dtype: str | None = None
+) -> dict[str, Any]:
+    """Of an implementation, which runs where there is no reason why not."""
+    return {
+        "runs": reason is None,
+        "reason": reason,
+        "max_error": max_error,
+        "dtype": dtype,
+    }
 
 
 def _advice() -> list[str]:

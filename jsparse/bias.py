@@ -20,13 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse.patterns import BlockMask
-from jsparse.patterns._neighbors import number
+from jsparse.patterns._arguments import as_reals, number
+from jsparse.patterns._export import exportable
 from jsparse.patterns._rules import squared_distance
 
 Array = Any
 _STATIC = {"static": True}
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockBias:
@@ -144,6 +146,7 @@ def _block_coordinates(mask: BlockMask, count: int) -> tuple[Array, Array]:
     return jnp.where(partial, row_p, row_f), jnp.where(partial, col_p, col_f)
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class EntryBias:
@@ -179,6 +182,7 @@ class EntryBias:
     index: Array
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class DistanceBias:
@@ -219,8 +223,9 @@ class DistanceBias:
             kv_coords: the keys' coordinates; ``coords`` if not given.
 
         Raises:
+            TypeError: for what is no real number.
             ValueError: for other shapes, or numbers that are not finite and known
-                before tracing. This holds for every form.
+                before tracing. Both hold for every form.
 
         Example:
             >>> import numpy as np
@@ -259,7 +264,8 @@ class DistanceBias:
             kv_coords: the keys' coordinates; ``coords`` if not given.
 
         Raises:
-            TypeError: for a distance that is not one number, known before tracing.
+            TypeError: for values that are not real numbers, or a distance that is not
+                one number, known before tracing.
             ValueError: for fewer than two entries, a distance that is not positive, or
                 numbers that are not finite and known before tracing.
 
@@ -270,13 +276,13 @@ class DistanceBias:
             >>> bias.dense()[0].tolist()
             [[0.0, 5.0], [5.0, 0.0]]
         """
-        shape = np.shape(values)
+        values = _finite("table: values", values)
+        shape = values.shape
         if len(shape) != 2 or shape[1] < 2:
             raise ValueError(
                 f"DistanceBias.table: values has shape {shape}; expected [H, n] with "
                 "at least two entries, the first at distance 0."
             )
-        _check_finite("table: values", values)
         step = _positive("table: max_distance", max_distance) / (shape[1] - 1)
         knots = np.append(np.arange(shape[1]) * step, step)
         return cls._make("table", values, knots, coords, kv_coords)
@@ -300,7 +306,8 @@ class DistanceBias:
             kv_coords: the keys' coordinates; ``coords`` if not given.
 
         Raises:
-            TypeError: for a width that is not one number, known before tracing.
+            TypeError: for weights or centers that are not real numbers, or a width that
+                is not one number, known before tracing.
             ValueError: if weights and centers disagree, the width is not positive, or
                 numbers are not finite and known before tracing.
 
@@ -311,30 +318,23 @@ class DistanceBias:
             >>> [round(float(v), 3) for v in bias.dense()[0].ravel()]
             [0.135, 1.0, 1.0, 0.135]
         """
-        if np.ndim(weights) != 2 or np.shape(weights)[1:] != np.shape(centers):
+        weights = _finite("gaussian: weights", weights)
+        centers = _finite("gaussian: centers", centers)
+        if weights.ndim != 2 or weights.shape[1:] != centers.shape:
             raise ValueError(
-                f"DistanceBias.gaussian: weights has shape {np.shape(weights)} and "
-                f"centers {np.shape(centers)}; expected [H, n] and [n]."
+                f"DistanceBias.gaussian: weights has shape {weights.shape} and "
+                f"centers {centers.shape}; expected [H, n] and [n]."
             )
-        _check_finite("gaussian: weights", weights)
-        _check_finite("gaussian: centers", centers)
         width = _positive("gaussian: width", width)
         knots = jnp.append(jnp.asarray(centers, jnp.float32), jnp.float32(width))
         return cls._make("gaussian", weights, knots, coords, kv_coords)
 
     @classmethod
     def _make(cls, form, weights, knots, coords, kv_coords) -> DistanceBias:
-        named = [("coords", coords)]
-        if kv_coords is not None:
-            named.append(("kv_coords", kv_coords))
-        kv_coords = coords if kv_coords is None else kv_coords
-        for name, x in named:
-            if np.ndim(x) not in (2, 3) or np.shape(x)[-1] != 3:
-                raise ValueError(
-                    f"DistanceBias.{form}: {name} has shape {np.shape(x)}; expected "
-                    "[N, 3] or [B, N, 3] in ångström."
-                )
-            _check_finite(f"{form}: {name}", x)
+        coords = _points(f"{form}: coords", coords)
+        kv_coords = (
+            coords if kv_coords is None else _points(f"{form}: kv_coords", kv_coords)
+        )
         as_float = [
             jnp.asarray(x, jnp.float32) for x in (weights, coords, kv_coords, knots)
         ]
@@ -371,19 +371,29 @@ class DistanceBias:
 
 
 def _column(form: str, slope: Array) -> Array:
-    if np.ndim(slope) != 1:
+    slope = _finite(f"{form}: slope", slope)
+    if slope.ndim != 1:
         raise ValueError(
-            f"DistanceBias.{form}: slope has shape {np.shape(slope)}; expected [H] or "
-            "[1]."
+            f"DistanceBias.{form}: slope has shape {slope.shape}; expected [H] or [1]."
         )
-    _check_finite(f"{form}: slope", slope)
     return jnp.asarray(slope)[:, None]
 
 
-def _check_finite(name: str, x: Array) -> None:
-    """Refuses NaN and infinity where the values are known before tracing."""
+def _points(name: str, coords: Array) -> Array:
+    coords = _finite(name, coords)
+    if coords.ndim not in (2, 3) or coords.shape[-1] != 3:
+        raise ValueError(
+            f"DistanceBias.{name} has shape {coords.shape}; expected [N, 3] or "
+            "[B, N, 3] in ångström."
+        )
+    return coords
+
+
+def _finite(name: str, x: Array) -> Array:
+    """Real numbers, finite where the values are known before tracing."""
+    x = as_reals(f"DistanceBias.{name}", x)
     if isinstance(x, jax.core.Tracer):
-        return
+        return x
     found = np.asarray(x).astype(np.float64)
     bad = np.argwhere(~np.isfinite(found))
     if len(bad):
@@ -393,6 +403,7 @@ def _check_finite(name: str, x: Array) -> None:
             "numbers that are not finite; expected finite ones. Give what has no value "
             "any finite one, and leave it out of the mask."
         )
+    return x
 
 
 def _positive(name: str, value: float) -> float:

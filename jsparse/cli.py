@@ -630,7 +630,7 @@ def _print_doctor(found: dict[str, Any]) -> None:
         (
             name,
             "runs" if one["runs"] else "no",
-            one["reason"] or f"largest error {one['max_error']:.1e}",
+            one["reason"] or f"largest error {one['max_error']:.1e} in {one['dtype']}",
         )
         for name, one in found["implementations"].items()
     ]

@@ -116,6 +116,52 @@ def test_refused(make, message):
         make()
 
 
+def with_one_wrong(value):
+    """The name and the call of each array of a `DistanceBias`, given ``value``."""
+    one, two = np.ones(1), np.ones((1, 2))
+    return {
+        "linear: slope": lambda: DistanceBias.linear(value, COORDS),
+        "linear: coords": lambda: DistanceBias.linear(one, value),
+        "quadratic: slope": lambda: DistanceBias.quadratic(value, COORDS),
+        "quadratic: kv_coords": lambda: DistanceBias.quadratic(one, COORDS, value),
+        "table: values": lambda: DistanceBias.table(value, 4.0, COORDS),
+        "gaussian: weights": lambda: DistanceBias.gaussian(value, one, 1.0, COORDS),
+        "gaussian: centers": lambda: DistanceBias.gaussian(two, value, 1.0, COORDS),
+    }
+
+
+NAMES = list(with_one_wrong(None))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "value, dtype",
+    [
+        ([1j], "complex128"),
+        (jax.numpy.array([1j]), "complex64"),
+        (["1"], "<U1"),
+        ([True], "bool"),
+    ],
+)
+def test_values_must_be_real_numbers(name, value, dtype):
+    message = f"DistanceBias.{name} has dtype {dtype}; expected real numbers"
+    with pytest.raises(TypeError, match=message):
+        with_one_wrong(value)[name]()
+    if isinstance(value, jax.Array):
+        with pytest.raises(TypeError, match=message):
+            jax.jit(lambda x: with_one_wrong(x)[name]())(value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_must_be_one_array(name):
+    message = f"DistanceBias.{name} is not a rectangular array .* Give every row"
+    with pytest.raises(ValueError, match=message):
+        with_one_wrong([[0.0, 1.0], [1.0]])[name]()
+    message = f"DistanceBias.{name} is a list of traced values.* with jnp.stack"
+    with pytest.raises(TypeError, match=message):
+        jax.jit(lambda x: with_one_wrong([x, x])[name]())(1.0)
+
+
 @pytest.mark.parametrize(
     "value, what",
     [

@@ -414,6 +414,29 @@ def test_doctor_says_what_runs():
     assert "xla comes first (in bfloat16)" in shown
 
 
+def test_doctor_tries_each_implementation_in_a_dtype_that_it_takes(monkeypatch):
+    """The kernels for GPUs take none of float32, where others are more exact."""
+    real, tried = _doctor.support, []
+
+    def support(q, *arguments):
+        halves = None if q.dtype == "bfloat16" else "dtype float32; expected bfloat16"
+        return real(q, *arguments) | {"cutlass": halves}
+
+    def attend(q, k, v, mask, *, implementation):
+        tried.append((implementation, str(q.dtype)))
+        return real_attend(q, k, v, mask, implementation="xla")
+
+    real_attend = _doctor.block_sparse_attention
+    monkeypatch.setattr(_doctor, "support", support)
+    monkeypatch.setattr(_doctor, "block_sparse_attention", attend)
+    found = _doctor.examine()["implementations"]
+    assert ("cutlass", "bfloat16") in tried
+    assert ("xla", "float32") in tried
+    assert ("xla", "bfloat16") not in tried
+    assert found["cutlass"]["runs"]
+    assert found["cutlass"]["dtype"] == "bfloat16"
+
+
 def test_doctor_returns_1_when_nothing_runs(monkeypatch):
     real = _doctor.block_sparse_attention
 

@@ -16,6 +16,10 @@ void check_args(const jsparse_forward_args &a) {
   check_elements(a.elements);
   check_bias(a);
   expect_array(a.out, "out");
+  expect_array(a.lse, "lse");
+  if (a.schedule.num_split_rows == 0) return;
+  expect_array(a.part_out, "part_out");
+  expect_array(a.part_lse, "part_lse");
 }
 
 template <jsparse_dtype kDtype, bool kBias>

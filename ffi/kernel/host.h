@@ -66,6 +66,10 @@ inline void check_schedule(const jsparse_schedule &s, int walkers) {
   expect(s.num_split_rows >= 0, "num_split_rows", s.num_split_rows, "at least 0");
   expect_array(s.item_count, "item_count");
   expect_array(s.items, "items");
+  if (s.num_split_rows == 0) return;
+  expect(s.most_parts > 0, "most_parts", s.most_parts, "at least 1 where rows are split");
+  expect_array(s.split_rows, "split_rows");
+  expect_array(s.split_slots, "split_slots");
 }
 
 inline void check_elements(const jsparse_elements &e) {
@@ -75,6 +79,9 @@ inline void check_elements(const jsparse_elements &e) {
     int kind = e.rules[i].kind;
     expect(kind >= JSPARSE_SAME_LABEL && kind <= JSPARSE_WITHIN, "rules[].kind", kind,
            "a jsparse_rule_kind");
+    expect_array(e.rules[i].first, "rules[].first");
+    expect_array(e.rules[i].second, "rules[].second");
+    if (kind == JSPARSE_WITHIN) expect_array(e.rules[i].third, "rules[].third");
   }
 }
 
@@ -93,6 +100,9 @@ void check_bias(const Args &a) {
   if (b.num_blocks > 0) {
     expect(b.rows == a.block_q, "bias.rows", b.rows, "block_q");
     expect(b.columns == a.block_kv, "bias.columns", b.columns, "block_kv");
+    if (b.partial_numbers == nullptr && b.full_numbers == nullptr) {
+      throw Failure("bias.partial_numbers and bias.full_numbers are NULL; expected those of the lists");
+    }
     return;
   }
   expect(b.rows == 1 || b.rows == a.q_len, "bias.rows", b.rows, "1 or q_len");

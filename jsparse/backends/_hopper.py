@@ -108,7 +108,7 @@ class Call:
         def full(x):
             return jnp.broadcast_to(flat(x), (total, *x.shape[rank:]))
 
-        mask = jax.tree_util.tree_map(flat, operands.mask)
+        mask = _common_lists(jnp, jax.tree_util.tree_map(flat, operands.mask))
         known = None
         if pattern is not None:
             leads = jax.tree_util.tree_map(lambda x: x.shape[:rank], operands.mask)
@@ -357,7 +357,22 @@ def _known_lists(mask: BlockMask, leads: Any, batch: tuple[int, ...]) -> BlockMa
         for name_ in (f"{side}_num_blocks", f"{side}_indices"):
             x, lead = np.asarray(getattr(mask, name_)), getattr(leads, name_)
             found[name_] = _flatten(np, x.reshape(*lead, *x.shape[1:]), lead, batch)
-    return dataclasses.replace(mask, **found)
+    return _common_lists(np, dataclasses.replace(mask, **found))
+
+
+def _common_lists(xp: Any, mask: BlockMask) -> BlockMask:
+    """Block lists that have their first axis in common: one number names a row of all.
+
+    Under `jax.vmap` some may be mapped, and others shared.
+    """
+    sides = ("kv", "q", "full_kv", "full_q")
+    names = [f"{x}_{kind}" for x in sides for kind in ("num_blocks", "indices")]
+    lists = {name_: getattr(mask, name_) for name_ in names}
+    batch = max(x.shape[0] for x in lists.values())
+    if all(x.shape[0] == batch for x in lists.values()):
+        return mask
+    shared = {k: xp.broadcast_to(x, (batch, *x.shape[1:])) for k, x in lists.items()}
+    return dataclasses.replace(mask, **shared)
 
 
 def _transpose_bits(bits: Array, order: Array, block_kv: int) -> Array:

@@ -20,6 +20,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
 from jsparse.bias import Bias
 from jsparse.ops import block_sparse_attention
 from jsparse.ops._attention import Implementation
+from jsparse.ops._checks import check_implementation
 from jsparse.patterns import BlockMask
 
 Array = Any
@@ -75,7 +76,8 @@ class BlockSparseAttention(nnx.Module):
 
     Raises:
         TypeError: for sizes that are not integers.
-        ValueError: for sizes below 1 or heads that do not divide.
+        ValueError: for sizes below 1, heads that do not divide, or an unknown
+            implementation.
 
     Example:
         >>> import jax.numpy as jnp
@@ -124,6 +126,7 @@ class BlockSparseAttention(nnx.Module):
         self.num_kv_heads = _size("num_kv_heads", num_kv_heads, num_heads)
         self.in_kv_features = _size("in_kv_features", in_kv_features, in_features)
         _check_heads(self.num_heads, self.num_kv_heads, self.qkv_features)
+        check_implementation(implementation)
         self.head_dim = self.qkv_features // self.num_heads
         self.dtype = dtype
         self.param_dtype = param_dtype
@@ -249,6 +252,7 @@ def attention_fn(
 
     Raises:
         TypeError: for a mask that is not a `BlockMask`.
+        ValueError: for an unknown implementation.
 
     Example:
         >>> import jax.numpy as jnp
@@ -268,6 +272,7 @@ def attention_fn(
             "none to pass one at each call. Build it with jsparse.patterns, e.g. "
             "patterns.from_dense(mask)."
         )
+    check_implementation(implementation)
     given_mask, given_bias = mask, bias
 
     def attend(

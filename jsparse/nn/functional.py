@@ -22,16 +22,18 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.bias import BlockBias, DistanceBias
+from jsparse.bias import BlockBias, DistanceBias, EntryBias, ScoreFunction
 from jsparse.nn import _neighbors, _windows
 from jsparse.ops import block_sparse_attention
 from jsparse.ops._attention import Implementation
+from jsparse.ops._checks import check_dtypes, check_scale
 from jsparse.patterns import BlockMask, Segments, device
 from jsparse.patterns._integers import as_keys
 
 Array = Any
 
 _DENSE_BLOCK = 128  # of masks that leave out nothing but padding
+_OTHER_BIASES = BlockBias, DistanceBias, EntryBias, ScoreFunction
 
 
 def triangle_attention(
@@ -107,18 +109,18 @@ def triangle_attention(
         bias = jnp.swapaxes(bias, -1, -2)
 
     def rows(q, k, v, bias, mask):
-        out = block_sparse_attention(
-            *(q, k, v, _dense_mask(length, mask)),
+        return block_sparse_attention(
+            *(q, k, v, _dense_mask(length, mask, rows=mask)),
             bias=bias,
             scale=scale,
             implementation=implementation,
         )
-        return out if mask is None else jnp.where(_over(mask, out), out, 0)
 
     out = _map_batch(rows, len(batch), (q, k, v, bias, mask), (4, 4, 4, 3, 1))
     if node == "ending":
         out = jnp.swapaxes(out, -4, -3)
-    return _gated(who, out, gate)
+    edges = None if mask is None else mask[..., :, None] & mask[..., None, :]
+    return _gated(who, out, gate, edges)
 
 
 def pair_bias_attention(
@@ -190,7 +192,7 @@ def pair_bias_attention(
         )
 
     out = _map_batch(sample, len(batch), (q, k, v, bias, mask), (3, 3, 3, 3, 1))
-    return _gated(who, out, gate)
+    return _gated(who, out, gate, mask)
 
 
 def atom_window_attention(
@@ -252,15 +254,24 @@ def atom_window_attention(
     who = "atom_window_attention"
     q, k, v = _arrays(who, "N", q, k, v)
     batch, length, heads = q.shape[:-3], q.shape[-3], q.shape[-2]
-    if num_atoms is None:
-        mask = _windows.known_mask(length)
-    else:
+    if k.shape[-3] != length:
+        raise ValueError(
+            f"{who}: q has {length} atoms and k has {k.shape[-3]}; expected the same."
+        )
+    mask, exists = _windows.known_mask(length), None
+    if num_atoms is not None:
+        if isinstance(num_atoms, int | np.integer) and num_atoms > length:
+            raise ValueError(
+                f"{who}: num_atoms={num_atoms}; expected at most {length}, the atoms "
+                "of q."
+            )
         mask = device.atom_windows(num_atoms, padded_to=length)
+        exists = jnp.arange(length) < num_atoms
     if isinstance(bias, BlockBias):
         out = block_sparse_attention(
             *(q, k, v, mask), bias=bias, scale=scale, implementation=implementation
         )
-        return _gated(who, out, gate)
+        return _gated(who, out, gate, exists)
     if bias is not None:
         windows = -(-length // _windows.QUERIES)
         shape = (*batch, windows, heads, _windows.QUERIES, _windows.KEYS)
@@ -274,7 +285,7 @@ def atom_window_attention(
         )
 
     out = _map_batch(sample, len(batch), (q, k, v, bias), (3, 3, 3, 4))
-    return _gated(who, out, gate)
+    return _gated(who, out, gate, exists)
 
 
 def neighbor_attention(
@@ -355,7 +366,8 @@ def neighbor_attention(
     for name, size in (
         *(("capacity", capacity), ("block_q", block_q), ("block_kv", block_kv)),
     ):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        integer = isinstance(size, int | np.integer) and not isinstance(size, bool)
+        if not integer or size < 1:
             raise ValueError(
                 f"{who}: {name}={size!r}; expected an integer of at least 1 that is "
                 "known before tracing."
@@ -367,7 +379,11 @@ def neighbor_attention(
         *(x.reshape(-1, *x.shape[-3:]) for x in (q, k, v)),
         _flat(index, batch, 2),
         bias,
-        tables=_neighbors.Tables(capacity, block_q, block_kv, scale, implementation),
+        tables=_neighbors.Tables(
+            *(int(capacity), int(block_q), int(block_kv)),
+            check_scale(scale, q.shape[-1]),
+            implementation,
+        ),
     )
     return _gated(who, out.reshape(*batch, *out.shape[1:]), gate)
 
@@ -384,7 +400,12 @@ def _arrays(who: str, tokens: str, q: Any, k: Any, v: Any) -> tuple[Array, ...]:
             raise ValueError(
                 f"{who}: {name} has shape {np.shape(x)}; expected [*B, {tokens}, H, D]."
             )
+        if 0 in np.shape(x):
+            raise ValueError(
+                f"{who}: {name} has shape {np.shape(x)}; expected no axis of size 0."
+            )
         found.append(jnp.asarray(x))
+    check_dtypes(who, (q, k, v), found)
     shapes = [x.shape[:-rank] for x in found]
     if len(set(shapes)) > 1:
         raise ValueError(
@@ -396,6 +417,11 @@ def _arrays(who: str, tokens: str, q: Any, k: Any, v: Any) -> tuple[Array, ...]:
 
 def _bias(who: str, bias: Any, full: tuple[int, ...], core: int = 3) -> Array:
     """The bias with at least its ``core`` last axes, of which only H may be 1."""
+    if bias is None or isinstance(bias, _OTHER_BIASES):
+        raise TypeError(
+            f"{who}: bias is a {type(bias).__name__}; expected an array. With another "
+            "kind of bias, or none, call block_sparse_attention."
+        )
     bias = jnp.asarray(bias)
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         raise TypeError(
@@ -507,16 +533,21 @@ def _flat(x: Array, batch: tuple[int, ...], core: int) -> Array:
     return jnp.broadcast_to(x, (*batch, *shape)).reshape(-1, *shape)
 
 
-def _dense_mask(length: int, tokens: Array | None) -> BlockMask:
-    """All pairs of the tokens ``[N]`` that exist."""
+def _dense_mask(
+    length: int, tokens: Array | None, rows: Array | None = None
+) -> BlockMask:
+    """All pairs of the tokens ``[N]`` that exist; none in batch entries that do not."""
     if tokens is None:
         return _every_pair(length)
     blocks = -(-length // _DENSE_BLOCK)
     active = jnp.pad(tokens, (0, blocks * _DENSE_BLOCK - length))
     active = active.reshape(blocks, _DENSE_BLOCK).any(1)
     labels = (jnp.where(tokens, 0, n)[None].astype(jnp.int32) for n in (-1, -2))
+    pairs = active[:, None] & active[None, :]
+    if rows is not None:
+        pairs = rows[:, None, None, None] & pairs
     mask = device.from_dense_blocks(
-        active[:, None] & active[None, :],
+        pairs,
         q_len=length,
         block_q=_DENSE_BLOCK,
         block_kv=_DENSE_BLOCK,
@@ -537,18 +568,23 @@ def _every_pair(length: int) -> BlockMask:
     )
 
 
-def _over(tokens: Array, x: Array) -> Array:
-    """Tokens ``[N]`` along the first axis of x."""
-    return tokens.reshape(-1, *(1,) * (x.ndim - 1))
-
-
-def _gated(who: str, out: Array, gate: Array | None) -> Array:
+def _gated(
+    who: str, out: Array, gate: Array | None, exists: Array | None = None
+) -> Array:
+    """``out``, which is 0 where nothing ``exists``, times the sigmoid of the gate."""
     if gate is None:
         return out
     gate = jnp.asarray(gate)
+    if not jnp.issubdtype(gate.dtype, jnp.floating):
+        raise TypeError(
+            f"{who}: gate has dtype {gate.dtype}; expected a floating-point type."
+        )
     if gate.shape != out.shape:
         raise ValueError(
             f"{who}: gate has shape {gate.shape}; expected that of the result, "
             f"{out.shape}."
         )
+    if exists is not None:
+        # Before the sigmoid: 0 times the derivative of a NaN is NaN.
+        gate = jnp.where(exists[..., None, None], gate, 0)
     return out * jax.nn.sigmoid(gate).astype(out.dtype)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Literal, cast, overload
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -118,7 +119,7 @@ def block_sparse_attention(
         FlashAttention (Dao et al. 2022) for the online softmax and the backward pass;
         FlexAttention (PyTorch) for the block lists.
     """
-    operands = canonical(q, k, v, mask, bias)
+    operands = canonical(q, k, v, _within_bits(mask), bias)
     scale = check_scale(scale, operands.q.shape[-1])
     backend = choose(implementation, describe(operands))
     if backend.differentiable:
@@ -196,7 +197,7 @@ def gradients(
         FlashAttention (Dao et al. 2022), whose backward pass needs no more than these;
         ring attention (Liu et al. 2023) for keys a part at a time.
     """
-    operands = canonical(q, k, v, mask, bias)
+    operands = canonical(q, k, v, _within_bits(mask), bias)
     scale = check_scale(scale, operands.q.shape[-1])
     backend = choose(implementation, describe(operands))
     rows = check_rows(operands, out=out, lse=lse, dout=dout, dlse=dlse)
@@ -314,10 +315,30 @@ def choice(
 
 def _poison_overflow(out: Array, lse: Array, mask: BlockMask) -> tuple[Array, Array]:
     """Turns batch entries whose block lists overflowed into NaN, gradients included."""
-    needed = jnp.asarray(mask.needed_capacity)
-    over = (needed > jnp.asarray(mask.capacity, needed.dtype)).any(-1)
-    factor = jnp.where(over, jnp.nan, 1.0)
+    factor = jnp.where(_overflowed(mask), jnp.nan, 1.0)
     batch = out.shape[:-3] if factor.size > 1 else (1,) * (out.ndim - 3)
     out_factor = factor.reshape(*batch, 1, 1, 1).astype(out.dtype)
     lse_factor = factor.reshape(*batch, 1, 1).astype(lse.dtype)
     return out * out_factor, lse * lse_factor
+
+
+def _within_bits(mask: BlockMask) -> BlockMask:
+    """A traced mask whose lists are empty where they overflowed.
+
+    They may name more blocks than there are bits, which kernels would read.
+    """
+    known = not isinstance(getattr(mask, "needed_capacity", None), jax.core.Tracer)
+    if known or mask.bits is None:
+        return mask
+    fits = ~_overflowed(mask)[:, None, None]
+    counts = {
+        name: jnp.where(fits, getattr(mask, name), 0)
+        for name in ("kv_num_blocks", "q_num_blocks")
+    }
+    return dataclasses.replace(mask, **counts)
+
+
+def _overflowed(mask: BlockMask) -> Array:
+    """Whether each batch entry ran out of capacity, ``[B or 1]``."""
+    needed = jnp.asarray(mask.needed_capacity)
+    return (needed > jnp.asarray(mask.capacity, needed.dtype)).any(-1)

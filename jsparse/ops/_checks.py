@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,13 +16,16 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from jsparse import backends
 from jsparse.backends import _score
 from jsparse.backends._contract import Operands, Problem, accumulator_dtype
 from jsparse.bias import Bias, BlockBias, DistanceBias, EntryBias, ScoreFunction
 from jsparse.patterns import BlockMask
+from jsparse.patterns._arguments import number
 
 Array = Any
 _OP = "block_sparse_attention"
+_NO_MASK = "A boolean mask belongs in the BlockMask: patterns.from_dense."
 
 
 def canonical(
@@ -30,8 +34,8 @@ def canonical(
     """Checks the arguments and gives every leaf its batch axes.
 
     Raises:
-        TypeError: for a mask that is not a `BlockMask`, mixed or non-float dtypes, or a
-            score function that is not element-wise.
+        TypeError: for a mask that is not a `BlockMask`, mixed or non-float dtypes, also
+            of a bias, or a score function that is not element-wise.
         ValueError: for shapes that do not fit together.
     """
     given = (q, k, v)
@@ -42,7 +46,7 @@ def canonical(
             "with jsparse.patterns, e.g. patterns.from_dense(mask)."
         )
     _check_arrays(q, k, v)
-    _check_dtypes(given, (q, k, v))
+    check_dtypes(_OP, given, (q, k, v))
     _check_mask(q, k, mask)
     batch = q.shape[:-3]
     return Operands(
@@ -91,15 +95,26 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     """The logits' scale; ``1 / sqrt(D)`` if None."""
     if scale is None:
         return head_dim**-0.5
-    if isinstance(scale, bool | str | complex | jax.core.Tracer) or np.ndim(scale) != 0:
+    try:
+        found = number(scale)
+    except (TypeError, ValueError) as err:
         raise TypeError(
             f"{_OP}: scale is {scale!r}; expected a number known before tracing. "
             "Multiply q by a learned scale instead and pass scale=1.0."
+        ) from err
+    if not math.isfinite(found):
+        raise ValueError(f"{_OP}: scale={found}; expected a finite number.")
+    return found
+
+
+def check_implementation(name: str) -> None:
+    """Refuses what is neither ``"auto"`` nor the name of a backend."""
+    known = ("auto", *backends.IMPLEMENTATIONS)
+    if name not in known:
+        raise ValueError(
+            f"{_OP}: implementation={name!r}; expected one of "
+            f"{', '.join(map(repr, known))}."
         )
-    scale = float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"{_OP}: scale={scale}; expected a finite number.")
-    return scale
 
 
 def check_rows(
@@ -152,11 +167,7 @@ def _check_arrays(q: Array, k: Array, v: Array) -> None:
                 f"{_OP}: {name} has shape {x.shape}; expected [*B, {axes}], at least "
                 "three axes."
             )
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(
-                f"{_OP}: {name} has dtype {x.dtype}; expected a floating-point type. "
-                "Cast it first."
-            )
+        _check_float(name, x, "Cast it first.")
         if 0 in x.shape:
             raise ValueError(
                 f"{_OP}: {name} has shape {x.shape}; expected no axis of size 0."
@@ -179,11 +190,20 @@ def _check_arrays(q: Array, k: Array, v: Array) -> None:
     if q.shape[-2] % k.shape[-2]:
         raise ValueError(
             f"{_OP}: q has {q.shape[-2]} heads and k has {k.shape[-2]}; expected a "
-            "multiple of the key heads, so that each serves equally many query heads."
+            "multiple of the key heads, so that each serves equally many query heads. "
+            "Heads are axis -2 of both."
         )
 
 
-def _check_dtypes(given: tuple[Any, ...], arrays: tuple[Array, ...]) -> None:
+def _check_float(name: str, x: Array, advice: str) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{_OP}: {name} has dtype {x.dtype}; expected a floating-point type. "
+            f"{advice}"
+        )
+
+
+def check_dtypes(who: str, given: Sequence[Any], arrays: Sequence[Array]) -> None:
     """Refuses mixed dtypes, those of NumPy arrays as they were given.
 
     Unless x64 is on, JAX has made float32 of NumPy's float64 by now. Of all three that
@@ -196,21 +216,29 @@ def _check_dtypes(given: tuple[Any, ...], arrays: tuple[Array, ...]) -> None:
     if len(set(dtypes)) > 1:
         names = ", ".join(map(str, dtypes))
         raise TypeError(
-            f"{_OP}: q, k, v have dtypes {names}; expected one dtype. Cast them; "
+            f"{who}: q, k, v have dtypes {names}; expected one dtype. Cast them; "
             "nothing is converted silently."
         )
 
 
 def _check_mask(q: Array, k: Array, mask: BlockMask) -> None:
-    for name, have, want, block in (
-        ("q", q.shape[-3], mask.q_len, mask.block_q),
-        ("k", k.shape[-3], mask.kv_len, mask.block_kv),
+    for name, x, axes, want, block in (
+        ("q", q, "T, H, D", mask.q_len, mask.block_q),
+        ("k", k, "S, K, D", mask.kv_len, mask.block_kv),
     ):
+        have = x.shape[-3]
         if have != want:
+            advice = f"Rebuild it for {have} tokens"
+            advice += ", or pad it with mask.pad_to." if have > want else "."
+            if x.shape[-2] == want:
+                advice = (
+                    "The axes of tokens and heads look swapped: pass "
+                    f"jnp.swapaxes({name}, -3, -2)."
+                )
             raise ValueError(
                 f"{_OP}: {name} has {have} tokens but the mask was built for {want} "
-                f"({-(-want // block)} blocks of {block}). Rebuild it for {have} tokens"
-                + (", or pad it with mask.pad_to." if have > want else ".")
+                f"({-(-want // block)} blocks of {block}); {name} has shape {x.shape}, "
+                f"expected [*B, {axes}]. {advice}"
             )
     if mask.num_heads not in (1, q.shape[-2]):
         raise ValueError(
@@ -247,6 +275,7 @@ def _batched_bias(bias: Any, q: Array, k: Array, mask: BlockMask) -> Bias | None
     if bias is None:
         return None
     if isinstance(bias, BlockBias):
+        bias = BlockBias(_as_array("BlockBias.values", bias.values))
         _check_block_bias(bias, mask, math.prod(batch), num_heads)
         return jax.tree_util.tree_map(lambda x: _unfold(x, batch), bias)
     if isinstance(bias, EntryBias):
@@ -272,11 +301,7 @@ def _batched_bias(bias: Any, q: Array, k: Array, mask: BlockMask) -> Bias | None
         arrays = tuple(x.reshape(*lead, *x.shape) for x in arrays)
         return ScoreFunction(program, arrays)
     bias = _as_array("bias", bias)
-    if not jnp.issubdtype(bias.dtype, jnp.floating):
-        raise TypeError(
-            f"{_OP}: bias has dtype {bias.dtype}; expected a floating-point type. A "
-            "boolean mask belongs in the BlockMask: patterns.from_dense."
-        )
+    _check_float("bias", bias, _NO_MASK)
     rank = len(batch) + 3
     full = (*batch, num_heads, q.shape[-3], k.shape[-3])
     shape = (1,) * (rank - bias.ndim) + bias.shape
@@ -312,6 +337,7 @@ def _score_function(bias: ScoreFunction, q: Array) -> tuple:
 def _check_block_bias(
     bias: BlockBias, mask: BlockMask, batch: int, num_heads: int
 ) -> None:
+    _check_float("BlockBias.values", bias.values, _NO_MASK)
     shape = bias.values.shape
     blocks = (mask.block_q, mask.block_kv)
     if len(shape) != 5 or shape[-2:] != blocks:
@@ -360,14 +386,11 @@ def _check_entry_bias(
             f"{_OP}: EntryBias.index has shape {lists}; expected [{batch} or 1, "
             f"{mask.q_len}, n], the lists that the mask was made of."
         )
-    for name, x, kind, expected in (
-        ("values", bias.values, jnp.floating, "a floating-point type"),
-        ("index", bias.index, jnp.integer, "integers"),
-    ):
-        if not jnp.issubdtype(x.dtype, kind):
-            raise TypeError(
-                f"{_OP}: EntryBias.{name} has dtype {x.dtype}; expected {expected}."
-            )
+    _check_float("EntryBias.values", bias.values, "Cast it first.")
+    if not jnp.issubdtype(bias.index.dtype, jnp.integer):
+        raise TypeError(
+            f"{_OP}: EntryBias.index has dtype {bias.index.dtype}; expected integers."
+        )
     fits = len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, num_heads)
     if not fits or shape[2:] != lists[1:]:
         raise ValueError(

@@ -10,6 +10,7 @@ from jsparse import backends
 from jsparse.backends import _measured
 from jsparse.backends._contract import Backend, HostPattern, Operands, Problem
 from jsparse.bias import Bias
+from jsparse.ops._checks import check_implementation
 
 Array = Any
 
@@ -94,12 +95,7 @@ def choice(
         ValueError: for an unknown name.
         NotImplementedError: if the named backend refuses; says why and who would not.
     """
-    if implementation not in ("auto", *backends.IMPLEMENTATIONS):
-        names = ", ".join(repr(n) for n in ("auto", *backends.IMPLEMENTATIONS))
-        raise ValueError(
-            f"block_sparse_attention: implementation={implementation!r}; expected one "
-            f"of {names}."
-        )
+    check_implementation(implementation)
     answers = refusals(problem)
     able = [name for name, reason in answers.items() if reason is None]
     if implementation != "auto":

@@ -63,7 +63,7 @@ def _attend_bwd(backend, scale, pattern, residuals, cotangents):
     dq, dk, dv, dbias = gradients(
         *(backend, scale, pattern, operands, *rows),
         bias_gradient=static.bias_gradient,
-        summed=len(_vmaps((operands, rows)) - static.vmaps),
+        summed=_mapped_anew(_vmaps((operands, rows)), static.vmaps),
     )
     no_mask: Any = None
     return (Operands(dq, dk, dv, no_mask, dbias),)
@@ -109,24 +109,35 @@ class Static:
     """
 
     bias_gradient: bool
-    vmaps: frozenset[int] = frozenset()
+    vmaps: frozenset[tuple[int, int]] = frozenset()
 
 
-def _vmaps(tree: Any) -> frozenset[int]:
-    """Which ``vmap``s have the arrays as their tracers, by identity.
+def _vmaps(tree: Any) -> frozenset[tuple[int, int]]:
+    """Which ``vmap``s have the arrays as their tracers: each by its trace and its tag.
 
-    A ``vmap`` around a gradient is at work in both passes. That of a function, which is
-    then differentiated, is over when the backward pass begins: JAX maps that pass anew,
-    and sums.
+    These are identities. JAX has no public name for them; were they called otherwise,
+    gradients would still be right, but made of copies.
     """
     found = set()
     for x in jax.tree_util.tree_leaves(tree):
-        # JAX has no public name for these. Were they called otherwise, sums would still
-        # be right, but made of copies.
         while isinstance(x, jax.core.Tracer) and hasattr(x, "batch_dim"):
-            found.add(id(x._trace))
+            found.add((id(x._trace), id(getattr(x._trace, "tag", x._trace))))
             x = x.val
     return frozenset(found)
+
+
+def _mapped_anew(
+    backward: frozenset[tuple[int, int]], forward: frozenset[tuple[int, int]]
+) -> int:
+    """How many ``vmap``s of the backward pass sum what they share.
+
+    That of a function, which is then differentiated, is over when the backward pass
+    begins: JAX maps that pass anew, with the same tag, and sums. A ``vmap`` around a
+    gradient is at work in both passes, with the same trace, and one of the cotangents
+    alone (`jax.jacrev`) is of the backward pass only: both have a gradient for each.
+    """
+    traces, tags = ({x[n] for x in forward} for n in range(2))
+    return sum(trace not in traces and tag in tags for trace, tag in backward)
 
 
 @jax.tree_util.register_static

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.core
 import numpy as np
 
+from jsparse.patterns._arguments import as_numpy, count, refuse_traced
+from jsparse.patterns._export import exportable
 from jsparse.patterns._parts import (
     Grid,
     Part,
@@ -36,6 +39,7 @@ from jsparse.patterns._parts import (
 from jsparse.patterns._rules import (
     ElementRule,
     Segments,
+    check_rules,
     join_rules,
     same_rules,
     stack_rules,
@@ -67,6 +71,7 @@ class Capacity(NamedTuple):
     full_q: int
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class BlockMask:
@@ -183,8 +188,10 @@ class BlockMask:
             A mask with one batch entry and one head.
 
         Raises:
+            TypeError: for rules that are none, or what is traced.
             ValueError: for sizes below 1, indices out of range, shapes that disagree,
-                or a full pair with an element that a rule forbids.
+                rules for other lengths, or a full pair with an element that a rule
+                forbids.
 
         Example:
             >>> mask = BlockMask.from_blocks([0, 1, 1], [0, 0, 1], q_len=256)
@@ -193,9 +200,10 @@ class BlockMask:
         """
         sizes = check_sizes("from_blocks", q_len, kv_len, block_q, block_kv)
         rows, cols = _check_pairs(rows, cols, sizes)
+        rules = check_rules("from_blocks", rules, sizes)
         if full is None:
             full = np.full(rows.shape, elements is None and not rules)
-        is_full = np.asarray(full, bool)
+        is_full = as_numpy("from_blocks: full", full).astype(bool)
         if is_full.shape != rows.shape:
             raise ValueError(
                 f"from_blocks: full has shape {is_full.shape}; expected {rows.shape}, "
@@ -203,14 +211,14 @@ class BlockMask:
             )
         words = None
         if elements is not None:
-            elements = np.asarray(elements, bool)
+            elements = as_numpy("from_blocks: elements", elements)
             expected = (*rows.shape, sizes.block_q, sizes.block_kv)
             if elements.shape != expected:
                 raise ValueError(
                     f"from_blocks: elements has shape {elements.shape}; expected "
                     f"{expected}, one block for each pair."
                 )
-            words = pack(elements)
+            words = pack(elements.astype(bool, copy=False))
             words[is_full] = ~np.uint32(0)  # may yet become partial at the edge
         is_full = is_full & whole_blocks(rows, cols, sizes)
         if rules and is_full.any():
@@ -233,6 +241,7 @@ class BlockMask:
             A mask whose ``groups`` says where each problem lies.
 
         Raises:
+            TypeError: for what is no sequence of masks.
             ValueError: for no masks, unequal block sizes, or batch or head patterns.
 
         Example:
@@ -241,8 +250,7 @@ class BlockMask:
             >>> BlockMask.concatenate([a, b]).groups.tolist()
             [[0, 100, 0, 100], [128, 200, 128, 200]]
         """
-        masks = list(masks)
-        _check_compatible("concatenate", masks, lengths=False)
+        masks = _check_compatible("concatenate", masks, lengths=False)
         for n, m in enumerate(masks):
             if (m.batch_size, m.num_heads) != (1, 1):
                 raise ValueError(
@@ -292,6 +300,7 @@ class BlockMask:
             cannot be stacked become bits.
 
         Raises:
+            TypeError: for what is no sequence of masks.
             ValueError: for no masks, other axes, or masks that do not fit together.
 
         Example:
@@ -300,10 +309,9 @@ class BlockMask:
             >>> BlockMask.stack([near, far], "head").num_heads
             2
         """
-        masks = list(masks)
         if axis not in ("batch", "head"):
             raise ValueError(f"stack: axis={axis!r}; expected 'batch' or 'head'.")
-        _check_compatible("stack", masks)
+        masks = _check_compatible("stack", masks)
         for n, m in enumerate(masks):
             size = m.batch_size if axis == "batch" else m.num_heads
             if size != 1:
@@ -566,7 +574,9 @@ class BlockMask:
             The padded mask; ``q_lengths`` and ``kv_lengths`` keep the real lengths.
 
         Raises:
-            ValueError: if a length would shrink, or ``num_bits`` is given without bits.
+            TypeError: for sizes that are traced.
+            ValueError: if a length would shrink, for widths that are not integers, or
+                if ``num_bits`` is given without bits.
             CapacityError: if a width is less than the lists use.
 
         Example:
@@ -581,13 +591,10 @@ class BlockMask:
                 f"pad_to: the mask is {self.q_len} x {self.kv_len} and cannot shrink "
                 f"to {sizes.q_len} x {sizes.kv_len}. Choose a larger bucket."
             )
-        if capacity is None:
-            capacity = self.capacity
-        if isinstance(capacity, int | np.integer):
-            capacity = Capacity(*[capacity] * 4)
+        widths = self.capacity if capacity is None else _check_widths(capacity)
         lists = {}
         lengths = (sizes.grid[0], sizes.grid[0], sizes.grid[1], sizes.grid[1])
-        for name, n, width in zip(Capacity._fields, lengths, capacity, strict=True):
+        for name, n, width in zip(Capacity._fields, lengths, widths, strict=True):
             counts = self._host(f"{name}_num_blocks")
             indices = self._host(f"{name}_indices")[..., :width]
             if counts.max(initial=0) > width:
@@ -632,6 +639,7 @@ class BlockMask:
     def __and__(self, other: BlockMask) -> BlockMask:
         """Elements allowed by both masks (host only)."""
         _check_compatible("&", [self, other])
+        groups = _common_groups("&", self, other)
         with_bits = self.bits is not None or other.bits is not None
         shape, parts = _pattern_shape(self, other), []
         for b, h in np.ndindex(shape):
@@ -647,11 +655,12 @@ class BlockMask:
         lengths = np.minimum(_lengths(self, shape[0]), _lengths(other, shape[0]))
         grid = fold(parts, shape)
         mask = from_parts(grid, self._sizes, rules=rules, lengths=lengths)
-        return dataclasses.replace(mask, groups=_common_groups(self, other))
+        return dataclasses.replace(mask, groups=groups)
 
     def __or__(self, other: BlockMask) -> BlockMask:
         """Elements allowed by either mask; rules become bits (host only)."""
         _check_compatible("|", [self, other])
+        groups = _common_groups("|", self, other)
         masks, parts = [m.to_bits() for m in (self, other)], []
         shape = _pattern_shape(self, other)
         for b, h in np.ndindex(shape):
@@ -662,7 +671,7 @@ class BlockMask:
             parts.append(part._replace(full=part.full | allowed))
         lengths = np.maximum(_lengths(self, shape[0]), _lengths(other, shape[0]))
         mask = from_parts(fold(parts, shape), self._sizes, lengths=lengths)
-        return dataclasses.replace(mask, groups=_common_groups(self, other))
+        return dataclasses.replace(mask, groups=groups)
 
     # ----------------------------------------------------------------- private
 
@@ -723,6 +732,7 @@ class BlockMask:
         return ok | full[:, None, None]
 
     def _pad_bits(self, num_bits: int) -> np.ndarray:
+        num_bits = count("pad_to: num_bits", num_bits, 0)
         have = 0 if self.bits is None else self.bits.shape[1]
         if self.bits is None or have > num_bits:
             raise ValueError(
@@ -761,9 +771,15 @@ def from_parts(
 def check_sizes(
     who: str, q_len: int, kv_len: int | None, block_q: int, block_kv: int
 ) -> Sizes:
-    """The sizes of a new mask, or a ValueError that names the one that is wrong."""
+    """The sizes of a new mask, or an error that names the one that is wrong."""
     sizes = Sizes(q_len, q_len if kv_len is None else kv_len, block_q, block_kv)
     for name, value in sizes._asdict().items():
+        if isinstance(value, jax.core.Tracer):
+            raise TypeError(
+                f"{who}: {name} is traced; expected an integer that is known when the "
+                "function is traced, since sizes are static. Close over it, or name "
+                "it in static_argnames of jax.jit."
+            )
         if (
             not isinstance(value, int | np.integer)
             or isinstance(value, bool)
@@ -778,7 +794,7 @@ def check_sizes(
 def _check_pairs(rows, cols, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
     out = []
     for name, x, n in zip(("rows", "cols"), (rows, cols), sizes.grid, strict=True):
-        x = np.asarray(x)
+        x = as_numpy(f"from_blocks: {name}", x)
         if x.size == 0:
             x = x.astype(np.int32)
         if x.ndim != 1 or not np.issubdtype(x.dtype, np.integer):
@@ -800,7 +816,21 @@ def _check_pairs(rows, cols, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
     return out[0], out[1]
 
 
+def _check_widths(capacity: int | Capacity) -> Capacity:
+    """New widths of the block lists."""
+    if not isinstance(capacity, tuple | list):
+        return Capacity(*[count("pad_to: capacity", capacity, 0)] * 4)
+    if len(capacity) != 4:
+        raise ValueError(
+            f"pad_to: capacity={capacity!r}; expected an integer for every list, or a "
+            f"Capacity of four: {', '.join(Capacity._fields)}."
+        )
+    named = zip(Capacity._fields, capacity, strict=True)
+    return Capacity(*(count(f"pad_to: capacity.{k}", x, 0) for k, x in named))
+
+
 def _check_full(part: Part, sizes: Sizes, rules: Sequence[ElementRule]) -> None:
+    refuse_traced("from_blocks: rules", rules)
     tested = part._replace(full=np.zeros_like(part.full))
     mask = from_parts([[unique(tested, sizes.grid[1])]], sizes, rules=rules)
     part = mask._part(0, 0)
@@ -815,8 +845,14 @@ def _check_full(part: Part, sizes: Sizes, rules: Sequence[ElementRule]) -> None:
 
 
 def _check_compatible(
-    who: str, masks: Sequence[BlockMask], lengths: bool = True
-) -> None:
+    who: str, masks: Iterable[BlockMask], lengths: bool = True
+) -> list[BlockMask]:
+    if not isinstance(masks, Iterable):
+        raise TypeError(
+            f"{who}: masks is a {type(masks).__name__}; expected a sequence of "
+            "BlockMasks. Put a single mask into a list."
+        )
+    masks = list(masks)
     if not masks:
         raise ValueError(f"{who}: no masks were given; expected at least one.")
     for n, m in enumerate(masks):
@@ -831,6 +867,7 @@ def _check_compatible(
                 f"{who}: mask {n} is {m!r}, which does not fit {masks[0]!r}. Build "
                 "both with the same block sizes" + (" and lengths." if lengths else ".")
             )
+    return masks
 
 
 def _lengths(mask: BlockMask, batch: int) -> np.ndarray:
@@ -850,8 +887,19 @@ def _pattern_shape(a: BlockMask, b: BlockMask) -> tuple[int, ...]:
         ) from err
 
 
-def _common_groups(a: BlockMask, b: BlockMask) -> Array | None:
-    return a.groups if a.groups is not None else b.groups
+def _common_groups(who: str, a: BlockMask, b: BlockMask) -> Array | None:
+    """The groups of either mask; refuses two that divide the axes otherwise."""
+    if a.groups is None or b.groups is None:
+        return b.groups if a.groups is None else a.groups
+    both = (m._host("groups").tolist() for m in (a, b))
+    for n, (x, y) in enumerate(itertools.zip_longest(*both)):
+        if x != y:
+            raise ValueError(
+                f"{who}: group {n} is {x} in one mask and {y} in the other (query "
+                "start and length, key start and length); expected equal groups. "
+                "Concatenate masks of the same lengths, in the same order."
+            )
+    return a.groups
 
 
 def _is_host(x: Array) -> bool:

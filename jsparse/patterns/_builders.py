@@ -7,12 +7,12 @@ patterns (`_structure.py`) build on the same helpers. Users call them.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
 import scipy.sparse
 
+from jsparse.patterns._arguments import as_numpy, count
 from jsparse.patterns._bits import bit_mask, dense_strips
 from jsparse.patterns._block_mask import BlockMask, check_sizes, from_parts
 from jsparse.patterns._parts import Part, Sizes, pack, unique, whole_blocks
@@ -40,6 +40,7 @@ def from_dense(mask: Array, *, block_q: int = 128, block_kv: int = 128) -> Block
         A mask ``[B or 1, H or 1]``.
 
     Raises:
+        TypeError: for a mask that is traced.
         ValueError: for other shapes, an axis of length 0, or values that are not bool.
 
     Example:
@@ -47,7 +48,7 @@ def from_dense(mask: Array, *, block_q: int = 128, block_kv: int = 128) -> Block
         >>> from_dense(causal, block_q=2, block_kv=2).block_states()[0, 0].tolist()
         [[1, 0], [2, 1]]
     """
-    mask = np.asarray(mask)
+    mask = as_numpy("from_dense: mask", mask)
     if mask.ndim not in (2, 3, 4) or 0 in mask.shape:
         raise ValueError(
             f"from_dense: mask has shape {mask.shape}; expected [T, S], [H, T, S] or "
@@ -90,6 +91,7 @@ def window(
         A mask with a `Window` rule.
 
     Raises:
+        TypeError: for numbers that are traced.
         ValueError: for sizes below 1, or a negative ``left`` or ``right``.
 
     Example:
@@ -133,6 +135,7 @@ def segments(
         A mask with a `Segments` rule, one pattern for each batch entry.
 
     Raises:
+        TypeError: for labels that are traced.
         ValueError: for labels that are not integers, or shapes that do not fit.
 
     Example:
@@ -192,6 +195,7 @@ def strided(
         A mask with a `Segments` rule.
 
     Raises:
+        TypeError: for numbers that are traced.
         ValueError: for sizes or a stride below 1, or an offset that is no integer.
 
     Example:
@@ -237,6 +241,7 @@ def global_(
         A mask with bits, or only full blocks where none is partial.
 
     Raises:
+        TypeError: for sizes or positions that are traced.
         ValueError: for sizes below 1, or positions out of range of queries or keys.
 
     Example:
@@ -248,7 +253,7 @@ def global_(
         Beltagy et al., Longformer, 2020; Zaheer et al., Big Bird, 2020 (global tokens).
     """
     sizes = check_sizes("global_", q_len, kv_len, block_q, block_kv)
-    index = np.asarray(index)
+    index = as_numpy("global_: index", index)
     if index.size == 0:
         index = index.astype(np.int64)
     if index.ndim != 1 or index.dtype.kind not in "iu":
@@ -302,6 +307,7 @@ def random(
         A mask of whole blocks.
 
     Raises:
+        TypeError: for numbers that are traced.
         ValueError: for sizes below 1, a seed that is none, or more blocks than exist.
 
     Example:
@@ -363,20 +369,6 @@ def interval_mask(
     return from_parts([[part]], sizes, rules=(rule,), lengths=lengths)
 
 
-def count(name: str, value: int, least: int | None) -> int:
-    """An integer of at least ``least`` (None: any), or a ValueError with its name."""
-    kind = "an integer" if least is None else f"an integer of at least {least}"
-    try:
-        if isinstance(value, bool):
-            raise TypeError("a bool is no number")
-        number = operator.index(value)
-    except TypeError as error:
-        raise ValueError(f"{name} is {value!r}; expected {kind}.") from error
-    if least is not None and number < least:
-        raise ValueError(f"{name} is {number}; expected {kind}.")
-    return number
-
-
 def _same_label(q: np.ndarray, kv: np.ndarray, labels: int, sizes: Sizes) -> Part:
     """Blocks that share one of the labels 0 to ``labels - 1``."""
     q_has, q_one = _labels_of_blocks(q, sizes.block_q, labels)
@@ -403,7 +395,7 @@ def _labels_of_blocks(
 
 def _check_ids(name: str, ids: Array) -> np.ndarray:
     """Labels as ``[B or 1, n]``."""
-    ids = np.asarray(ids)
+    ids = as_numpy(f"segments: {name}", ids)
     if ids.ndim not in (1, 2) or ids.size == 0 or ids.dtype.kind not in "iu":
         raise ValueError(
             f"segments: {name} has shape {ids.shape} and dtype {ids.dtype}; expected "

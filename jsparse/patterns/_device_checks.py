@@ -6,7 +6,7 @@ What is traced is checked by shape and dtype, what is concrete also by value. Ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jsparse.patterns._arguments import as_array, as_reals
 from jsparse.patterns._block_mask import check_sizes
 from jsparse.patterns._integers import as_int32
 from jsparse.patterns._parts import Sizes
-from jsparse.patterns._rules import ElementRule
 
 Array = Any
 
@@ -56,29 +56,23 @@ def check_positive(who: str, name: str, value: int) -> int:
 
 def as_points(name: str, coords: Array) -> Array:
     """Coordinates as ``[B or 1, n, 3]`` float32."""
-    x = as_array(coords)
+    x = as_reals(f"radius: {name}", coords)
     if x.ndim not in (2, 3) or x.shape[-1] != 3:
         raise ValueError(
             f"radius: {name} has shape {x.shape}; expected [N, 3] or [B, N, 3] in "
             "ångström. Pass Cartesian coordinates, e.g. structure.coords."
-        )
-    if not jnp.issubdtype(x.dtype, jnp.integer) and not _is_real(x):
-        raise TypeError(
-            f"radius: {name} has dtype {x.dtype}; expected real numbers, e.g. float32."
         )
     return with_batch(jnp.asarray(x, jnp.float32))
 
 
 def as_cutoff(cutoff: Array) -> Array:
     """The cut-off as ``[B or 1]`` float32."""
-    x = as_array(cutoff)
+    x = as_reals("radius: cutoff", cutoff)
     if x.ndim > 1:
         raise ValueError(
             f"radius: cutoff has shape {x.shape}; expected a scalar or one value for "
             "each batch entry."
         )
-    if not jnp.issubdtype(x.dtype, jnp.integer) and not _is_real(x):
-        raise TypeError(f"radius: cutoff has dtype {x.dtype}; expected a real number.")
     if not isinstance(x, Tracer):
         values = np.asarray(x, np.float64)
         if not np.all(np.isfinite(values) & (values >= 0)):
@@ -93,7 +87,7 @@ def as_lengths(who: str, name: str, length: Array | None, total: int) -> Array:
     """Real lengths as ``[B or 1]`` int32 within 0..total."""
     if length is None:
         return jnp.full((1,), total, jnp.int32)
-    x = as_array(length)
+    x = as_array(f"{who}: {name}", length)
     if x.ndim > 1 or not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(
             f"{who}: {name} has shape {x.shape} and dtype {x.dtype}; expected an "
@@ -121,20 +115,6 @@ def common_batch(who: str, **sizes: int) -> int:
     return found.pop() if found else 1
 
 
-def check_rules(rules: Sequence[ElementRule], sizes: Sizes) -> None:
-    for rule in rules:
-        for data, length in (
-            (rule.q_data(), sizes.q_len),
-            (rule.kv_data(), sizes.kv_len),
-        ):
-            for shape in map(np.shape, data):
-                if len(shape) < 2 or shape[1] != length:
-                    raise ValueError(
-                        f"from_dense_blocks: a {type(rule).__name__} rule holds an "
-                        f"array of shape {shape}; expected [B or 1, {length}, ...]."
-                    )
-
-
 def check_entries(index: Array, kv_len: int) -> None:
     if isinstance(index, Tracer):
         return
@@ -148,17 +128,8 @@ def check_entries(index: Array, kv_len: int) -> None:
         )
 
 
-def as_array(x: Array) -> Array:
-    """A JAX array as it is, anything else as NumPy, which keeps its values exact."""
-    return x if isinstance(x, jax.Array) else np.asarray(x)
-
-
 def with_batch(x: Array) -> Array:
     return x if x.ndim == 3 else x[None]
-
-
-def _is_real(x: Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def each(f: Callable[..., Any], batch: int, *args: Array) -> Any:

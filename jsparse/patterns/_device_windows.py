@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jsparse.patterns._arguments import count
 from jsparse.patterns._block_mask import BlockMask
-from jsparse.patterns._builders import count, window_spans
+from jsparse.patterns._builders import window_spans
 from jsparse.patterns._device_checks import check_grid
 from jsparse.patterns._parts import Sizes
 from jsparse.patterns._rules import Window

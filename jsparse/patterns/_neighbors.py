@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from scipy.spatial import KDTree
 
+from ._arguments import NO_REAL, as_numpy, number, refuse_traced
+
 MAX_CUTOFF = 1e4
 """Largest distance accepted, in ångström: wider than any structure."""
 
@@ -35,27 +37,6 @@ _CHUNK = 2**17  # float32 elements of one temporary: stays in the L2 cache
 _MARKS = 2**28  # bytes: one for each block pair of a band of rows
 _QUERIES = 2**21  # neighbours asked for at once
 
-# Kinds of dtype that NumPy and Python turn into real numbers although they are none:
-# bools, complex numbers, times and text.
-_NO_REAL = "bcmMSTU"
-
-
-def number(value: Any) -> float:
-    """One real number as a float; neither a bool nor text, which `float` would read.
-
-    Raises:
-        TypeError: it is something else, has axes or is traced.
-        ValueError: likewise, as NumPy sees it.
-
-    Example:
-        >>> number(10), number(np.float32(0.5))
-        (10.0, 0.5)
-    """
-    array = np.asarray(value)
-    if array.ndim or array.dtype.kind in _NO_REAL:
-        raise TypeError(f"{array.dtype} of shape {array.shape} is no real number")
-    return float(value)
-
 
 def check_coords(name: str, coords: Any) -> np.ndarray:
     """Coordinates as a contiguous float32 array, or a clear error.
@@ -68,7 +49,7 @@ def check_coords(name: str, coords: Any) -> np.ndarray:
         float32 `[N, 3]`.
 
     Raises:
-        TypeError: the values are not real numbers.
+        TypeError: the values are not real numbers, or traced.
         ValueError: the shape is wrong, there is no point, or a value is not
             finite in float32.
 
@@ -76,13 +57,8 @@ def check_coords(name: str, coords: Any) -> np.ndarray:
         >>> check_coords("radius: coords", [[0, 1, 2]])
         array([[0., 1., 2.]], dtype=float32)
     """
-    try:
-        given = np.asarray(coords)
-    except ValueError as error:
-        raise ValueError(
-            f"{name} is not a rectangular array ({error}); expected [N, 3] in "
-            "ångström. Give every atom exactly three numbers."
-        ) from error
+    rows = "[N, 3] in ångström. Give every atom exactly three numbers."
+    given = as_numpy(name, coords, rows)
     if given.ndim != 2 or given.shape[1] != 3:
         raise ValueError(
             f"{name} has shape {given.shape}; expected [N, 3] in ångström. Pass "
@@ -94,7 +70,7 @@ def check_coords(name: str, coords: Any) -> np.ndarray:
             "empty chains or groups before building a pattern."
         )
     try:
-        if given.dtype.kind in _NO_REAL:
+        if given.dtype.kind in NO_REAL:
             raise TypeError(f"{given.dtype} has no real value in ångström")
         with np.errstate(over="ignore"):
             out = np.ascontiguousarray(given, dtype=np.float32)
@@ -125,13 +101,14 @@ def check_cutoff(name: str, cutoff: Any) -> float:
         The distance in ångström.
 
     Raises:
-        TypeError: not a number.
+        TypeError: not a number, or traced.
         ValueError: not finite, not positive, or beyond `MAX_CUTOFF`.
 
     Example:
         >>> check_cutoff("radius: cutoff", 10)
         10.0
     """
+    refuse_traced(name, cutoff)
     try:
         value = number(cutoff)
     except (TypeError, ValueError) as error:
@@ -157,13 +134,14 @@ def check_block(name: str, block: Any) -> int:
         The block size.
 
     Raises:
-        TypeError: not a whole number.
+        TypeError: not a whole number, or traced.
         ValueError: less than one.
 
     Example:
         >>> check_block("radius: block_q", 128)
         128
     """
+    refuse_traced(name, block)
     try:
         if isinstance(block, bool):
             raise TypeError("a bool is no size")

@@ -181,7 +181,7 @@ def order(
         else the one asked for.
 
     Raises:
-        TypeError: an argument is not a number.
+        TypeError: an argument is not a number, or traced.
         ValueError: unknown method, or bad coordinates, cut-off or block size.
 
     Example:

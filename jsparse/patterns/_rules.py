@@ -15,6 +15,7 @@ from typing import Any, dataclass_transform
 import jax
 import numpy as np
 
+from jsparse.patterns._export import exportable
 from jsparse.patterns._parts import Sizes
 
 Array = Any
@@ -25,11 +26,12 @@ def _rule(cls):
     """Registers a rule as a pytree: ``side`` is static, everything else is data."""
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
     names = [f.name for f in dataclasses.fields(cls)]
-    return jax.tree_util.register_dataclass(
+    jax.tree_util.register_dataclass(
         cls,
         data_fields=[n for n in names if n != "side"],
         meta_fields=[n for n in names if n == "side"],
     )
+    return exportable(cls)
 
 
 def _pad(x: Array, length: int) -> Array:
@@ -149,6 +151,50 @@ def squared_distance(x: Array, y: Array) -> Array:
     # One axis at a time: a [..., n, m, 3] difference would triple the memory.
     d = [x[..., :, None, i] - y[..., None, :, i] for i in range(3)]
     return d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
+
+
+def check_rules(
+    who: str, rules: Sequence[ElementRule], sizes: Sizes
+) -> tuple[ElementRule, ...]:
+    """The rules of a new mask; refuses what is none, or made for other lengths.
+
+    Messages call the builder ``who``.
+    """
+    if not isinstance(rules, tuple | list):
+        raise TypeError(
+            f"{who}: rules is a {type(rules).__name__}; expected a tuple of element "
+            "rules. Put a single rule into a tuple."
+        )
+    for n, rule in enumerate(rules):
+        if not isinstance(rule, ElementRule):
+            raise TypeError(
+                f"{who}: rules[{n}] is a {type(rule).__name__}; expected a Segments, a "
+                "Window or a Distance of jsparse.patterns."
+            )
+        kind = type(rule).__name__
+        for leaf in jax.tree_util.tree_leaves(rule):
+            if not isinstance(leaf, np.ndarray | jax.Array):
+                raise TypeError(
+                    f"{who}: a {kind} rule holds {leaf!r}; expected arrays only. "
+                    "Convert its values with np.asarray."
+                )
+        _check_lengths(who, kind, rule.q_data(), sizes.q_len)
+        _check_lengths(who, kind, rule.kv_data(), sizes.kv_len)
+        if isinstance(rule, Distance) and rule.cutoff.shape[1:] != (1,):
+            raise ValueError(
+                f"{who}: a {kind} rule has a cutoff of shape {rule.cutoff.shape}; "
+                "expected [B or 1, 1]."
+            )
+    return tuple(rules)
+
+
+def _check_lengths(who: str, kind: str, data: tuple[Array, ...], length: int) -> None:
+    for x in data:
+        if x.ndim < 2 or x.shape[1] != length:
+            raise ValueError(
+                f"{who}: a {kind} rule holds an array of shape {x.shape}; expected "
+                f"[B or 1, {length}, ...]. Make the rule for the lengths of the mask."
+            )
 
 
 def same_rules(rules: Sequence[tuple[ElementRule, ...]]) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 
+from jsparse.patterns._arguments import as_numpy, count
 from jsparse.patterns._bits import (
     Strip,
     bit_mask,
@@ -21,12 +22,7 @@ from jsparse.patterns._bits import (
     strip_rows,
 )
 from jsparse.patterns._block_mask import BlockMask, check_sizes, from_parts
-from jsparse.patterns._builders import (
-    count,
-    from_dense,
-    interval_mask,
-    window_spans,
-)
+from jsparse.patterns._builders import from_dense, interval_mask, window_spans
 from jsparse.patterns._neighbors import (
     active_blocks,
     check_coords,
@@ -64,7 +60,7 @@ def radius(
         listed although no element passes the rule in float32.
 
     Raises:
-        TypeError: for coordinates or a cut-off that are not numbers.
+        TypeError: for coordinates or a cut-off that are not numbers, or traced.
         ValueError: for other shapes, no atoms, coordinates that are not finite, or a
             cut-off that is not above 0 or wider than any structure.
 
@@ -106,7 +102,7 @@ def knn(
         A mask with bits, or only full blocks where none is partial.
 
     Raises:
-        TypeError: for coordinates that are not numbers.
+        TypeError: for coordinates that are not numbers, or what is traced.
         ValueError: for other shapes, no atoms, coordinates that are not finite, or a
             ``k`` out of range.
 
@@ -142,6 +138,7 @@ def neighbors(
         A mask ``[B or 1, 1]`` with bits, or only full blocks where none is partial.
 
     Raises:
+        TypeError: for an index that is traced.
         ValueError: for other shapes, entries that are not integers, or keys beyond S.
 
     Example:
@@ -153,7 +150,8 @@ def neighbors(
         RFdiffusion3 (RosettaCommons/foundry) attends through such lists: 128 keys an
         atom, 32 a token, for each sample.
     """
-    index = np.asarray(index)
+    rows = "[T, k] or [B, T, k]. Pad short rows with -1."
+    index = as_numpy("neighbors: index", index, rows)
     if index.ndim not in (2, 3) or index.dtype.kind not in "iu" or index.size == 0:
         raise ValueError(
             f"neighbors: index has shape {index.shape} and dtype {index.dtype}; "
@@ -198,6 +196,7 @@ def contacts(
         A mask with bits, or only full blocks where none is partial.
 
     Raises:
+        TypeError: for contacts that are traced.
         ValueError: for other shapes or types, indices out of range, lengths that are
             missing or do not fit, or ``symmetric`` with T != S.
 
@@ -268,6 +267,7 @@ def atom_windows(
         A mask with a `Window` rule.
 
     Raises:
+        TypeError: for numbers that are traced.
         ValueError: for sizes below 1, an odd ``keys - queries``, or ``padded_to`` below
             ``num_atoms``.
 
@@ -325,6 +325,7 @@ def expand(
         A mask with bits, or only full blocks where none is partial.
 
     Raises:
+        TypeError: for pairs or residues that are traced.
         ValueError: for other shapes or types, or residues out of range.
 
     Example:
@@ -406,7 +407,7 @@ def _check_both(who: str, coords: Array, kv_coords: Array | None):
 
 def _check_pairs(who: str, pairs: Array) -> np.ndarray:
     """A bool matrix, or pairs ``[n, 2]`` int64; indices are not checked yet."""
-    pairs = np.asarray(pairs)
+    pairs = as_numpy(f"{who}: pairs", pairs)
     if pairs.ndim == 2 and pairs.dtype == bool and pairs.size:
         return pairs
     if pairs.shape == (0,):
@@ -437,7 +438,7 @@ def _check_range(who: str, pairs: np.ndarray, lengths: tuple[int, int] | None) -
 
 
 def _check_residue(name: str, residue: Array, bound: int | None) -> np.ndarray:
-    residue = np.asarray(residue)
+    residue = as_numpy(f"expand: {name}", residue)
     if residue.ndim != 1 or residue.size == 0 or residue.dtype.kind not in "iu":
         raise ValueError(
             f"expand: {name} has shape {residue.shape} and dtype {residue.dtype}; "

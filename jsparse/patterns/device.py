@@ -22,16 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jsparse.patterns._arguments import as_array
 from jsparse.patterns._block_mask import NO_CAPACITY, BlockMask
 from jsparse.patterns._device_checks import (
-    as_array,
     as_cutoff,
     as_lengths,
     as_points,
     check_entries,
     check_grid,
     check_positive,
-    check_rules,
     check_widths,
     common_batch,
     each,
@@ -41,7 +40,12 @@ from jsparse.patterns._device_lists import blocks_and_bits
 from jsparse.patterns._device_windows import atom_windows as atom_windows
 from jsparse.patterns._integers import as_keys
 from jsparse.patterns._parts import Sizes
-from jsparse.patterns._rules import Distance, ElementRule, squared_distance
+from jsparse.patterns._rules import (
+    Distance,
+    ElementRule,
+    check_rules,
+    squared_distance,
+)
 
 Array = Any
 
@@ -202,7 +206,7 @@ def neighbors(
         token, rebuilt for every sample at every step. Its gather path counts
         duplicates; here they count once, as in its dense path.
     """
-    index = as_array(index)
+    index = as_array("neighbors: index", index)
     if index.ndim not in (2, 3) or index.shape[-1] == 0:
         raise ValueError(
             f"neighbors: index has shape {index.shape}; expected [T, k] or [B, T, k] "
@@ -276,7 +280,8 @@ def from_dense_blocks(
 
     Raises:
         ValueError: for shapes, sizes, lengths or batches that do not fit together.
-        TypeError: for a map that is not bool, lengths that are not integers.
+        TypeError: for a map that is not bool, lengths that are not integers, or rules
+            that are none.
         CapacityError: eagerly, if a list is too narrow; it names the width needed.
 
     Example:
@@ -289,7 +294,7 @@ def from_dense_blocks(
     """
     sizes = check_grid("from_dense_blocks", q_len, kv_len, block_q, block_kv)
     widths = check_widths("from_dense_blocks", capacity, q_capacity)
-    active = as_array(active)
+    active = as_array("from_dense_blocks: active", active)
     if active.dtype != jnp.bool_:
         raise TypeError(
             f"from_dense_blocks: active has dtype {active.dtype}; expected bool. "
@@ -304,10 +309,10 @@ def from_dense_blocks(
         )
     if active.ndim == 2:
         active = active[None, None]
-    check_rules(rules, sizes)
+    rules = check_rules("from_dense_blocks", rules, sizes)
     q_lengths = as_lengths("from_dense_blocks", "q_length", q_length, sizes.q_len)
     kv_lengths = as_lengths("from_dense_blocks", "kv_length", kv_length, sizes.kv_len)
-    leaves = jax.tree_util.tree_leaves(tuple(rules))
+    leaves = jax.tree_util.tree_leaves(rules)
     batch = common_batch(
         "from_dense_blocks",
         active=active.shape[0],
@@ -319,7 +324,7 @@ def from_dense_blocks(
         jnp.broadcast_to(active, (batch, *active.shape[1:])),
         q_lengths,
         kv_lengths,
-        tuple(rules),
+        rules,
         sizes=sizes,
         widths=widths,
     )

@@ -349,7 +349,7 @@ def apply(elements: Elements, columns: int, fill: float, rows: int) -> Callable:
 
 
 def poison(columns: int) -> Callable:
-    """``f(x, bad, first) -> x``, NaN in columns that are not finite.
+    """``f(x, bad, first) -> x``, NaN in columns that are not finite, where not -inf.
 
     ``first`` is where the first of the 64 x ``columns`` tile stands in ``bad``.
     """
@@ -366,12 +366,17 @@ def poison(columns: int) -> Callable:
             for flag in r.global_pair(bad, first, 8 * pair, r.i32())
         ]
         values = [
-            arith.select(flags[i >> 2 << 1 | i & 1], r.number(math.nan), v)
+            _nan_if_flagged(flags[i >> 2 << 1 | i & 1], v)
             for i, v in enumerate(r.scalars(x))
         ]
         return r.accumulator(values, (64, columns))
 
     return f
+
+
+def _nan_if_flagged(flag: ir.Value, x: ir.Value) -> ir.Value:
+    seen = arith.cmpf(arith.CmpFPredicate.UNE, x, r.number(-math.inf))
+    return arith.select(arith.andi(flag, seen), r.number(math.nan), x)
 
 
 def zero_columns(columns: int, dim: int) -> Callable:

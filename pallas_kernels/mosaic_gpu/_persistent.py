@@ -443,7 +443,7 @@ class Walker(Teams):
 
             @pl.when(total == 0)
             def _empty():
-                plgpu.barrier_arrive(s["fixed_free"][stage])
+                self.free_empty(s, stage)
                 self.store(self.nothing(), fields, outs, s)
 
             return step0 + total
@@ -456,6 +456,11 @@ class Walker(Teams):
         plgpu.barrier_wait(s["fixed_full"][stage])
         fields = [s["item"][stage, f] for f in range(NUM_FIELDS)]
         return [*fields, self.row_half()], stage
+
+    def free_empty(self, s: dict, stage) -> None:
+        """Frees the fixed tiles of an item without blocks: its fields are just read."""
+        r.fence_reads()()
+        plgpu.barrier_arrive(s["fixed_free"][stage])
 
     def first_slot(self, step0):
         """Stage of a stream that holds the first step of an item."""

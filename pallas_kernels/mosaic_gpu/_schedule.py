@@ -284,9 +284,11 @@ class _Rows:
         p_begin, p_end = xp.minimum(begin, partial), xp.minimum(end, partial)
         numbers = p_end - p_begin, end - begin - (p_end - p_begin)
         index, starts, columns = xp.asarray(self.index)[which], [], []
-        for blocks, skip in zip(self.blocks, (p_begin, begin - p_begin), strict=True):
+        skipped = p_begin, begin - p_begin
+        for blocks, skip, number in zip(self.blocks, skipped, numbers, strict=True):
             column = xp.asarray(blocks.column)
-            start = index * column.shape[-1] + skip
+            # Walkers read an entry of either list, also of one that has none for them.
+            start = index * column.shape[-1] + xp.where(number > 0, skip, 0)
             # An empty list, or the end of one, is read here and not used.
             column = xp.concatenate([column.reshape(-1), xp.zeros(1, column.dtype)])
             starts.append(start)

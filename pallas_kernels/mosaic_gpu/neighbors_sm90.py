@@ -444,7 +444,7 @@ def place_entries(count: int, block_kv: int, size: int) -> Callable:
             ".reg .b64 a, b; setp.lt.u32 p, $5, $6; {query} "
             "mad.lo.u32 e, q, {count}, 0; sub.u32 e, n, e; "
             # Only a query whose bits are fewer than its entries has duplicates.
-            "mad.lo.u32 j, q, 4, $2; ld.shared.b32 j, [j]; setp.gt.s32 d, j, 0; "
+            "mad.lo.u32 j, q, 4, $2; @p ld.shared.b32 j, [j]; setp.gt.s32 d, j, 0; "
             "and.pred d, d, p; mov.b32 x, 0; @!d bra known; "
             "add.s32 j, q, $8; mul.wide.s32 a, j, {row}; add.s64 a, a, $0; "
             "mov.b32 j, 0; "

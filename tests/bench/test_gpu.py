@@ -25,12 +25,14 @@ def test_peer_runs_and_is_right(name):
     with jax.numpy_dtype_promotion("standard"):
         record = run_case(CASE, Options(against=(name,), repeats=2), Progress())
     assert record["missed"] == []
+    without = record["left_out"].keys()
+    assert without == ({"grouped_gemm"} if name == "grouped_gemm" else set())
     for direction, output in (("forward", "out"), ("backward", "dq")):
         for found in record[direction].values():
             assert found["errors"][output]["norm_error"] < 2e-2
             assert 1e-6 < found["seconds"]["min"] < 1e-1
-        assert 1e-3 < record[direction][name]["ours_over_peer"]["median"] < 1e3
-    assert record["left_out"] == {}
+        if direction == "forward" or name not in without:
+            assert 1e-3 < record[direction][name]["ours_over_peer"]["median"] < 1e3
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from jsparse.backends._contract import HostPattern
 from jsparse.ops._checks import canonical
 from tests.support.cases import Case
 
+_ONE_AT_A_TIME = threading.Lock()
+"""What stands in for JAX's function does so for all threads."""
 _INT, _POINTER = ctypes.c_int32, ctypes.c_void_p
 
 
@@ -175,7 +178,7 @@ def _given(case: Case) -> tuple[list[Any], dict[str, Any], list[Any]]:
         return run
 
     operands = canonical(case.q, case.k, case.v, case.mask, case.bias)
-    with pytest.MonkeyPatch.context() as patch:
+    with _ONE_AT_A_TIME, pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.ffi, "ffi_call", ffi_call)
         scale = case.q.shape[-1] ** -0.5
         cutlass.forward(operands, scale, HostPattern.of(case.mask))

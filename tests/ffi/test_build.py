@@ -126,6 +126,19 @@ def test_the_c_interface_says_what_is_wrong(library):
         ({"num_rules": 5}, "num_rules=5; expected at most JSPARSE_MAX_RULES"),
         ({"q": None}, "q is NULL; expected an array"),
         ({"item_count": None}, "item_count is NULL; expected an array"),
+        ({"lse": None}, "lse is NULL; expected an array"),
+        ({"num_split_rows": 1}, "most_parts=0; expected at least 1"),
+        ({"num_split_rows": 1, "most_parts": 2}, "split_rows is NULL"),
+        (
+            {"num_split_rows": 1, "most_parts": 2, "split_rows": 1 << 20}
+            | {"split_slots": 1 << 20},
+            "part_out is NULL; expected an array",
+        ),
+        ({"num_rules": 1}, "rules[].first is NULL; expected an array"),
+        (
+            {"num_blocks": 4, "rows": 128, "columns": 128},
+            "bias.partial_numbers and bias.full_numbers are NULL",
+        ),
         ({"out": 1 << 20 | 8}, "out is not aligned; expected a multiple of 16 bytes"),
         ({"entries": 0}, "bias.entries=0; expected at least 1"),
         ({"inner": 0}, "bias.inner=0; expected at least 1"),
@@ -148,7 +161,7 @@ def test_the_c_interface_says_what_is_wrong(library):
 def test_the_c_interface_refuses(library, change, reason):
     args = Args(
         *(0, 1, 100, 200, 2, 1, 64, 128, 128, 128, 0),
-        **dict.fromkeys(("q", "k", "v", "out"), 1 << 20),
+        **dict.fromkeys(("q", "k", "v", "out", "lse"), 1 << 20),
         scale=1.0,
         schedule=_one_item(library.jsparse_forward_walkers(64, 128, 128, 0)),
         bias=Bias(1 << 20, 2, 1, 1, 2, 0, 100, 200),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+import re
 from typing import Any
 
 import flax.linen
@@ -13,8 +14,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jsparse import BlockBias, BlockMask, CapacityError, DistanceBias, patterns
+from jsparse import (
+    BlockBias,
+    BlockMask,
+    CapacityError,
+    DistanceBias,
+    block_sparse_attention,
+    patterns,
+)
 from jsparse.nn import BlockSparseAttention
+from tests.patterns.oracle import untyped
 
 T, FEATURES, CUTOFF = 90, 12, 6.0
 radius = functools.partial(patterns.radius, block_q=16, block_kv=16)
@@ -514,6 +523,9 @@ def test_the_mask_is_required():
 
 
 def test_refuses_unknown_implementations():
-    layer = make(implementation="fast")
-    with pytest.raises(ValueError, match="implementation='fast'; expected one of"):
-        layer(normal(0, T, FEATURES), mask=radius(chain(0), CUTOFF))
+    """On construction, in the words of the operation."""
+    q, mask = normal(0, T, 1, 8), radius(chain(0), CUTOFF)
+    with pytest.raises(ValueError, match="implementation='fast'; expected") as of_op:
+        block_sparse_attention(q, q, q, mask, implementation=untyped("fast"))
+    with pytest.raises(ValueError, match="^" + re.escape(str(of_op.value)) + "$"):
+        make(implementation="fast")

@@ -82,7 +82,7 @@ def test_bias_and_implementation_are_passed_on():
         out = apply(flax_layer(attention_fn=attend), x)
         np.testing.assert_allclose(out, want, rtol=0, atol=2e-5)
     with pytest.raises(ValueError, match="implementation='fast'"):
-        flax_layer(attention_fn=attention_fn(mask, implementation="fast"))(x)  # pyright: ignore[reportArgumentType]
+        attention_fn(mask, implementation="fast")  # pyright: ignore[reportArgumentType]
 
     q = jax.random.normal(jax.random.key(3), (T, 4, 2))
     fixed, free = attention_fn(mask, bias=bias), attention_fn(mask)

@@ -484,6 +484,52 @@ def test_what_does_not_exist_may_be_nan():
     np.testing.assert_array_equal(found, clean)
     assert np.isfinite(found).all()
     assert not np.asarray(found)[exists:].any()
+    gate = np.where(mask[:, None, None], normal(49, length, 2, 8), np.nan)
+
+    def tokens(gate):
+        return functional.pair_bias_attention(q, k, v, bias, gate=gate, mask=mask)
+
+    def atoms(gate):
+        return functional.atom_window_attention(
+            q, k, v, windows, gate=gate, num_atoms=exists
+        )
+
+    for gated in (tokens, atoms):
+        out, pull = jax.vjp(gated, gate)
+        assert np.isfinite(out).all()
+        assert not np.asarray(out)[exists:].any()
+        assert np.isfinite(pull(jnp.ones_like(out))[0]).all()
+
+
+@pytest.mark.parametrize("node", ["starting", "ending"])
+def test_edges_that_do_not_exist_may_be_nan(node):
+    """Neither values nor gradients of the others see them."""
+    length, exists = 12, 7
+    mask = np.arange(length) < exists
+    edges = (mask[:, None] & mask)[..., None, None]
+    arrays = [np.where(edges, x, np.nan) for x in qkv(44, length, length, 2, 8)]
+    gate = np.where(edges, normal(48, length, length, 2, 8), np.nan)
+    bias = normal(47, 2, length, length)
+
+    def pulled(arrays, bias, gate, mask):
+        def attend(q, k, v, bias, gate):
+            return functional.triangle_attention(
+                q, k, v, bias, node=node, gate=gate, mask=mask
+            )
+
+        out, pull = jax.vjp(attend, *arrays, bias, gate)
+        return out, *pull(jnp.where(out == 0, 0, 1.0))
+
+    part = slice(exists)
+    small = [x[part, part] for x in (*arrays, gate)]
+    wanted = pulled(small[:3], bias[:, part, part], small[3], None)
+    found = pulled(arrays, bias, gate, mask)
+    for n, (x, y) in enumerate(zip(found, wanted, strict=True)):
+        x, y = (np.moveaxis(z, 0, -1) if n == 4 else z for z in (x, y))
+        np.testing.assert_allclose(x[part, part], y, rtol=1e-4, atol=1e-5)
+        rest = np.array(x)
+        rest[part, part] = 0
+        assert not rest.any()
 
 
 def test_triangle_rows_that_do_not_exist_are_zero():
@@ -641,6 +687,13 @@ BIAS = np.zeros((2, 6, 6), np.float32)
 LISTS = np.zeros((6, 3), np.int32)
 
 
+def test_numbers_of_any_kind():
+    """What JAX and NumPy make of a number counts as one."""
+    run = functools.partial(functional.neighbor_attention, Q, Q, Q, LISTS)
+    found = run(scale=jnp.float32(0.5), capacity=np.int64(3))  # pyright: ignore[reportArgumentType]
+    np.testing.assert_array_equal(found, run(scale=0.5, capacity=3))
+
+
 @pytest.mark.parametrize(
     "call, kind, message",
     [
@@ -696,7 +749,11 @@ LISTS = np.zeros((6, 3), np.int32)
         ),
         (
             lambda: functional.atom_window_attention(Q, Q, Q, num_atoms=7),
-            *(ValueError, "padded_to=6 is less than num_atoms=7"),
+            *(ValueError, "num_atoms=7; expected at most 6, the atoms of q"),
+        ),
+        (
+            lambda: functional.atom_window_attention(Q, Q[:5], Q[:5]),
+            *(ValueError, "q has 6 atoms and k has 5; expected the same"),
         ),
         (
             lambda: functional.atom_window_attention(Q, Q, Q, BIAS[None]),
@@ -723,6 +780,32 @@ LISTS = np.zeros((6, 3), np.int32)
         (
             lambda: functional.neighbor_attention(Q, Q, Q, LISTS, BIAS),
             *(ValueError, "(2, 6, 6), which does not broadcast to (2, 6, 3)"),
+        ),
+        (
+            lambda: functional.pair_bias_attention(Q, Q, Q, None),
+            *(TypeError, "bias is a NoneType; expected an array"),
+        ),
+        (
+            lambda: functional.neighbor_attention(
+                Q, Q, Q, LISTS, BlockBias(np.zeros((1, 2, 1, 64, 64), np.float32))
+            ),
+            *(TypeError, "bias is a BlockBias; expected an array"),
+        ),
+        (
+            lambda: functional.pair_bias_attention(Q, Q, Q, BIAS, gate=Q > 0),
+            *(TypeError, "gate has dtype bool; expected a floating-point type"),
+        ),
+        (
+            lambda: functional.neighbor_attention(Q, Q[:0], Q[:0], LISTS),
+            *(ValueError, "k has shape (0, 2, 4); expected no axis of size 0"),
+        ),
+        (
+            lambda: functional.pair_bias_attention(Q.astype(float), Q, Q, BIAS),
+            *(TypeError, "dtypes float64, float32, float32; expected one dtype"),
+        ),
+        (
+            lambda: functional.neighbor_attention(Q, Q, Q, LISTS, scale="small"),  # pyright: ignore[reportArgumentType]
+            *(TypeError, "scale is 'small'; expected a number known before tracing"),
         ),
         (
             lambda: functional.neighbor_attention(Q, Q, Q, LISTS, capacity=0),

@@ -19,6 +19,7 @@ from jsparse import (
     patterns,
 )
 from jsparse.bias import EntryBias
+from jsparse.ops import _attention
 from tests.support.cases import CASES, make_case
 
 T, S = 40, 56
@@ -115,6 +116,22 @@ BAD = {
         ValueError,
         "k has 56 tokens but the mask was built for 99",
     ),
+    "axes of the queries": (
+        {"mask": patterns.window(30, left=1, right=1, kv_len=S)},
+        ValueError,
+        r"q has shape \(2, 40, 4, 8\), expected \[\*B, T, H, D\]. Rebuild it for 40",
+    ),
+    "axes of the keys": (
+        {"mask": patterns.window(T, left=1, right=1, kv_len=99)},
+        ValueError,
+        r"k has shape \(2, 56, 2, 8\), expected \[\*B, S, K, D\]. Rebuild it for 56",
+    ),
+    "swapped axes": (
+        {"mask": patterns.window(T, left=1, right=1)}
+        | dict.fromkeys("qkv", np.zeros((2, 4, T, 8), np.float32)),
+        ValueError,
+        r"q has 4 tokens .* look swapped: pass jnp.swapaxes\(q, -3, -2\)",
+    ),
     "head patterns": (
         {"mask": lambda v: BlockMask.stack([v["mask"]] * 3, "head")},
         ValueError,
@@ -139,6 +156,26 @@ BAD = {
         {"bias": np.ones((T, S), bool)},
         TypeError,
         "belongs in the BlockMask",
+    ),
+    "boolean block bias": (
+        {"bias": BlockBias(np.ones((1, 1, 3, 16, 32), bool))},
+        TypeError,
+        "BlockBias.values has dtype bool; expected a floating-point type. A boolean",
+    ),
+    "block bias of integers": (
+        {"bias": BlockBias(np.ones((1, 1, 3, 16, 32), np.int32))},
+        TypeError,
+        "BlockBias.values has dtype int32; expected a floating-point type",
+    ),
+    "block bias of a list": (
+        {"bias": BlockBias([1])},
+        TypeError,
+        "BlockBias.values has dtype int32; expected a floating-point type",
+    ),
+    "block bias of nothing": (
+        {"bias": BlockBias(None)},
+        TypeError,
+        "BlockBias.values is a NoneType; expected an array",
     ),
     "bias of another block size": (
         {"bias": BlockBias(np.zeros((1, 1, 3, 16, 16), np.float32))},
@@ -234,7 +271,7 @@ def test_bad_options():
         call({"implementation": "cutlass"})
     with pytest.raises(ValueError, match="scale=nan; expected a finite number"):
         call({}, scale=float("nan"))
-    for scale in ("0.5", [1.0, 2.0], 1j, True):
+    for scale in ("0.5", [1.0, 2.0], 1j, True, np.True_, {}, object(), [[1], []]):
         with pytest.raises(TypeError, match="expected a number known before"):
             call({}, scale=scale)
     with pytest.raises(TypeError, match="known before tracing"):
@@ -271,6 +308,23 @@ def test_overflow_of_a_concrete_mask_raises_before_anything_runs():
         call({"mask": narrow})
 
 
+def test_lists_that_outgrew_their_bits_are_empty():
+    """Kernels number bits by the lists; the output is NaN whatever these say."""
+    index = np.arange(64)[None, :, None] * np.ones((2, 1, 1), int)
+    index[1] = (index[1] + [[0], [32]] * 32) % 64
+
+    @jax.jit
+    def counts(index):
+        mask = patterns.device.neighbors(
+            index, block_q=16, block_kv=16, capacity=4, num_bits=4
+        )
+        mask = _attention._within_bits(mask)
+        return mask.kv_num_blocks, mask.q_num_blocks
+
+    for found in counts(index):
+        np.testing.assert_array_equal(found[:, 0], [[1] * 4, [0] * 4])
+
+
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_scale(implementation):
     case = CASES["one_block"](np.random.default_rng(1))
@@ -282,6 +336,8 @@ def test_scale(implementation):
 
     default = attend(case.q)
     np.testing.assert_allclose(attend(case.q, 0.25), default, rtol=1e-6)
+    for known in (np.float16(0.25), jnp.bfloat16(0.25), jnp.array(0.25)):
+        np.testing.assert_array_equal(attend(case.q, known), attend(case.q, 0.25))
     doubled = attend(2 * case.q, 0.125)
     np.testing.assert_allclose(doubled, default, rtol=1e-5)
     assert np.abs(attend(case.q, 1.0) - default).max() > 1e-2

@@ -129,6 +129,63 @@ def test_gradients_of_a_vmap_and_vmap_of_gradients(transformed, problem):
         )
 
 
+def _pulled(f, cotangents):
+    """Of each cotangent alone."""
+    return lambda *args: jax.vmap(jax.vjp(f, *args)[1])(cotangents)
+
+
+def _weighted(f, cotangents):
+    """Of a loss for each cotangent."""
+
+    def loss(c, *args):
+        return (f(*args) * c).sum()
+
+    of_args = jax.grad(loss, (1, 2, 3, 4))
+    return lambda *args: jax.vmap(of_args, (0, *4 * [None]))(cotangents, *args)
+
+
+def _jacobian(f, cotangents):
+    def losses(*args):
+        return (cotangents * f(*args)).sum((1, 2, 3))
+
+    return jax.jacrev(losses, (0, 1, 2, 3))
+
+
+def _both(f, cotangents):
+    """Of each of two queries, and of the two together."""
+    axes = (0, None, None, None)
+
+    def run(q, *args):
+        queries, many = np.stack([q, 2 * q]), np.stack([cotangents, cotangents], 1)
+        each = jax.vmap(_pulled(f, cotangents), axes)
+        together = _pulled(jax.vmap(f, axes), many)
+        return *each(queries, *args), *together(queries, *args)
+
+    return run
+
+
+@pytest.mark.parametrize("of_cotangents", [_pulled, _weighted, _jacobian, _both])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint])
+def test_gradients_of_several_cotangents(of_cotangents, wrap, problem):
+    """Each has its own, though the forward pass is that of all."""
+    q, k, v, biases = problem
+    cotangents = np.random.default_rng(1).standard_normal((3, *q[0].shape))
+
+    def run(implementation):
+        def attend(q, k, v, bias):
+            return block_sparse_attention(
+                q, k, v, MASK, bias=bias, implementation=implementation
+            )
+
+        f = of_cotangents(wrap(attend), cotangents.astype(np.float32))
+        return f(q[0], k[0], v[0], biases["dense"])
+
+    for found, truth in zip(run("xla"), run("reference"), strict=True):
+        np.testing.assert_allclose(
+            found, truth, rtol=0, atol=1e-5 * np.abs(truth).max()
+        )
+
+
 def test_gradients_of_nested_vmaps(problem):
     q, k, v, biases = problem
     queries, axes = np.stack([q, 2 * q, 3 * q]), (0, None, None, None)

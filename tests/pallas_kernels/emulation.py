@@ -230,7 +230,12 @@ def _flags(bad, first, columns):
 
 
 def poison(columns):
-    return lambda x, bad, first: jnp.where(_flags(bad, first, columns), jnp.nan, x)
+
+    def f(x, bad, first):
+        seen = x != -jnp.inf
+        return jnp.where(seen & _flags(bad, first, columns), jnp.nan, x)
+
+    return f
 
 
 def zero_columns(columns, dim):

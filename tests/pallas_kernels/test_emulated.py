@@ -107,6 +107,14 @@ def test_traced_patterns(name):
     check(CASES[name](np.random.default_rng(0), SIZES["128 x 128"]))
 
 
+def test_vmap_over_some_lists_of_a_mask():
+    contract.check_vmap_over_some_lists("mosaic_gpu")
+
+
+def test_bias_hides_bad_values():
+    contract.check_bias_hides_bad_values("mosaic_gpu")
+
+
 @pytest.mark.parametrize("name", ["grouped_query", "nothing"])
 def test_known_patterns(name):
     check(CASES[name](np.random.default_rng(0), SIZES["128 x 128"]), static=True)

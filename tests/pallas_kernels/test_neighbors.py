@@ -129,11 +129,13 @@ def test_entries_agree_with_sorting(blocks, batch, shared):
     check_entry_lists(*found)
 
 
-@pytest.mark.parametrize("blocks", [(64, 32), (128, 64)])
-def test_instructions(blocks, monkeypatch):
+@pytest.mark.parametrize(
+    "blocks, count", [((64, 32), 14), ((128, 64), 14), ((64, 64), 1)]
+)
+def test_instructions(blocks, count, monkeypatch):
     """The kernels' PTX, interpreted, for the last query block, which is not whole."""
     kernels = neighbors_sm90
-    own, row, count, keys, q_len = 1, blocks[0], 14, 190, blocks[0] + 30
+    own, row, keys, q_len = 1, blocks[0], 190, blocks[0] + 30
     before = 3  # query blocks of other batch entries
     sizes, rng = Sizes(q_len, 200, *blocks), np.random.default_rng(7)
     index = lists(rng, 1, sizes, count)
@@ -182,7 +184,7 @@ def test_instructions(blocks, monkeypatch):
         machine.each(take_off, bits_, extra, n)
     exists = (index[0, row:-1] >= 0) & (index[0, row:-1] < keys)
     twice = exists.sum(1) - np.asarray(expected.counted)[0, row:-1].sum(1)
-    assert (twice > 0).sum() > 9 and twice[3] == 0
+    assert (count == 1 or (twice > 0).sum() > 9) and twice[3] == 0
     np.testing.assert_array_equal(extra.array[:29], twice)
     assert not extra.array[29:].any()
 

@@ -169,6 +169,13 @@ def check_first_columns(launch: Launch, schedule: Schedule) -> None:
         assert first == expected
 
 
+def check_starts(launch: Launch, schedule: Schedule) -> None:
+    """Walkers read an entry of both lists, also where an item has none of one."""
+    for _, _, _, p0, _, f0, *_ in items_of(schedule):
+        for kind, start in enumerate((p0, f0)):
+            assert 0 <= start < max(launch.columns(kind).size, 1)
+
+
 def check_slots(launch: Launch, schedule: Schedule) -> None:
     """A row is one item that writes it, or parts in slots that it shares with no other.
 
@@ -234,6 +241,7 @@ def test_every_block_is_computed_once(launch, make, data):
     assert schedule.items.dtype == schedule.count.dtype == np.int32
     assert blocks_in(schedule) == blocks_of(launch, partial, full)
     check_first_columns(launch, schedule)
+    check_starts(launch, schedule)
     check_slots(launch, schedule)
     check_sharing(launch, schedule)
     check_order(launch, schedule, totals(launch, partial, full))

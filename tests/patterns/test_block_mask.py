@@ -438,6 +438,96 @@ def test_from_blocks_refuses(kwargs, message):
         BlockMask.from_blocks(**(good | kwargs))
 
 
+LABELS = np.zeros((1, 8), np.int32)
+
+
+@pytest.mark.parametrize(
+    "rules, kind, message",
+    [
+        (["a"], TypeError, r"rules\[0\] is a str; expected a Segments, a Window or a"),
+        ((Segments(LABELS, LABELS), None), TypeError, r"rules\[1\] is a NoneType"),
+        (Segments(LABELS, LABELS), TypeError, r"rules is a Segments; expected a tuple"),
+        (
+            (Segments(LABELS.tolist(), LABELS),),
+            TypeError,
+            r"a Segments rule holds 0; expected arrays only",
+        ),
+        (
+            (Segments(LABELS[:, :7], LABELS),),
+            ValueError,
+            r"a Segments rule holds an array of shape \(1, 7\); expected \[B or 1, 8, ",
+        ),
+        (
+            (Window(LABELS[0], LABELS[0]),),
+            ValueError,
+            r"a Window rule holds an array of shape \(8,\)",
+        ),
+        (
+            (Distance(np.ones((1, 8, 3)), np.ones((1, 9, 3)), np.ones((1, 1))),),
+            ValueError,
+            r"a Distance rule holds an array of shape \(1, 9, 3\)",
+        ),
+        (
+            (Distance(np.ones((1, 8, 3)), np.ones((1, 8, 3)), np.ones(1)),),
+            ValueError,
+            r"a Distance rule has a cutoff of shape \(1,\); expected \[B or 1, 1\]",
+        ),
+    ],
+)
+def test_from_blocks_refuses_rules_of_other_masks(rules, kind, message):
+    with pytest.raises(kind, match="from_blocks: " + message):
+        BlockMask.from_blocks([0], [0], q_len=8, block_q=4, block_kv=4, rules=rules)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("rows", [0]),
+        ("cols", [0]),
+        ("full", [True]),
+        ("elements", np.ones((1, 8, 8), bool)),
+        ("rules", (Segments(LABELS, LABELS),)),
+        ("q_len", 8),
+    ],
+)
+def test_from_blocks_refuses_traced_values(name, value):
+    good = {"rows": [0], "cols": [0], "q_len": 8, "block_q": 8, "block_kv": 8}
+
+    def build(x):
+        return BlockMask.from_blocks(**(good | {"full": [True], name: x}))
+
+    with pytest.raises(TypeError, match=f"from_blocks: {name} is traced; expected"):
+        jax.jit(build)(jax.tree.map(np.asarray, value))
+
+
+def test_rules_of_a_mask_without_full_blocks_may_be_traced():
+    def build(ids):
+        return BlockMask.from_blocks(
+            *([0], [0]), q_len=8, block_q=8, block_kv=8, rules=(Segments(ids, ids),)
+        )
+
+    ids = np.arange(8)[None] // 3
+    np.testing.assert_array_equal(jax.jit(build)(ids).to_dense(), build(ids).to_dense())
+
+
+def in_groups(*lengths):
+    """A mask of one group for each length, in blocks of 4."""
+    return BlockMask.concatenate(
+        [
+            BlockMask.from_blocks([0], [0], q_len=n, block_q=4, block_kv=4)
+            for n in lengths
+        ]
+    )
+
+
+def test_masks_of_equal_groups_combine():
+    a, b = in_groups(3, 4), in_groups(3, 4)
+    np.testing.assert_array_equal(untyped(a & b).groups, a.groups)
+    np.testing.assert_array_equal(untyped(a | b).groups, a.groups)
+    whole = BlockMask.from_blocks([0], [1], q_len=8, block_q=4, block_kv=4)
+    np.testing.assert_array_equal(untyped(whole | a).groups, a.groups)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -452,6 +542,28 @@ def test_from_blocks_refuses(kwargs, message):
         (lambda: BlockMask.concatenate([]), r"concatenate: no masks"),
         (lambda: BlockMask.concatenate([MASK, COARSER]), r"concatenate: mask 1 is"),
         (lambda: BlockMask.concatenate([HEADS_2]), r"1 batch entries and 2 heads"),
+        (
+            lambda: in_groups(3, 4) & in_groups(4, 3),
+            r"&: group 0 is \[0, 3, 0, 3\] in one mask and \[0, 4, 0, 4\] in the other",
+        ),
+        (
+            lambda: in_groups(3, 4) | in_groups(3).pad_to(8),
+            r"\|: group 1 is \[4, 4, 4, 4\] in one mask and None in the other",
+        ),
+        (lambda: MASK.pad_to(12, capacity=untyped(4.0)), r"capacity is 4.0; expected"),
+        (lambda: MASK.pad_to(12, capacity=True), r"pad_to: capacity is True"),
+        (
+            lambda: MASK.pad_to(12, capacity=untyped((4, 4))),
+            r"pad_to: capacity=\(4, 4\); expected an integer for every list, or a Cap",
+        ),
+        (
+            lambda: MASK.pad_to(12, capacity=Capacity(4, 4, untyped("4"), 4)),
+            r"pad_to: capacity.q is '4'",
+        ),
+        (
+            lambda: MASK.to_bits().pad_to(12, num_bits=untyped(9.0)),
+            r"pad_to: num_bits is 9.0; expected an integer",
+        ),
         (lambda: MASK.pad_to(9), r"pad_to: .*10 x 10 and cannot shrink to 9 x 9"),
         (lambda: MASK.pad_to(12, 0), r"pad_to: kv_len=0"),
         (lambda: MASK.pad_to(12, num_bits=3), r"num_bits=3, but the mask has 0 bit"),
@@ -471,6 +583,11 @@ def test_pad_to_refuses_a_capacity_below_use():
 def test_operations_refuse_other_types():
     with pytest.raises(TypeError, match=r"item 1 is a ndarray; expected a BlockMask"):
         BlockMask.stack(untyped([MASK, MASK.to_dense()]), "head")
+    one = r"masks is a BlockMask; expected a sequence .* Put a single mask into a list"
+    with pytest.raises(TypeError, match=f"concatenate: {one}"):
+        BlockMask.concatenate(untyped(MASK))
+    with pytest.raises(TypeError, match=f"stack: {one}"):
+        BlockMask.stack(untyped(MASK), "head")
 
 
 def test_rules_are_pytrees_with_a_static_side():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -277,3 +278,28 @@ def test_random_draws_every_block_equally_often():
 def test_builders_refuse(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "build, value, name",
+    [
+        (patterns.from_dense, np.ones((4, 4), bool), "from_dense: mask"),
+        (patterns.segments, np.zeros(4, int), "segments: q_ids"),
+        (lambda x: patterns.segments([0], [x, x]), 0, "segments: kv_ids"),
+        (lambda x: patterns.global_(4, index=x), np.arange(2), "global_: index"),
+        (lambda n: patterns.window(4, left=n, right=0), 1, "window: left"),
+        (lambda n: patterns.window(n, left=1, right=0), 4, "window: q_len"),
+        (lambda n: patterns.strided(4, stride=n), 2, "strided: stride"),
+        (lambda n: patterns.random(4, blocks_per_row=1, rng=n), 0, "random: rng"),
+    ],
+)
+def test_builders_refuse_traced_values(build, value, name):
+    with pytest.raises(TypeError, match=f"{name} is traced; expected") as caught:
+        jax.jit(build)(value)
+    assert "patterns.device" not in str(caught.value)
+
+
+@pytest.mark.parametrize("build", [patterns.from_dense, patterns.segments])
+def test_builders_refuse_ragged_lists(build):
+    with pytest.raises(ValueError, match="is not a rectangular array .* every row"):
+        build([[1, 0], [1]])

@@ -308,7 +308,7 @@ def test_radius_refuses_bad_types():
         device.radius(x.astype(complex), 1.0, capacity=1)
     with pytest.raises(TypeError, match="cutoff has dtype bool"):
         device.radius(x, True, capacity=1)
-    with pytest.raises(TypeError, match="cutoff has dtype <U2; expected a real number"):
+    with pytest.raises(TypeError, match="cutoff has dtype <U2; expected real numbers"):
         device.radius(x, "10", capacity=1)
     with pytest.raises(TypeError, match=r"q_length .* float"):
         device.radius(x, 1.0, capacity=1, q_length=3.0)
@@ -316,6 +316,25 @@ def test_radius_refuses_bad_types():
         jax.jit(lambda n: device.radius(x, 1.0, capacity=n))(3)
     with pytest.raises(ValueError, match="less than 2"):
         device.radius(np.zeros((50_000, 3)), 1.0, block_q=1, block_kv=1, capacity=1)
+
+
+@pytest.mark.parametrize(
+    "build, name",
+    [
+        (lambda x: device.radius(x, 5.0, capacity=1), "radius: coords"),
+        (lambda x: device.neighbors(x, capacity=1), "neighbors: index"),
+    ],
+)
+def test_lists_must_be_arrays(build, name):
+    with pytest.raises(ValueError, match=f"{name} is not a rectangular array"):
+        build([[0, 1, 2], [1]])
+    with pytest.raises(TypeError, match=f"{name} is a list of traced values.*stack"):
+        jax.jit(lambda x: build([x, x]))(np.zeros(3, int))
+
+
+def test_sizes_are_never_traced():
+    with pytest.raises(TypeError, match="radius: block_q is traced.*sizes are static"):
+        jax.jit(lambda n: device.radius(np.eye(3), 1.0, block_q=n, capacity=1))(8)
 
 
 def test_builders_obey_64_bits_and_the_nan_checker():
@@ -595,6 +614,8 @@ def test_from_dense_blocks_refuses_bad_arguments():
     ids = np.zeros((1, 24), np.int32)
     with pytest.raises(ValueError, match=r"Segments rule .* \(1, 24\); .* 20"):
         device.from_dense_blocks(eye, rules=(Segments(ids, ids),), **sizes)
+    with pytest.raises(TypeError, match=r"from_dense_blocks: rules\[0\] is a str"):
+        device.from_dense_blocks(eye, rules=["a"], **sizes)  # pyright: ignore[reportArgumentType]
     with pytest.raises(
         CapacityError, match="kv has 1 and needs 3; q has 1 and needs 3"
     ):

@@ -344,7 +344,7 @@ def test_numbers_of_any_type_are_cutoffs(cutoff):
 
 
 def test_traced_cutoffs_are_refused():
-    with pytest.raises(TypeError, match="expected one distance"):
+    with pytest.raises(TypeError, match="radius: cutoff is traced; .*device.radius"):
         jax.jit(lambda x: check_cutoff("radius: cutoff", x))(10.0)
 
 

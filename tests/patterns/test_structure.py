@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -381,3 +382,57 @@ def test_cutoffs_must_be_numbers(build, cutoff):
 def test_coordinates_must_be_numbers(build):
     with pytest.raises(TypeError, match=rf"{build.__name__}: coords has dtype <U1"):
         build([["a", "b", "c"]], 1)
+
+
+@pytest.mark.parametrize(
+    "build, value, name, there",
+    [
+        (lambda x: patterns.radius(x, 5.0), OK, "radius: coords", "radius"),
+        (lambda x: patterns.radius([x, x], 5.0), OK[0], "radius: coords", "radius"),
+        (
+            lambda x: patterns.radius(OK, 5.0, kv_coords=x),
+            *(OK, "radius: kv_coords", "radius"),
+        ),
+        (lambda x: patterns.radius(OK, x), 5.0, "radius: cutoff", "radius"),
+        (
+            patterns.neighbors,
+            *(np.zeros((4, 2), int), "neighbors: index", "neighbors"),
+        ),
+        (patterns.atom_windows, 9, "atom_windows: num_atoms", "atom_windows"),
+        (lambda x: patterns.atom_windows(9, keys=x), 8, "atom_windows: keys", None),
+        (lambda x: patterns.knn(x, 2), OK, "knn: coords", None),
+        (lambda k: patterns.knn(OK, k), 2, "knn: k", None),
+        (
+            lambda x: patterns.contacts(x, q_len=4),
+            *(np.zeros((1, 2), int), "contacts: pairs", None),
+        ),
+        (
+            lambda x: patterns.expand([[0, 0]], x),
+            *(np.zeros(2, int), "expand: q_residue", None),
+        ),
+        (lambda x: patterns.order(x).inverse, OK, "order: coords", None),
+        (lambda n: patterns.order(OK, block_q=n).inverse, 8, "order: block_q", None),
+    ],
+)
+def test_builders_refuse_traced_values(build, value, name, there):
+    advice = f"Use patterns.device.{there} with .* or do this" if there else "Do this"
+    message = f"{name} is traced; expected known values.* {advice} outside jit"
+    with pytest.raises(TypeError, match=message):
+        jax.jit(build)(value)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            patterns.neighbors,
+            r"neighbors: index is not a rect.* Pad short rows",
+        ),
+        (lambda x: patterns.contacts(x, q_len=4), r"contacts: pairs is not a rectang"),
+        (lambda x: patterns.expand(OK > 0, x), r"expand: q_residue is not a rectang"),
+        (lambda x: patterns.knn(x, 1), r"knn: coords is not a rect.* three numbers"),
+    ],
+)
+def test_builders_refuse_ragged_lists(call, message):
+    with pytest.raises(ValueError, match=message):
+        call([[0, 1], [1]])
