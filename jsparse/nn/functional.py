@@ -540,18 +540,20 @@ def _dense_mask(
     if tokens is None:
         return _every_pair(length)
     blocks = -(-length // _DENSE_BLOCK)
-    active = jnp.pad(tokens, (0, blocks * _DENSE_BLOCK - length))
-    active = active.reshape(blocks, _DENSE_BLOCK).any(1)
+    by_block = jnp.pad(tokens, (0, blocks * _DENSE_BLOCK - length))
+    by_block = by_block.reshape(blocks, _DENSE_BLOCK)
+    some, every = by_block.any(1), by_block.all(1)
     labels = (jnp.where(tokens, 0, n)[None].astype(jnp.int32) for n in (-1, -2))
-    pairs = active[:, None] & active[None, :]
+    pairs, whole = (x[:, None] & x[None, :] for x in (some, every))
     if rows is not None:
-        pairs = rows[:, None, None, None] & pairs
+        pairs, whole = (rows[:, None, None, None] & x for x in (pairs, whole))
     mask = device.from_dense_blocks(
         pairs,
         q_len=length,
         block_q=_DENSE_BLOCK,
         block_kv=_DENSE_BLOCK,
         capacity=blocks,
+        full=whole,
         rules=(Segments(*labels),),
     )
     # Rows as wide as the matrix hold every block.

@@ -253,13 +253,15 @@ def from_dense_blocks(
     block_kv: int = 128,
     capacity: int,
     q_capacity: int | None = None,
+    full: Array | None = None,
     rules: Sequence[ElementRule] = (),
     q_length: Array | None = None,
     kv_length: Array | None = None,
 ) -> BlockMask:
     """A mask of the blocks that are True in a block map, for patterns of your own.
 
-    Every block is listed as partial: its elements are tested by lengths and ``rules``.
+    Blocks are listed as partial, their elements tested by lengths and ``rules``, unless
+    they are ``full``.
 
     Args:
         active: ``[nq, nk]`` or ``[B or 1, H or 1, nq, nk]`` bool, blocks to compute.
@@ -268,9 +270,13 @@ def from_dense_blocks(
         kv_len: number of keys S; T if not given.
         block_q: queries per block.
         block_kv: keys per block.
-        capacity: static; key blocks that one query block may list.
+        capacity: static; key blocks that one query block may list, of those that are
+            full and of the others.
         q_capacity: static; query blocks that one key block may list; ``capacity`` if
             not given.
+        full: bool, of the shape of ``active``: blocks computed without any element
+            test; ``rules`` must allow all their elements. Blocks that reach beyond a
+            length are partial all the same. None are full if not given.
         rules: element rules, each ``[B or 1, ...]``.
         q_length: scalar or ``[B]`` integer, queries that really exist; T if not given.
         kv_length: scalar or ``[B]`` integer, keys that really exist; S if not given.
@@ -307,6 +313,7 @@ def from_dense_blocks(
             f"[{nq}, {nk}] or [B, H, {nq}, {nk}], one flag for each block of "
             f"{sizes.q_len} x {sizes.kv_len} elements."
         )
+    whole = None if full is None else _map_like("full", full, active)
     if active.ndim == 2:
         active = active[None, None]
     rules = check_rules("from_dense_blocks", rules, sizes)
@@ -325,10 +332,22 @@ def from_dense_blocks(
         q_lengths,
         kv_lengths,
         rules,
+        whole,
         sizes=sizes,
         widths=widths,
     )
     return _checked(mask)
+
+
+def _map_like(name: str, x: Any, active: Array) -> Array:
+    """Another map of the same blocks, ``[B or 1, H or 1, nq, nk]``."""
+    x = as_array(f"from_dense_blocks: {name}", x)
+    if x.shape != active.shape or x.dtype != jnp.bool_:
+        raise ValueError(
+            f"from_dense_blocks: {name} has shape {x.shape} and dtype {x.dtype}; "
+            f"expected {active.shape} and bool, as active has."
+        )
+    return x if x.ndim == 4 else x[None, None]
 
 
 # ------------------------------------------------------------------------ computing
@@ -398,6 +417,7 @@ def _from_map(
     q_lengths: Array,
     kv_lengths: Array,
     rules: tuple[ElementRule, ...],
+    full: Any = None,
     *,
     sizes: Sizes,
     widths: tuple[int, int],
@@ -410,17 +430,23 @@ def _from_map(
     inside_q = starts_q < q_lengths[:, None]
     inside_kv = starts_kv < kv_lengths[:, None]
     active &= inside_q[:, None, :, None] & inside_kv[:, None, None, :]
+    if full is not None:
+        whole_q = starts_q + sizes.block_q <= q_lengths[:, None]
+        whole_kv = starts_kv + sizes.block_kv <= kv_lengths[:, None]
+        full = full & active & whole_q[:, None, :, None] & whole_kv[:, None, None, :]
+        active &= ~full
     lists, needed = {}, []
-    for prefix, blocks, width in (
-        ("kv", active, widths[0]),
-        ("q", active.swapaxes(-1, -2), widths[1]),
-    ):
-        counts, indices = _block_lists(blocks, width)
-        lists[f"{prefix}_num_blocks"] = jnp.minimum(counts, width)
-        lists[f"{prefix}_indices"] = indices
-        lists[f"full_{prefix}_num_blocks"] = jnp.zeros_like(counts)
-        lists[f"full_{prefix}_indices"] = jnp.zeros((*counts.shape, 0), jnp.int32)
-        needed += [counts.max((1, 2)), jnp.zeros(active.shape[0], jnp.int32)]
+    for side, width in zip(("kv", "q"), widths, strict=True):
+        for kind, blocks in (("", active), ("full_", full)):
+            if blocks is None:
+                counts = jnp.zeros_like(lists[f"{side}_num_blocks"])
+                indices = jnp.zeros((*counts.shape, 0), jnp.int32)
+            else:
+                blocks = blocks if side == "kv" else blocks.swapaxes(-1, -2)
+                counts, indices = _block_lists(blocks, width)
+            lists[f"{kind}{side}_num_blocks"] = jnp.minimum(counts, width)
+            lists[f"{kind}{side}_indices"] = indices
+            needed.append(counts.max((1, 2)))
     if num_bits is not None:
         total = active.sum((1, 2, 3), dtype=jnp.int32)
         fits = (total <= num_bits) | (needed[0] > widths[0])

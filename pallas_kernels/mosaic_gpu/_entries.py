@@ -29,9 +29,9 @@ from .neighbors_sm90 import HEADER
 Array = Any
 PADDING = 8
 """Numbers between rows: four rows of neighbouring pairs are in 32 different banks."""
-COPIED = 512
-"""Numbers of a list that come to shared memory for each step."""
-AT_HAND = COPIED - HEADER
+COPIES, COPIED = 2, 256
+"""Of the lists, to shared memory for each step; TMA takes no more numbers at a time."""
+AT_HAND = COPIES * COPIED - HEADER
 """Entries of a block that are there."""
 MOST_VALUES = 256
 """Of a list, that fit: TMA copies no longer rows."""
@@ -87,18 +87,19 @@ def values_fit(count: int, dtype: Any) -> bool:
 
 def list_scratch(lead: Sequence[int]) -> plgpu.SMEM:
     """Shared memory of the entries at hand."""
-    return plgpu.SMEM((*lead, COPIED), jnp.int32)
+    return plgpu.SMEM((*lead, COPIES * COPIED), jnp.int32)
 
 
 def fetch(bias: Any, place: Sequence[Array], listed: Array, full: Array) -> None:
-    """Copies the entries of a block to shared memory.
+    """Copies the entries of a block to shared memory, `COPIES` times.
 
     ``place`` are batch entry, query block and key block.
     """
     entry, block, key = place
     first = bias.starts[entry, block, key] - HEADER
-    some = bias.lists.at[entry, block, pl.ds(first, COPIED)]
-    plgpu.copy_gmem_to_smem(some, listed, full)
+    for n in range(COPIES):
+        some = bias.lists.at[entry, block, pl.ds(first + n * COPIED, COPIED)]
+        plgpu.copy_gmem_to_smem(some, listed.at[pl.ds(n * COPIED, COPIED)], full)
 
 
 def spread(sizes: Sizes) -> Callable:

@@ -20,7 +20,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from . import _bias, _biased, _persistent, _tables, _tiles
+from . import _bias, _biased, _entries, _persistent, _tables, _tiles
 from . import _gradient as gradient
 from . import _registers as r
 from ._bias import Bias
@@ -91,6 +91,7 @@ def scratch_spec(
     tile = lambda lead, *sizes: _tiles.scratch((c.teams, *lead), *sizes, dtype)
     parts = sum(_tiles.parts(dim, dtype)[0] for dim in (head_dim, value_dim))
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
+    of_lists = _entries.COPIES * entries
     row = plgpu.SMEM((c.teams, c.num_stages, c.tile), jnp.float32)
     of_bias = _biased.arrivals(wgs, 64, bias_dtype)
     return dict(
@@ -104,7 +105,7 @@ def scratch_spec(
         item=_persistent.item_slots(c.teams, c.num_fixed_stages),
         fixed_full=bar(c.num_fixed_stages, 1 + wgs * parts),
         fixed_free=bar(c.num_fixed_stages, wgs),
-        queries_full=bar(c.num_stages, 2 + parts + of_bias + points + entries),
+        queries_full=bar(c.num_stages, 2 + parts + of_bias + points + of_lists),
         queries_free=bar(c.num_stages, wgs),
         **_biased.bias_stream(
             bar, (c.teams, c.num_stages, wgs), (c.tile, 64), bias_dtype

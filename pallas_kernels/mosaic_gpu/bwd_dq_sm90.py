@@ -16,7 +16,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from . import _bias, _biased, _persistent, _tables, _tiles
+from . import _bias, _biased, _entries, _persistent, _tables, _tiles
 from . import _gradient as gradient
 from . import _registers as r
 from ._bias import Bias
@@ -103,6 +103,7 @@ def scratch_spec(
     tile = lambda lead, *sizes: _tiles.scratch((c.teams, *lead), *sizes, dtype)
     of_q, of_v = (_tiles.parts(dim, dtype)[0] for dim in (head_dim, value_dim))
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
+    of_lists = _entries.COPIES * entries
     of_bias = _biased.arrivals(wgs, c.tile, bias_dtype)
     return dict(
         q=tile((c.num_fixed_stages, wgs), 64, head_dim),
@@ -115,7 +116,7 @@ def scratch_spec(
             c.num_fixed_stages, 1 + wgs * (of_q + of_v + (values is not None))
         ),
         fixed_free=bar(c.num_fixed_stages, wgs),
-        k_full=bar(c.num_stages, of_q + of_bias + points + entries),
+        k_full=bar(c.num_stages, of_q + of_bias + points + of_lists),
         k_free=bar(c.num_stages, wgs),
         v_full=bar(c.num_stages, of_v),
         v_free=bar(c.num_stages, wgs),

@@ -22,6 +22,7 @@ from . import (
     _bias,
     _biased,
     _elements,
+    _entries,
     _persistent,
     _sharing,
     _tables,
@@ -225,6 +226,7 @@ def scratch_spec(
     tile = lambda lead, *sizes: _tiles.scratch((c.teams, *lead), *sizes, dtype)
     of_q, of_v = (_tiles.parts(dim, dtype)[0] for dim in (head_dim, value_dim))
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
+    of_lists = _entries.COPIES * entries
     shared = _sharing.scratch_spec(c.teams, value_dim) if c.share else {}
     return dict(
         **shared,
@@ -236,7 +238,7 @@ def scratch_spec(
         item=_persistent.item_slots(c.teams, c.num_q_stages),
         fixed_full=bar(c.num_q_stages, 1 + wgs * (of_q + (values is not None))),
         fixed_free=bar(c.num_q_stages, wgs),
-        k_full=bar(c.num_stages, of_q + points + entries),
+        k_full=bar(c.num_stages, of_q + points + of_lists),
         k_free=bar(c.num_stages, wgs),
         v_full=bar(c.num_stages, of_v),
         v_free=bar(c.num_stages, wgs),

@@ -6,7 +6,6 @@ import concurrent.futures
 import ctypes
 import functools
 
-import jax
 import numpy as np
 import pytest
 
@@ -90,7 +89,8 @@ def test_two_threads_on_two_streams_give_what_one_gives():
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         together = list(threads.map(repeat, both, [100, 100]))
     for case, one, two in zip(both, alone, together, strict=True):
-        expected = jax.jit(attend)(case.q, case.k, case.v, case.mask, bias=case.bias)
+        # Not in a jitted function: a traced mask may be scheduled otherwise.
+        expected = attend(case.q, case.k, case.v, case.mask, bias=case.bias)
         for x, y, z in zip(one, two, expected, strict=True):
             np.testing.assert_array_equal(x, y)
             np.testing.assert_array_equal(y[0], z)

@@ -501,6 +501,18 @@ def test_what_does_not_exist_may_be_nan():
         assert np.isfinite(pull(jnp.ones_like(out))[0]).all()
 
 
+def test_only_blocks_with_padding_are_tested():
+    tokens = np.arange(400) < 290
+    tokens[140] = False
+    rows = np.array([True, False])
+    mask = jax.jit(functional._dense_mask, static_argnums=0)(400, tokens, rows)
+    pairs = tokens[:, None] & tokens & rows[:, None, None]
+    np.testing.assert_array_equal(mask.to_dense()[:, 0], pairs)
+    states = [[2, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
+    np.testing.assert_array_equal(mask.block_states()[0, 0], states)
+    assert not mask.block_states()[1].any()
+
+
 @pytest.mark.parametrize("node", ["starting", "ending"])
 def test_edges_that_do_not_exist_may_be_nan(node):
     """Neither values nor gradients of the others see them."""

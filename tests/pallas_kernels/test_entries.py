@@ -43,7 +43,7 @@ def run(monkeypatch, found, at, sizes, values, tile, **options) -> np.ndarray:
     query, key, row, column = at
     lists = np.asarray(found.lists)[None]
     start = int(found.starts[query, key]) - _entries.HEADER
-    listed = np.zeros(_entries.COPIED, np.int32)
+    listed = np.zeros(_entries.COPIES * _entries.COPIED, np.int32)
     some = lists[0, query, start : start + len(listed)]
     listed[: len(some)] = some
     first = query * sizes.blocks[0] + row

@@ -602,10 +602,42 @@ def test_from_dense_blocks_applies_rules_and_lengths_of_each_batch_entry():
     np.testing.assert_array_equal(needed[:, [0, 2]], [[3, 3], [2, 3]])
 
 
+def test_from_dense_blocks_lists_full_blocks_apart():
+    """But for those that reach beyond a length, or are not to be computed."""
+    active = np.ones((3, 3), bool)
+    active[2, 0] = False
+    full = np.zeros((3, 3), bool)
+    full[:2, :2] = full[2] = True
+    ids = (np.arange(22) >= 16).astype(np.int32)[None]
+    mask = jax.jit(
+        lambda *maps: device.from_dense_blocks(
+            maps[0],
+            q_len=22,
+            block_q=8,
+            block_kv=8,
+            capacity=3,
+            full=maps[1],
+            rules=(Segments(ids, ids),),
+            q_length=[22, 12],
+        )
+    )(active, full)
+    mask.check()
+    states = [[[2, 2, 1], [2, 2, 1], [0, 1, 1]], [[2, 2, 1], [1, 1, 1], [0, 0, 0]]]
+    np.testing.assert_array_equal(mask.block_states()[:, 0], states)
+    dense = np.broadcast_to(ids[0][:, None] == ids, (2, 22, 22)).copy()
+    dense[1, 12:] = False
+    np.testing.assert_array_equal(mask.to_dense()[:, 0], dense)
+    assert mask.capacity == (3, 3, 3, 3)
+    np.testing.assert_array_equal(mask.needed_capacity[0], [2, 2, 3, 2])
+
+
 def test_from_dense_blocks_refuses_bad_arguments():
     sizes: dict[str, Any] = {"q_len": 20, "block_q": 8, "block_kv": 8, "capacity": 1}
     eye = np.eye(3, dtype=bool)
     device.from_dense_blocks(eye, **sizes)
+    for wrong in (eye[:2], eye.astype(np.int32)):
+        with pytest.raises(ValueError, match=r"full has shape .* as active has"):
+            device.from_dense_blocks(eye, full=wrong, **sizes)
     with pytest.raises(TypeError, match="active has dtype float"):
         device.from_dense_blocks(eye.astype(np.float32), **sizes)
     for shape in ((2, 3), (1, 3, 3), (3,)):
