@@ -39,8 +39,11 @@ def main() -> None:
 
     # One mask for both complexes, or one for each in a single, grouped launch:
     halves = [structure.subset(structure.chain_index // 5 == n) for n in (0, 1)]
+    ordered = [
+        patterns.order(half.coords, cutoff=CUTOFF).apply(half.coords) for half in halves
+    ]
     grouped = patterns.BlockMask.concatenate(
-        [patterns.radius(half.coords, CUTOFF) for half in halves]
+        [patterns.radius(half, CUTOFF) for half in ordered]
     )
     print(f"\ngrouped     {grouped.summary()['groups']} problems, {grouped}")
 

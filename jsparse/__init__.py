@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jsparse import patterns as patterns
     from jsparse.bias import BlockBias as BlockBias
     from jsparse.bias import DistanceBias as DistanceBias
+    from jsparse.bias import EntryBias as EntryBias
     from jsparse.bias import ScoreFunction as ScoreFunction
     from jsparse.ops import block_sparse_attention as block_sparse_attention
     from jsparse.patterns import BlockMask as BlockMask
@@ -25,6 +26,7 @@ _HOMES = {
     "BlockMask": "jsparse.patterns",
     "CapacityError": "jsparse.patterns",
     "DistanceBias": "jsparse.bias",
+    "EntryBias": "jsparse.bias",
     "ScoreFunction": "jsparse.bias",
     "block_sparse_attention": "jsparse.ops",
 }
@@ -35,6 +37,7 @@ __all__ = [
     "BlockMask",
     "CapacityError",
     "DistanceBias",
+    "EntryBias",
     "ScoreFunction",
     "__version__",
     "block_sparse_attention",

@@ -69,13 +69,15 @@ def block_sparse_attention(
     float32 (float64 for float64 inputs). With a `ScoreFunction` the exponents are what
     it makes of ``scale * q[t] . k[s]``. A query that sees nothing gives 0, with
     ``lse = -inf`` and zero gradients. A NaN or infinity in k or v reaches exactly the
-    rows that attend to it. Results are the same bits on every run.
+    rows that attend to it, by the mask: on a Hopper GPU a bias or score of -inf does
+    not keep those in v from the other rows of its block. Results are the same bits on
+    every run.
 
-    Differentiable with respect to q, k, v and every array of the bias, also through
-    ``lse``; works under ``jit``, ``vmap``, ``grad``, ``jax.checkpoint``,
-    ``jax.shard_map`` and ``jax.export``. A bias shared over batch axes or under
-    ``vmap`` is not copied, and its gradient is summed in place; the ``vmap`` of a
-    gradient has one for each.
+    Differentiable once with respect to q, k, v and every array of the bias, also
+    through ``lse`` (``implementation="reference"``: to any order); works under ``jit``,
+    ``vmap``, ``grad``, ``jax.checkpoint``, ``jax.shard_map`` (under ``jit``) and
+    ``jax.export``. A bias shared over batch axes or under ``vmap`` is not copied, and
+    its gradient is summed in place; the ``vmap`` of a gradient has one for each.
 
     Args:
         q: ``[*B, T, H, D]`` float queries. As everywhere in JAX, NumPy's float64
@@ -89,7 +91,8 @@ def block_sparse_attention(
             `BlockMask.check`).
         bias: added to the scaled logits: an array ``[*B or 1, H or 1, T or 1, S]``, a
             `BlockBias`, an `EntryBias` or a `DistanceBias`; or a `ScoreFunction`, which
-            replaces them. An element with bias or score -inf is masked.
+            replaces them. An element with bias or score -inf is masked; on a Hopper GPU
+            also one whose bias over ``scale`` is beyond float32.
         scale: multiplies ``q . k``; ``1 / sqrt(D)`` if not given.
         return_lse: also return the log-sum-exp.
         implementation: ``"auto"`` takes the first backend that can, of the kernels for
@@ -98,7 +101,7 @@ def block_sparse_attention(
 
     Returns:
         ``out [*B, T, H, Dv]`` in the dtype of q; with ``return_lse`` also ``lse
-        [*B, H, T]``, natural log, float32.
+        [*B, H, T]``, natural log, float32 (float64 for float64 inputs).
 
     Raises:
         TypeError: for mixed or non-float dtypes, a mask that is not a `BlockMask`, or a
