@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 
@@ -32,9 +34,19 @@ def compute_capability() -> str:
     return str(jax.devices("gpu")[0].compute_capability)
 
 
+def platform(x: Any = None) -> str:
+    """Where JAX computes: where ``x`` is, if that is known, or as it was told to."""
+    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+        return next(iter(x.devices())).platform
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
 def on_hopper() -> bool:
     """Whether JAX computes on a GPU that these kernels were built for."""
-    return jax.default_backend() == "gpu" and compute_capability() == "9.0"
+    return platform() == "gpu" and compute_capability() == "9.0"
 
 
 def divided(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:

@@ -20,6 +20,7 @@ from jsparse import backends
 from jsparse.backends import _score
 from jsparse.backends._contract import Operands, Problem, accumulator_dtype
 from jsparse.bias import Bias, BlockBias, DistanceBias, EntryBias, ScoreFunction
+from jsparse.pallas_kernels._common import platform
 from jsparse.patterns import BlockMask
 from jsparse.patterns._arguments import number
 
@@ -85,7 +86,7 @@ def describe(operands: Operands) -> Problem:
         rules=tuple(type(r).__name__ for r in mask.rules),
         bits=mask.bits is not None,
         bias=kinds.get(type(bias), form),
-        platform=jax.default_backend(),
+        platform=platform(q),
         bias_weights=weights,
         score=bias.function if isinstance(bias, ScoreFunction) else None,
     )

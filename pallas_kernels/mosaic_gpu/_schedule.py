@@ -9,8 +9,8 @@ An item is ``NUM_FIELDS`` int32: batch, query head, row, first and number of its
 list entries, first and number of its full ones (both as positions in the flattened
 lists), the workspace slot of its partial result, or -1 if the item is the whole row and
 writes the output itself, the bit block of its first partial entry, and the column of
-its first block, which spares the load warps a read before the first tile. The last two
-are unused.
+its first block, which spares the load warps a read before the first tile. Fields 10 and
+11 are unused.
 """
 
 from __future__ import annotations

@@ -121,8 +121,11 @@ class Config:
             raise ValueError(f"num_stages={self.num_stages}; expected at least 2.")
         if self.num_q_stages not in (1, 2):
             raise ValueError(f"num_q_stages={self.num_q_stages}; expected 1 or 2.")
-        if self.teams not in (1, 2, 3, 4):
-            raise ValueError(f"teams={self.teams}; expected 1 to 4.")
+        most = 4 * 64 // self.tile_q
+        if not 1 <= self.teams <= most:
+            raise ValueError(
+                f"teams={self.teams} of {self.tile_q} rows; expected 1 to {most}."
+            )
         if self.share and (self.tile_q != 64 or self.teams == 1):
             raise ValueError(
                 f"tile_q={self.tile_q}, teams={self.teams}; with share expected "

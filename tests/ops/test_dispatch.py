@@ -14,7 +14,9 @@ from jsparse import block_sparse_attention
 from jsparse.backends import _hopper, _measured, cutlass, mosaic_gpu, xla
 from jsparse.bench import write_entries
 from jsparse.ops import _attention
+from jsparse.ops._checks import canonical, describe
 from jsparse.ops._dispatch import TwoBackends, choice, choose
+from jsparse.pallas_kernels import _common
 from jsparse.patterns import window
 from tests.backends.test_mosaic_gpu import TAKEN
 
@@ -44,6 +46,25 @@ def table(tmp_path: Path):
         return {_measured.key_of(x): x for x in _measured.parse(file.read_text())}
 
     return make
+
+
+def test_it_depends_on_where_arrays_are_and_on_what_jax_was_told(monkeypatch):
+    """Not on where it would compute otherwise."""
+    cpu = jax.devices("cpu")[0]
+    x = jax.device_put(np.ones((128, 1, 16), np.float16), cpu)
+    mask = window(128, left=9, right=9)
+
+    def where(x):
+        return describe(canonical(x, x, x, mask, None)).platform
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = []
+    traced = jax.jit(lambda x: found.append(where(x)))
+    jax.eval_shape(traced, x)
+    with jax.default_device(cpu):
+        jax.eval_shape(traced, x)
+        assert not _common.on_hopper()
+    assert (where(x), *found) == ("cpu", "gpu", "cpu")
 
 
 def test_without_an_entry_the_first_is_taken(table):
