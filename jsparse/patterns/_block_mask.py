@@ -296,12 +296,13 @@ class BlockMask:
             axis: ``"batch"`` or ``"head"``.
 
         Returns:
-            A mask ``[len(masks), H or 1]`` or ``[B or 1, len(masks)]``. Rules that
-            cannot be stacked become bits.
+            A mask ``[len(masks), H or 1]`` or ``[B or 1, len(masks)]``, of the groups
+            that the masks have in common. Rules that cannot be stacked become bits.
 
         Raises:
             TypeError: for what is no sequence of masks.
-            ValueError: for no masks, other axes, or masks that do not fit together.
+            ValueError: for no masks, other axes, or masks that do not fit together, or
+                have other groups.
 
         Example:
             >>> near = BlockMask.from_blocks([0, 1], [0, 1], q_len=256)
@@ -325,6 +326,7 @@ class BlockMask:
                 f"stack: on the axis that is not {axis!r}, the masks have "
                 f"{sorted(others)} entries; expected equal numbers, or 1."
             )
+        groups = _common_groups("stack", *masks)
         batch = max(m.batch_size for m in masks)
         lengths = [_lengths(m, batch) for m in masks]
         if axis == "batch":
@@ -343,7 +345,8 @@ class BlockMask:
             grid = [[m._part(0, h, with_bits) for h in heads] for m in masks]
         else:
             grid = [[m._part(b, 0, with_bits) for m in masks] for b in range(batch)]
-        return from_parts(grid, masks[0]._sizes, rules=rules, lengths=lengths)
+        mask = from_parts(grid, masks[0]._sizes, rules=rules, lengths=lengths)
+        return dataclasses.replace(mask, groups=groups)
 
     # ------------------------------------------------------------------- sizes
 
@@ -887,19 +890,22 @@ def _pattern_shape(a: BlockMask, b: BlockMask) -> tuple[int, ...]:
         ) from err
 
 
-def _common_groups(who: str, a: BlockMask, b: BlockMask) -> Array | None:
-    """The groups of either mask; refuses two that divide the axes otherwise."""
-    if a.groups is None or b.groups is None:
-        return b.groups if a.groups is None else a.groups
-    both = (m._host("groups").tolist() for m in (a, b))
-    for n, (x, y) in enumerate(itertools.zip_longest(*both)):
-        if x != y:
-            raise ValueError(
-                f"{who}: group {n} is {x} in one mask and {y} in the other (query "
-                "start and length, key start and length); expected equal groups. "
-                "Concatenate masks of the same lengths, in the same order."
-            )
-    return a.groups
+def _common_groups(who: str, *masks: BlockMask) -> Array | None:
+    """The groups of any of the masks; refuses those that divide the axes otherwise."""
+    grouped = [m for m in masks if m.groups is not None]
+    if not grouped:
+        return None
+    first = grouped[0]._host("groups").tolist()
+    for mask in grouped[1:]:
+        both = first, mask._host("groups").tolist()
+        for n, (x, y) in enumerate(itertools.zip_longest(*both)):
+            if x != y:
+                raise ValueError(
+                    f"{who}: group {n} is {x} in one mask and {y} in another (query "
+                    "start and length, key start and length); expected equal groups. "
+                    "Concatenate masks of the same lengths, in the same order."
+                )
+    return grouped[0].groups
 
 
 def _is_host(x: Array) -> bool:

@@ -526,6 +526,11 @@ def test_masks_of_equal_groups_combine():
     np.testing.assert_array_equal(untyped(a | b).groups, a.groups)
     whole = BlockMask.from_blocks([0], [1], q_len=8, block_q=4, block_kv=4)
     np.testing.assert_array_equal(untyped(whole | a).groups, a.groups)
+    for axis in ("batch", "head"):
+        stacked = BlockMask.stack([whole, a, b], axis)
+        np.testing.assert_array_equal(untyped(stacked).groups, a.groups)
+        with pytest.raises(ValueError, match="stack: group 0 is"):
+            BlockMask.stack([a, in_groups(4, 4)], axis)
 
 
 @pytest.mark.parametrize(
@@ -544,11 +549,11 @@ def test_masks_of_equal_groups_combine():
         (lambda: BlockMask.concatenate([HEADS_2]), r"1 batch entries and 2 heads"),
         (
             lambda: in_groups(3, 4) & in_groups(4, 3),
-            r"&: group 0 is \[0, 3, 0, 3\] in one mask and \[0, 4, 0, 4\] in the other",
+            r"&: group 0 is \[0, 3, 0, 3\] in one mask and \[0, 4, 0, 4\] in another",
         ),
         (
             lambda: in_groups(3, 4) | in_groups(3).pad_to(8),
-            r"\|: group 1 is \[4, 4, 4, 4\] in one mask and None in the other",
+            r"\|: group 1 is \[4, 4, 4, 4\] in one mask and None in another",
         ),
         (lambda: MASK.pad_to(12, capacity=untyped(4.0)), r"capacity is 4.0; expected"),
         (lambda: MASK.pad_to(12, capacity=True), r"pad_to: capacity is True"),
