@@ -258,8 +258,9 @@ def atom_window_attention(
         raise ValueError(
             f"{who}: q has {length} atoms and k has {k.shape[-3]}; expected the same."
         )
-    mask, exists = _windows.known_mask(length), None
-    if num_atoms is not None:
+    if num_atoms is None:
+        mask, exists = _windows.known_mask(length), None
+    else:
         if isinstance(num_atoms, int | np.integer) and num_atoms > length:
             raise ValueError(
                 f"{who}: num_atoms={num_atoms}; expected at most {length}, the atoms "
