@@ -27,6 +27,7 @@ EXTRAS = {
     "bench": "psutil",
 }
 
+# Tried in this order: the more exact one, then what kernels for GPUs take.
 DTYPES = ("float32", "bfloat16")
 
 

@@ -34,9 +34,10 @@ from jsparse.pallas_kernels.mosaic_gpu._schedule import (
     schedule_on_device,
     schedule_on_host,
 )
-from jsparse.patterns import BlockMask, Distance, Segments, Window
+from jsparse.patterns import BlockMask, Capacity, Distance, Segments, Window
 
 Array = Any
+_LISTS = [f"{x}_{y}" for x in Capacity._fields for y in ("num_blocks", "indices")]
 
 
 def wrong_device(problem: Problem) -> str | None:
@@ -353,10 +354,9 @@ def _flatten(xp: Any, x: Array, lead: tuple[int, ...], batch: tuple[int, ...]) -
 def _known_lists(mask: BlockMask, leads: Any, batch: tuple[int, ...]) -> BlockMask:
     """The lists of a known mask as NumPy arrays, with the batch axis of the launch."""
     found = {}
-    for side in ("kv", "q", "full_kv", "full_q"):
-        for name_ in (f"{side}_num_blocks", f"{side}_indices"):
-            x, lead = np.asarray(getattr(mask, name_)), getattr(leads, name_)
-            found[name_] = _flatten(np, x.reshape(*lead, *x.shape[1:]), lead, batch)
+    for name_ in _LISTS:
+        x, lead = np.asarray(getattr(mask, name_)), getattr(leads, name_)
+        found[name_] = _flatten(np, x.reshape(*lead, *x.shape[1:]), lead, batch)
     return _common_lists(np, dataclasses.replace(mask, **found))
 
 
@@ -365,9 +365,7 @@ def _common_lists(xp: Any, mask: BlockMask) -> BlockMask:
 
     Under `jax.vmap` some may be mapped, and others shared.
     """
-    sides = ("kv", "q", "full_kv", "full_q")
-    names = [f"{x}_{kind}" for x in sides for kind in ("num_blocks", "indices")]
-    lists = {name_: getattr(mask, name_) for name_ in names}
+    lists = {name_: getattr(mask, name_) for name_ in _LISTS}
     batch = max(x.shape[0] for x in lists.values())
     if all(x.shape[0] == batch for x in lists.values()):
         return mask

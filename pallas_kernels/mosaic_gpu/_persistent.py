@@ -458,7 +458,7 @@ class Walker(Teams):
         return [*fields, self.row_half()], stage
 
     def free_empty(self, s: dict, stage) -> None:
-        """Frees the fixed tiles of an item without blocks: its fields are just read."""
+        """Frees the fixed tiles of an item without blocks, once its fields are read."""
         r.fence_reads()()
         plgpu.barrier_arrive(s["fixed_free"][stage])
 

@@ -15,10 +15,10 @@ from jsparse import (
     BlockMask,
     CapacityError,
     DistanceBias,
+    EntryBias,
     block_sparse_attention,
     patterns,
 )
-from jsparse.bias import EntryBias
 from jsparse.ops import _attention
 from tests.support.cases import CASES, make_case
 
