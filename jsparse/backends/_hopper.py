@@ -225,7 +225,7 @@ class Call:
 
     def bad_keys(self, x: Array) -> Array:
         """``[B, K, nkv * block_kv]``, 1 where ``x [B, S, K, D]`` is not finite."""
-        bad = jnp.moveaxis(~jnp.isfinite(x).all(-1), 1, 2).astype(jnp.int32)
+        bad = jnp.moveaxis(_not_finite(x), 1, 2).astype(jnp.int32)
         return _pad_last(bad, self.mask.num_kv_blocks * self.mask.block_kv, 0)
 
     def entries(self, lists: _Lists, bad: Array, block: int) -> tuple[Array, Array]:
@@ -331,6 +331,19 @@ def _kernel_rule(
 def _shared(bias: _bias.Bias | None, batch: int, heads: int) -> tuple[bool, bool]:
     """Whether batch entries, and whether heads, share a bias."""
     return (False, False) if bias is None else bias.shared(batch, heads)
+
+
+def _not_finite(x: Array) -> Array:
+    """Whether any of the numbers along the last axis, of 16 bits, is not finite.
+
+    Two at a time: only an exponent of ones carries into the sign. `isfinite` widens
+    each to 32 bits first, and takes 1.4 to 1.9 times as long (H200).
+    """
+    fraction = jnp.finfo(x.dtype).nmant
+    signs = np.uint32(0x80008000)
+    one = np.uint32(0x00010001 << fraction)  # in the last place of both exponents
+    words = jax.lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, 2), jnp.uint32)
+    return ((((words & (signs - one)) + one) & signs) != 0).any(-1)
 
 
 def _pad_last(x: Array, length: int, value: float) -> Array:

@@ -37,3 +37,16 @@ def test_order_of_blocks_by_key(columns):
     np.testing.assert_array_equal(found, expected)
     traced = jax.jit(functools.partial(order, jnp))(counts=counts, indices=indices)
     np.testing.assert_array_equal(traced, expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_every_number_that_is_not_finite_is_found(dtype):
+    """Beside each other, in both places of a word."""
+    limits = jnp.finfo(dtype)
+    every = jnp.arange(65536, dtype=jnp.uint16).view(dtype)
+    expected = ~np.isfinite(np.asarray(every, np.float32))
+    for other in (0, -0.0, limits.max, limits.min, -limits.smallest_subnormal):
+        pair = [every, jnp.full_like(every, other)]
+        for x in (pair, pair[::-1]):
+            found = _hopper._not_finite(jnp.stack(x, axis=-1))
+            np.testing.assert_array_equal(found, expected)
