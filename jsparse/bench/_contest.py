@@ -215,13 +215,20 @@ class Contest:
         """The problem of the batch that is looked at."""
         return self.pattern.batch // 2
 
+    def _choose_rows(self, count: int) -> np.ndarray:
+        """Some rows of that problem, of those that exist."""
+        if self.pattern.exists is None:
+            return measure.choose_rows(self.pattern.mask.q_len, count)
+        rows = np.flatnonzero(self.pattern.exists[self._entry])
+        return rows[measure.choose_rows(len(rows), count)]
+
     @functools.cache  # noqa: B019 (the contest is short-lived; contenders share these)
     def _expected(self, computes: str) -> tuple[np.ndarray, Any]:
         """Rows to look at, and what they should be; the same for many contenders."""
         mask, heads = self.pattern.mask, self.record["input"]["heads"]
         density = 1.0 if computes == EVERY else mask.density
         count = int(_ELEMENTS / max(1.0, density * mask.kv_len * heads))
-        rows = measure.choose_rows(mask.q_len, int(np.clip(count, *_ROWS)))
+        rows = self._choose_rows(int(np.clip(count, *_ROWS)))
         if computes == EVERY:
             allowed = (np.broadcast_to(np.True_, (len(rows), mask.kv_len)),)
         else:

@@ -23,9 +23,12 @@ class Pattern:
         mask: what the implementations take.
         allowed: elements of some rows, from the pattern's definition and not the mask.
         order: order of the atoms, or None where there are none.
-        batch: problems in one call that have this pattern and share a bias.
+        batch: problems in one call that have this pattern and share a bias; those after
+            them are padding.
         bias: ``bias(inputs, rows)`` gives, for each head, the bias ``[R, S]`` of some
             rows, from its definition; None without a bias.
+        exists: ``[*B, T]`` bool, the rows that are no padding; None for all. Others
+            have no cotangent, and what they give is not looked at.
     """
 
     mask: BlockMask
@@ -33,6 +36,7 @@ class Pattern:
     order: str | None = None
     batch: int = 1
     bias: Callable[[Sequence[Any], np.ndarray], RowBias] | None = None
+    exists: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

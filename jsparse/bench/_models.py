@@ -19,7 +19,7 @@ import numpy as np
 
 from jsparse import patterns
 from jsparse.bench import _patterns
-from jsparse.bench._contract import BLOCKS, UNBIASED, Array, Peer
+from jsparse.bench._contract import BLOCKS, MASKED, UNBIASED, Array, Peer
 from jsparse.bench._jax_peers import JaxPeer, missing, no_gpu
 from jsparse.bench._kinds import Case, Model, ModelCase, Pattern, of_blocks
 from jsparse.bench._torch_peers import FLEX_DISTANCE
@@ -114,6 +114,7 @@ def model_cases() -> list[Case]:
     return [
         triangle_case("triangle768_h4_d32", 768, 768, 4, 32),
         triangle_case("triangle128x4096_h4_d32", 128, 4096, 4, 32),
+        padded_triangle_case("triangle768_h4_d32_padded", 768, 620, 4, 32),
         pair_case("pair2048_h16_d48", 2048, 16, 48),
         pair_case("pair4096_h16_d64", 4096, 16, 64),
         windows_case("windows100k_h4_d32", 102_400, 4, 32),
@@ -152,6 +153,44 @@ def triangle_case(
         )
 
     about = f"triangle attention, {rows} rows of {length}, one bias"
+    return ModelCase(name, about, heads, head_dim, dtype, load)
+
+
+def padded_triangle_case(
+    name: str,
+    length: int,
+    exist: int,
+    heads: int,
+    head_dim: int,
+    dtype: str = "bfloat16",
+) -> ModelCase:
+    """Triangle attention of a padded crop: a traced mask says which tokens exist.
+
+    Peers get it as a mask of keys, the same for all rows. What they compute for padding
+    is not zero as ours is, but it is not looked at, and has no cotangent.
+    """
+
+    def attend(q, k, v, bias, exists, *, implementation):
+        return functional.triangle_attention(
+            *(q, k, v, bias),
+            node="starting",
+            mask=exists,
+            implementation=implementation,
+        )
+
+    def load() -> Model:
+        exists = np.arange(length) < exist
+        masked: Any = {"data": (exists,), "computes": MASKED}
+        shape = (length, length, heads, head_dim)
+        return Model(
+            _padded_pattern(exists),
+            _shapes(dtype, shape, (heads, length, length)),
+            attend,
+            (*_dense_kernels(**masked), _cuequivariance(**masked)),
+            data=(exists,),
+        )
+
+    about = f"triangle attention, {length} rows of {length}, {exist} exist by a mask"
     return ModelCase(name, about, heads, head_dim, dtype, load)
 
 
@@ -299,10 +338,26 @@ def _every_pair(length: int, batch: int) -> Pattern:
     def allowed(rows: np.ndarray) -> Allowed:
         return (np.ones((len(rows), length), bool),)
 
-    def bias(inputs: Any, rows: np.ndarray) -> RowBias:
-        return lambda head: np.asarray(inputs[3][head][rows])
+    return Pattern(mask, allowed, batch=batch, bias=_dense_rows)
 
-    return Pattern(mask, allowed, batch=batch, bias=bias)
+
+def _padded_pattern(exists: np.ndarray) -> Pattern:
+    # Labels of its own, so that padding sees nothing and is seen by nobody.
+    mask = patterns.segments(*(np.where(exists, 0, n) for n in (-1, -2)))
+
+    def allowed(rows: np.ndarray) -> Allowed:
+        return (exists[rows, None] & exists,)
+
+    return Pattern(
+        *(mask, allowed),
+        batch=int(exists.sum()),
+        bias=_dense_rows,
+        exists=exists[:, None] & exists,
+    )
+
+
+def _dense_rows(inputs: Any, rows: np.ndarray) -> RowBias:
+    return lambda head: np.asarray(inputs[3][head][rows])
 
 
 def _window_starts(length: int) -> np.ndarray:
@@ -365,13 +420,17 @@ def _neighbor_pattern(index: np.ndarray, with_bias: bool) -> Pattern:
 # ------------------------------------------------------------------------------- peers
 
 
-def _dense_kernels() -> tuple[Peer, ...]:
-    """Kernels and plain XLA for a dense bias ``[H, T, S]`` that a batch shares."""
+def _dense_kernels(**options: Any) -> tuple[Peer, ...]:
+    """Kernels and plain XLA for a dense bias ``[H, T, S]`` that a batch shares.
+
+    ``options`` are those of `ModelPeer`; data is a mask of the keys ``[S]``.
+    """
     tokamax: Any = {
         "modules": ("tokamax",),
         "install": "pip install tokamax",
         "packages": ("tokamax",),
         "on_gpu": True,
+        **options,
     }
     return (
         ModelPeer("tokamax", functools.partial(_tokamax, "mosaic"), **tokamax),
@@ -380,34 +439,51 @@ def _dense_kernels() -> tuple[Peer, ...]:
             *("cudnn", functools.partial(_jax_attention, "cudnn")),
             packages=("nvidia-cudnn-cu13", "nvidia-cudnn-cu12"),
             on_gpu=True,
+            **options,
         ),
-        ModelPeer("einsum", functools.partial(_jax_attention, "xla")),
+        ModelPeer("einsum", functools.partial(_jax_attention, "xla"), **options),
     )
 
 
-def _tokamax(implementation: str, q: Array, k: Array, v: Array, bias: Array) -> Array:
+def _tokamax(implementation: str, *arrays: Array) -> Array:
     library: Any = importlib.import_module("tokamax")
-    return library.dot_product_attention(
-        q, k, v, bias=bias[None], implementation=implementation
-    )
+    return _attended(library.dot_product_attention, implementation, *arrays)
 
 
-def _jax_attention(
-    implementation: Any, q: Array, k: Array, v: Array, bias: Array
+def _jax_attention(implementation: str, *arrays: Array) -> Array:
+    return _attended(jax.nn.dot_product_attention, implementation, *arrays)
+
+
+def _attended(
+    attention: Callable[..., Array],
+    implementation: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array,
+    exists: Array | None = None,
 ) -> Array:
-    return jax.nn.dot_product_attention(
-        q, k, v, bias=bias[None], implementation=implementation
+    return attention(
+        *(q, k, v),
+        bias=bias[None],
+        mask=None if exists is None else exists[None, None, None],
+        implementation=implementation,
     )
 
 
-def _cuequivariance() -> Peer:
-    """NVIDIA's triangle attention; rows before heads, heads before tokens."""
+def _cuequivariance(**options: Any) -> Peer:
+    """NVIDIA's triangle attention; rows before heads, heads before tokens.
 
-    def attend(q: Array, k: Array, v: Array, bias: Array) -> Array:
+    ``options`` are those of `ModelPeer`; data is a mask of the keys ``[S]``.
+    """
+
+    def attend(
+        q: Array, k: Array, v: Array, bias: Array, exists: Array | bool = True
+    ) -> Array:
         library: Any = importlib.import_module("cuequivariance_jax")
-        exists = jnp.ones((1, q.shape[1], 1, 1, k.shape[3]), bool)
+        mask = jnp.broadcast_to(exists, (1, q.shape[1], 1, 1, k.shape[3]))
         return library.triangle_attention(
-            q, k, v, bias, exists, float(q.shape[-1]) ** -0.5
+            q, k, v, bias, mask, float(q.shape[-1]) ** -0.5
         )[0]
 
     def turn(x: Array) -> Array:
@@ -426,6 +502,7 @@ def _cuequivariance() -> Peer:
         on_gpu=True,
         arrange=arrange,
         rearrange=lambda x: x[0].swapaxes(1, 2),
+        **options,
     )
 
 

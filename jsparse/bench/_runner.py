@@ -351,6 +351,8 @@ def _run_model(
     drawn = "standard normal"
     if model.draw:
         drawn = "uniform slopes, normal coordinates, else standard normal"
+    if model.pattern.exists is not None:
+        drawn += "; cotangents of padding 0"
     static = not model.data
     _describe(record, options, ours.name, model.pattern, static, sizes, drawn)
     directions = _directions(options, kernels and case.alone)
@@ -405,8 +407,11 @@ def draw_model_inputs(seed: int, model: Model) -> Inputs:
         for key, x in zip(keys, model.shapes[:own], strict=False)
     ]
     others = model.draw(keys[-2]) if model.draw else ()
-    q = model.shapes[0]
-    return *drawn, *others, jax.random.normal(keys[-1], q.shape, q.dtype)
+    q, exists = model.shapes[0], model.pattern.exists
+    dout = jax.random.normal(keys[-1], q.shape, q.dtype)
+    if exists is not None:
+        dout = jnp.where(exists[..., None, None], dout, 0)
+    return *drawn, *others, dout
 
 
 def _run_profile(
