@@ -92,7 +92,7 @@ class Problem:
     platform: str
     bias_weights: int = 0
     """Of a head, of a bias by distance: entries of a table, or Gaussians. Of a list, of
-    one by entry: entries."""
+    one by entry: entries. Of the largest array of a score function: elements."""
     score: Any = None
     """The `_score.Program` of a `ScoreFunction`."""
 

@@ -83,6 +83,12 @@ def _why_not_bias(problem: Problem, kind: str) -> str | None:
     most = neighbors_sm90.MOST_ENTRIES
     if kind == "entry" and problem.bias_weights > most:
         return f"lists of {problem.bias_weights} entries; expected at most {most}"
+    most = 2**31 - 1  # kernels count in 32 bits
+    if kind == "score_fn" and problem.bias_weights > most:
+        return (
+            f"a score function with an array of {problem.bias_weights} elements; "
+            f"expected at most {most}"
+        )
     return None
 
 

@@ -70,6 +70,8 @@ def describe(operands: Operands) -> Problem:
         weights = bias.weights.shape[-1]
     elif isinstance(bias, EntryBias):
         weights = bias.index.shape[-1]
+    elif isinstance(bias, ScoreFunction):
+        weights = max((x.size for x in bias.arrays), default=0)
     return Problem(
         batch=math.prod(q.shape[:-3]),
         q_len=q.shape[-3],

@@ -39,6 +39,8 @@ REFUSED = {
         "head_dim": 144,
         "bias": "dense",
     },
+    "a score function with an array of 2147483648 elements; "
+    "expected at most 2147483647": {"bias": "score_fn", "bias_weights": 2**31},
 }
 
 
@@ -59,6 +61,7 @@ def hopper(monkeypatch):
         {"bias": "block"},
         {"bias": "linear", "bias_weights": 1},
         {"bias": "quadratic", "bias_weights": 1, "head_dim": 128},
+        {"bias": "score_fn", "bias_weights": 2**31 - 1},
     ],
     ids=str,
 )

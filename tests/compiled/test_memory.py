@@ -39,6 +39,7 @@ def programs(name: str):
     [
         ("triangle768_h4_d32", 12, 24),
         ("triangle128x4096_h4_d32", 14, 24),
+        ("triangle768_h4_d32_padded", 22, 34),
         ("pair2048_h16_d48", 1, 1),
         ("pair4096_h16_d64", 1, 1),
         ("windows100k_h4_d32", 4, 7),

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jsparse import block_sparse_attention
+from jsparse import ScoreFunction, block_sparse_attention
 from jsparse.backends import _hopper, _measured, cutlass, mosaic_gpu, xla
 from jsparse.bench import write_entries
 from jsparse.ops import _attention
@@ -46,6 +46,22 @@ def table(tmp_path: Path):
         return {_measured.key_of(x): x for x in _measured.parse(file.read_text())}
 
     return make
+
+
+def test_the_largest_array_of_a_score_function_counts():
+    """Kernels that index with 32 bits refuse those beyond."""
+    mask, found = window(128, left=9, right=9), []
+
+    def score(s, i, j, h, table, slopes):
+        return s + table[i, j] * slopes[h]
+
+    def attend(x, *arrays):
+        operands = canonical(x, x, x, mask, ScoreFunction(score, arrays))
+        found.append(describe(operands).bias_weights)
+
+    shapes = (128, 1, 16), (2**16, 2**15), (1,)
+    jax.eval_shape(attend, *(jax.ShapeDtypeStruct(x, "float32") for x in shapes))
+    assert found == [2**31]
 
 
 def test_it_depends_on_where_arrays_are_and_on_what_jax_was_told(monkeypatch):
