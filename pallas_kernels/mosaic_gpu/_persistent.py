@@ -306,62 +306,22 @@ class Walker(Teams):
 
         def item(nth, carry):
             fields, step0 = carry
-            b, h, row, _, pn, _, fn = fields[:7]
+            _, h, _, _, pn, _, fn = fields[:7]
             following_fields = read(nth + 1)
             h_kv = h if self.group == 1 else lax.div(h, jnp.int32(self.group))
             h_row, h_col = (h, h_kv) if self.rows_are_queries else (h_kv, h)
             total = pn + fn
-            entry = functools.partial(self.listed, fields, (lists.partial, lists.full))
 
             stage = lax.rem(nth, jnp.int32(self.num_fixed_stages))
-            full = s["fixed_full"][stage]
             plgpu.barrier_wait(s["fixed_free"][stage])
             copied = lists.items.at[pl.ds(place(nth), NUM_FIELDS)]
-            fields_at = s["item"].at[stage, pl.ds(0, NUM_FIELDS)]
-            plgpu.copy_gmem_to_smem(copied, fields_at, full)
-            for array, name in fixed:
-                for w in range(self.wgs):
-                    rows = pl.ds(row * self.block_rows + w * 64, 64)
-                    _tiles.fetch(array, (b, rows, h_row), s[name].at[stage, w], full)
+            to = s["item"].at[stage, pl.ds(0, NUM_FIELDS)]
+            plgpu.copy_gmem_to_smem(copied, to, s["fixed_full"][stage])
+            self.load_fixed(fields, h_row, fixed, lists, s, stage)
 
-            if "values" in s:
-                for w in range(self.wgs):
-                    rows = pl.ds(row * self.block_rows + w * 64, 64)
-                    values = lists.bias.values.at[*lists.bias.entry(b, h), rows]
-                    to = s["values"].at[stage, w]
-                    plgpu.copy_gmem_to_smem(values, to, full)
-
-            def step(n, block):
-                slot = lax.rem(step0 + n, jnp.int32(self.num_stages))
-                following = entry(lax.div(n + 1, per_block))
-                part = lax.rem(n, per_block) * self.tile
-                column = block * self.block_columns + part
-                columns = pl.ds(column, self.tile)
-                for stream in streams:
-                    full = s[f"{stream.name}_full"][slot]
-                    plgpu.barrier_wait(s[f"{stream.name}_free"][slot])
-                    for array, name in stream.arrays:
-                        to = s[name].at[slot]
-                        if len(array.shape) == 4:
-                            _tiles.fetch(array, (b, columns, h_col), to, full)
-                        else:
-                            copied = array.at[b, h_col, columns]
-                            plgpu.copy_gmem_to_smem(copied, to, full)
-                if "points" in s:
-                    full = s[f"{streams[0].name}_full"][slot]
-                    points = lists.bias.columns_at(b, columns)
-                    plgpu.copy_gmem_to_smem(points, s["points"].at[slot], full)
-                if "entry_list" in s:
-                    full = s[f"{streams[0].name}_full"][slot]
-                    place = self.block_of(fields, lists.bias, block)
-                    _entries.fetch(lists.bias, place, s["entry_list"].at[slot], full)
-                if _bias.streamed(lists.bias):
-                    own = "bias_full" in s
-                    full = s["bias_full" if own else f"{streams[0].name}_full"][slot]
-                    nth = lax.div(n, per_block)
-                    self.load_bias(fields, lists.bias, nth, column, s, slot, full)
-                return following
-
+            step = functools.partial(
+                *(self.load_step, fields, h_col, streams, lists, s, step0)
+            )
             lax.fori_loop(0, total * per_block, step, fields[9])
             return following_fields, step0 + total * per_block
 
@@ -373,6 +333,60 @@ class Walker(Teams):
                 plgpu.barrier_wait(s[f"{name}_free"][i])
         for i in range(self.num_fixed_stages):
             plgpu.barrier_wait(s["fixed_free"][i])
+
+    def load_fixed(self, fields, head, fixed, lists: Lists, s: dict, stage) -> None:
+        """Fetches an item's rows, and what they have of a bias by entry."""
+        b, h, row = fields[:3]
+        full = s["fixed_full"][stage]
+
+        def rows(w):
+            return pl.ds(row * self.block_rows + w * 64, 64)
+
+        for array, name in fixed:
+            for w in range(self.wgs):
+                _tiles.fetch(array, (b, rows(w), head), s[name].at[stage, w], full)
+        if "values" in s:
+            for w in range(self.wgs):
+                values = lists.bias.values.at[*lists.bias.entry(b, h), rows(w)]
+                plgpu.copy_gmem_to_smem(values, s["values"].at[stage, w], full)
+
+    def load_step(self, fields, head, streams, lists: Lists, s: dict, step0, n, block):
+        """Fetches the n-th step's columns of an item; returns the next step's block.
+
+        What belongs to the columns arrives with the first stream.
+        """
+        bias, per_block = lists.bias, jnp.int32(self.steps_per_block)
+        slot = lax.rem(step0 + n, jnp.int32(self.num_stages))
+        following = self.listed(
+            fields, (lists.partial, lists.full), lax.div(n + 1, per_block)
+        )
+        part = lax.rem(n, per_block) * self.tile
+        column = block * self.block_columns + part
+        columns = pl.ds(column, self.tile)
+        for stream in streams:
+            full = s[f"{stream.name}_full"][slot]
+            plgpu.barrier_wait(s[f"{stream.name}_free"][slot])
+            for array, name in stream.arrays:
+                to = s[name].at[slot]
+                if len(array.shape) == 4:
+                    _tiles.fetch(array, (fields[0], columns, head), to, full)
+                else:
+                    copied = array.at[fields[0], head, columns]
+                    plgpu.copy_gmem_to_smem(copied, to, full)
+
+        full = s[f"{streams[0].name}_full"][slot]
+        if "points" in s:
+            points = bias.columns_at(fields[0], columns)
+            plgpu.copy_gmem_to_smem(points, s["points"].at[slot], full)
+        if "entry_list" in s:
+            place = self.block_of(fields, bias, block)
+            _entries.fetch(bias, place, s["entry_list"].at[slot], full)
+        if _bias.streamed(bias):
+            if "bias_full" in s:
+                full = s["bias_full"][slot]
+            nth = lax.div(n, per_block)
+            self.load_bias(fields, bias, nth, column, s, slot, full)
+        return following
 
     def load_bias(
         self, fields, bias: Streamed, nth, column, s: dict, slot, full
