@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
-from unittest import mock
 
 import hypothesis
 import jax
 import pytest
-from jax.experimental.mosaic.gpu import layout_inference
 
 # No deadline, as a compilation may fall into any example; the same examples on every
 # run. `--hypothesis-profile=default` searches at random instead.
@@ -40,27 +36,6 @@ def quick_compilation() -> None:
     """Has XLA compile for a CPU as fast as it can, unless XLA_FLAGS says otherwise."""
     if os.environ["XLA_FLAGS"] == QUICK and jax.default_backend() == "cpu":
         jax.config.update("jax_disable_most_optimizations", True)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_lowering() -> Iterator[None]:
-    """Has Mosaic sort values by the same names, found faster.
-
-    The name of a value opens the text of its operation. To print that, MLIR verifies
-    the whole program first, for each value: a third of the time that lowering takes.
-    JAX 0.12 sorts no values.
-    """
-    if jax.__version_info__ >= (0, 12):
-        yield
-        return
-    name: Any = layout_inference.ValueSite.__str__
-
-    def quick_name(site) -> str:
-        text = site.operation.get_asm(assume_verified=True, skip_regions=True)
-        return name(SimpleNamespace(operation=text, type=site.type, index=site.index))
-
-    with mock.patch.object(layout_inference.ValueSite, "__str__", quick_name):
-        yield
 
 
 @pytest.fixture(autouse=True)

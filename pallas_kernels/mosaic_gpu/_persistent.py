@@ -320,7 +320,7 @@ class Walker(Teams):
             self.load_fixed(fields, h_row, fixed, lists, s, stage)
 
             step = functools.partial(
-                *(self.load_step, fields, h_col, streams, lists, s, step0)
+                self.load_step, fields, h_col, streams, lists, s, step0
             )
             lax.fori_loop(0, total * per_block, step, fields[9])
             return following_fields, step0 + total * per_block
