@@ -6,6 +6,8 @@
 // The headers of the C interface have shapes and dtypes.
 #include <cuda_runtime_api.h>
 
+#include <optional>
+
 #include "jsparse/backward.h"
 #include "jsparse/forward.h"
 #include "operands.h"
@@ -63,7 +65,7 @@ ffi::Error forward(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer v, A
 struct BackwardOperands {
   AnyBuffer q, k, v, dout, lse2, delta;
   Pattern pattern;
-  BiasOperands bias;
+  std::optional<BiasOperands> bias;
   ffi::RemainingArgs rule_arrays;
   int32_t block_q, block_kv;
   float scale;
@@ -83,7 +85,7 @@ jsparse_backward_args args_of(const BackwardOperands &x, bool keys) {
   if (keys) grid = {a.batch, a.kv_len, a.q_len, a.block_kv, a.block_q, a.num_heads};
   a.schedule = schedule_of(x.pattern);
   a.elements = elements_of(grid, x.pattern, x.rules, x.rule_arrays);
-  a.bias = bias_of(a, x.pattern, x.bias);
+  if (x.bias) a.bias = bias_of(a, x.pattern, *x.bias);
   return a;
 }
 
@@ -99,7 +101,7 @@ ffi::Error backward_dq(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer 
   return guarded("jsparse_backward_dq", [&](char *message, size_t size) {
     auto a = args_of({q, k, v, dout, lse2, delta,
                       {partial, full, item_count, items, split_rows, split_slots, bad, lengths, bits},
-                      {bias, partial_numbers, full_numbers, bias_inner},
+                      BiasOperands{bias, partial_numbers, full_numbers, bias_inner},
                       rule_arrays, block_q, block_kv, scale, rules},
                      false);
     expect_like("dq", *dq, q.element_type(), {a.batch, a.q_len, a.num_heads, a.head_dim});
@@ -127,7 +129,7 @@ ffi::Error backward_dkv(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer
   return guarded("jsparse_backward_dkv", [&](char *message, size_t size) {
     auto a = args_of({q, k, v, dout, lse2, delta,
                       {partial, full, item_count, items, split_rows, split_slots, bad, lengths, bits},
-                      {bias, partial_numbers, full_numbers, bias_inner},
+                      BiasOperands{bias, partial_numbers, full_numbers, bias_inner},
                       rule_arrays, block_q, block_kv, scale, rules},
                      true);
     std::vector<int64_t> shape = {a.batch, a.kv_len, a.num_kv_heads, a.head_dim};
@@ -142,6 +144,50 @@ ffi::Error backward_dkv(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer
     float *sum_parts = optional<kFloat>("part_by_key", *part_by_key, shape);
     return jsparse_backward_dkv(&a, dk->untyped_data(), dv->untyped_data(), dk_parts, dv_parts, sums,
                                 sum_parts, stream, message, size);
+  });
+}
+
+ffi::Error backward(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer dout,
+                    AnyBuffer lse2, AnyBuffer delta, AnyBuffer partial, AnyBuffer full,
+                    AnyBuffer item_count, AnyBuffer items, AnyBuffer split_rows,
+                    AnyBuffer split_slots, AnyBuffer bad, AnyBuffer lengths, AnyBuffer bits,
+                    AnyBuffer turns, AnyBuffer sums_of, AnyBuffer bad_keys,
+                    ffi::RemainingArgs rule_arrays, ffi::Result<AnyBuffer> dq,
+                    ffi::Result<AnyBuffer> dk, ffi::Result<AnyBuffer> dv,
+                    ffi::Result<AnyBuffer> part_dk, ffi::Result<AnyBuffer> part_dv,
+                    ffi::Result<AnyBuffer> sums, ffi::Result<AnyBuffer> taken, int32_t block_q,
+                    int32_t block_kv, float scale, ffi::Span<const int32_t> rules) {
+  return guarded("jsparse_backward", [&](char *message, size_t size) {
+    auto a = args_of({q, k, v, dout, lse2, delta,
+                      {partial, full, item_count, items, split_rows, split_slots, bad, lengths, bits},
+                      {},
+                      rule_arrays, block_q, block_kv, scale, rules},
+                     true);
+    expect_like("dq", *dq, q.element_type(), {a.batch, a.q_len, a.num_heads, a.head_dim});
+    std::vector<int64_t> shape = {a.batch, a.kv_len, a.num_kv_heads, a.head_dim};
+    expect_like("dk", *dk, q.element_type(), shape);
+    expect_like("dv", *dv, q.element_type(), shape);
+    shape = {kAny, block_kv, a.head_dim};
+    float *dk_parts = data<DataType::F32>("part_dk", *part_dk, shape);
+    float *dv_parts = data<DataType::F32>("part_dv", *part_dv, shape);
+    int32_t tile = jsparse_backward_tile(a.head_dim, block_q, block_kv);
+    if (tile == 0) {
+      throw Refusal("head size " + std::to_string(a.head_dim) + " with blocks of " +
+                    std::to_string(block_q) + " x " + std::to_string(block_kv) +
+                    "; expected 32, 64 or 128 with blocks of 128 x 128");
+    }
+    constexpr DataType kInt = DataType::S32;
+    jsparse_turns t = {};
+    t.turns = data<kInt>("turns", turns, {kAny, 2});
+    shape = {a.batch, a.num_heads, whole(a.q_len, block_q) / tile, 2};
+    t.sums_of = data<kInt>("sums_of", sums_of, shape);
+    t.sums = data<DataType::F32>("sums", *sums, {kAny, tile, a.head_dim});
+    t.num_sums = int32_t(sums->dimensions()[0]);
+    t.taken = data<kInt>("taken", *taken, {t.num_sums, 2});
+    shape = {a.batch, a.num_kv_heads, whole(a.kv_len, block_kv)};
+    t.bad_keys = optional<kInt>("bad_keys", bad_keys, shape);
+    return jsparse_backward(&a, &t, dq->untyped_data(), dk->untyped_data(), dv->untyped_data(),
+                            dk_parts, dv_parts, stream, message, size);
   });
 }
 
@@ -187,6 +233,15 @@ auto of_backward(Binding &&binding) {
       .template Attr<ffi::Span<const int32_t>>("rules");
 }
 
+template <class Binding>
+auto of_all_gradients(Binding &&binding) {
+  return with_results<7>(with_operands<18>(std::move(binding)).RemainingArgs())
+      .template Attr<int32_t>("block_q")
+      .template Attr<int32_t>("block_kv")
+      .template Attr<float>("scale")
+      .template Attr<ffi::Span<const int32_t>>("rules");
+}
+
 auto on_stream() { return xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cudaStream_t>>(); }
 
 }  // namespace
@@ -195,6 +250,7 @@ auto on_stream() { return xla::ffi::Ffi::Bind().Ctx<xla::ffi::PlatformStream<cud
 extern "C" JSPARSE_API XLA_FFI_Error *jsparse_forward_ffi(XLA_FFI_CallFrame *call_frame);
 extern "C" JSPARSE_API XLA_FFI_Error *jsparse_backward_dq_ffi(XLA_FFI_CallFrame *call_frame);
 extern "C" JSPARSE_API XLA_FFI_Error *jsparse_backward_dkv_ffi(XLA_FFI_CallFrame *call_frame);
+extern "C" JSPARSE_API XLA_FFI_Error *jsparse_backward_ffi(XLA_FFI_CallFrame *call_frame);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jsparse_forward_ffi, jsparse::forward,
                               jsparse::of_forward(jsparse::on_stream()),
@@ -204,4 +260,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jsparse_backward_dq_ffi, jsparse::backward_dq,
                               {xla::ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jsparse_backward_dkv_ffi, jsparse::backward_dkv,
                               jsparse::of_backward<6>(jsparse::on_stream()),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jsparse_backward_ffi, jsparse::backward,
+                              jsparse::of_all_gradients(jsparse::on_stream()),
                               {xla::ffi::Traits::kCmdBufferCompatible});

@@ -15,6 +15,15 @@
 
 namespace jsparse {
 
+// What a kernel of all gradients has besides: ds of two steps, and dq of one on its way to its sum.
+template <class Element, BackwardConfig kConfig>
+struct alignas(1024) DqTiles {
+  using Product = DqProduct<Element, kConfig.head_dim>;
+  Element ds[2][kConfig.tile / 64][2][Product::kTile];
+  float dq[2][Product::kSums * 128];  // of each warpgroup
+};
+struct NoDqTiles {};
+
 // Of one team; barriers as in TeamStorage.
 template <class Element, BackwardConfig kConfig>
 struct alignas(1024) BackwardStorage {
@@ -32,6 +41,9 @@ struct alignas(1024) BackwardStorage {
   // Where what each tile of columns has as a bias begins, in bytes: see bias_array.
   int64_t bias[kConfig.bias ? kColumns : 1];
 
+  Barrier ds_full[2], dq_full[2], dq_free[2];
+  cute::conditional_t<kConfig.all, DqTiles<Element, kConfig>, NoDqTiles> dq;
+
   __device__ void init_barriers() {
     constexpr int kWarps = 4 * kConfig.warpgroups();
     for (int i = 0; i < kRows; ++i) {
@@ -43,6 +55,11 @@ struct alignas(1024) BackwardStorage {
         full[which][i].init(1);
         free[which][i].init(kWarps);
       }
+    }
+    for (int i = 0; i < 2 && kConfig.all; ++i) {
+      ds_full[i].init(kWarps);
+      dq_full[i].init(4);
+      dq_free[i].init(1);
     }
   }
 };
@@ -68,8 +85,7 @@ struct BackwardThread {
 
   // First column of step n, of the block of a list entry.
   __device__ int first_of_step(int n, int entry) const {
-    int block = entry & (JSPARSE_FLAGGED - 1);
-    return block * params.sizes.block_columns + n % steps_per_block() * kConfig.tile;
+    return block_of(entry) * params.sizes.block_columns + n % steps_per_block() * kConfig.tile;
   }
 
   // The first row and column that the thread holds of a step.
@@ -86,8 +102,10 @@ struct BackwardThread {
 
   __device__ Mask test_elements(const Item &item, int n, int entry) const {
     Place place = place_of(item, n, entry);
+    int block = n / steps_per_block();
+    if constexpr (kConfig.all) block = item.round(block, item.num_partial());
     return ElementTest<kConfig.tile>::at(params.args.elements, params.sizes, place,
-                                         item.first_bits() + n / steps_per_block());
+                                         item.first_bits() + block);
   }
 
   // Sets bad columns of a step to zero in `tiles`: a NaN times a p or ds of 0 would reach rows that do

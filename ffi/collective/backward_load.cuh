@@ -64,8 +64,9 @@ struct BackwardLoad {
     const int halves = block_columns > kConfig.tile;  // a block is one step, or two
     const int steps = item.num_blocks() << halves;
     for (int n = 0; n < steps; ++n) {
-      int entry = entry_of(params.args.schedule, item, n >> halves);
-      int token = (entry & (JSPARSE_FLAGGED - 1)) * block_columns + (n & halves) * kConfig.tile;
+      int entry = kConfig.all ? entry_round(item, n >> halves)
+                              : entry_of(params.args.schedule, item, n >> halves);
+      int token = block_of(entry) * block_columns + (n & halves) * kConfig.tile;
       int stage = step.stage();
       for (int which = 0; which < 2; ++which) {
         auto &full = team.full[which][stage];
@@ -86,6 +87,14 @@ struct BackwardLoad {
       }
       step = step.plus(1);
     }
+  }
+
+  // As entry_of, of lists that are walked round.
+  __device__ int entry_round(const Item &item, int n) const {
+    const jsparse_schedule &schedule = params.args.schedule;
+    int partial = item.num_partial();
+    if (n < partial) return schedule.partial[item.first_partial() + item.round(n, partial)];
+    return schedule.full[item.first_full() + item.round(n - partial, item.num_blocks() - partial)];
   }
 
   // Of the queries of a step, beside one of their tiles.

@@ -234,7 +234,7 @@ struct Compute {
 
   // First key of step n, of the block of a list entry.
   __device__ int first_key(int n, int entry) const {
-    int block = entry & (JSPARSE_FLAGGED - 1);
+    int block = block_of(entry);
     return block * params.args.block_kv + n % steps_per_block() * kConfig.tile_kv;
   }
 

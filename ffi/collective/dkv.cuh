@@ -23,6 +23,12 @@ struct ComputeDkv {
   static constexpr int kPartSize = 64 * kConfig.head_dim;
   static_assert(kParts == 1 || Thread::T::kBoxColumns == kConfig.head_dim);
 
+  // lse2 or delta of the thread's columns of a part.
+  using Statistics = float2[kPartLogits / 4];
+  // Whether they are read before products are waited for: they would wait for shared memory, which the
+  // products of the other warpgroup keep busy. Steps of one part have no registers for it.
+  static constexpr bool kReadAhead = kParts > 1 && kConfig.head_dim == 64;
+
   Thread me;
   Position<kConfig.num_row_stages> at = {};  // the item
   Position<kConfig.num_stages> tile = {};    // the step
@@ -55,7 +61,7 @@ struct ComputeDkv {
     }
   }
 
- private:
+ protected:
   // Partial blocks come first, then full ones.
   __device__ void attend(const Item &item, float (&dk)[kSums], float (&dv)[kSums],
                          float (&by_key)[2]) {
@@ -94,15 +100,21 @@ struct ComputeDkv {
     Product::start_qk(dp, team.rows[1][at.stage()][me.warpgroup], dout);
     me.pass_turn();
 
+    Statistics lse2[kParts], delta[kParts];
+    if constexpr (kReadAhead) read_statistics(lse2[0], 0, 0, now);
     Product::template wait<1>(p);
     CUTE_UNROLL
     for (int part = 0; part < kParts; ++part) {
-      probabilities<kPartial>(p, part, mask, now);
+      if constexpr (!kReadAhead) read_statistics(lse2[part], 0, part, now);
+      probabilities<kPartial>(p, part, mask, lse2[part]);
+      if constexpr (kReadAhead) read_statistics(delta[part], 1, part, now);
       pack_operand<Element>(p_operand[part], p + part * kPartLogits);
       begin(part, dv, p_operand[part]);
       Part::start_pv(dv, p_operand[part], dout + part * kPartSize);
       if (part == 0) Product::template wait<1>(dp);
-      logits_gradients<kPartial>(p, dp, part, now);
+      if constexpr (!kReadAhead) read_statistics(delta[part], 1, part, now);
+      if (kReadAhead && part + 1 < kParts) read_statistics(lse2[part + 1], 0, part + 1, now);
+      logits_gradients<kPartial>(p, dp, part, delta[part]);
       if constexpr (kConfig.bias) {
         if (me.params.by_key.whole != nullptr) add_rows(by_key, p, part);
       }
@@ -131,10 +143,11 @@ struct ComputeDkv {
 
   // Of the part's logits, in their place.
   template <bool kPartial>
-  __device__ void probabilities(float (&s)[kLogits], int part, const Mask &mask, int stage) const {
+  __device__ void probabilities(float (&s)[kLogits], int part, const Mask &mask,
+                                const Statistics &of_part) const {
     CUTE_UNROLL
     for (int i = part * kPartLogits; i < (part + 1) * kPartLogits; i += 4) {
-      float2 lse2 = of_columns(0, i / 4, stage);
+      float2 lse2 = of_part[i % kPartLogits / 4];
       CUTE_UNROLL
       for (int j = i; j < i + 4; ++j) {
         float x = exp2_mufu(fmaf(s[j], me.params.scale_log2, j % 2 ? -lse2.y : -lse2.x));
@@ -146,10 +159,10 @@ struct ComputeDkv {
   // Of the part's probabilities, in their place.
   template <bool kPartial>
   __device__ void logits_gradients(float (&p)[kLogits], const float (&dp)[kLogits], int part,
-                                   int stage) const {
+                                   const Statistics &of_part) const {
     CUTE_UNROLL
     for (int i = part * kPartLogits; i < (part + 1) * kPartLogits; i += 4) {
-      float2 delta = of_columns(1, i / 4, stage);
+      float2 delta = of_part[i % kPartLogits / 4];
       CUTE_UNROLL
       for (int j = i; j < i + 4; ++j) {
         p[j] = logits_gradient<kPartial>(p[j], dp[j], j % 2 ? delta.y : delta.x);
@@ -182,10 +195,11 @@ struct ComputeDkv {
     }
   }
 
-  // lse2 (0) or delta (1) of the thread's n-th pair of columns.
-  __device__ float2 of_columns(int which, int n, int stage) const {
-    const float *first = me.team.statistics[which][stage] + first_column(me.thread);
-    return *reinterpret_cast<const float2 *>(first + 8 * n);
+  // lse2 (0) or delta (1).
+  __device__ void read_statistics(Statistics &to, int which, int part, int stage) const {
+    const float *first = me.team.statistics[which][stage] + first_column(me.thread) + part * 64;
+    CUTE_UNROLL
+    for (int i = 0; i < kPartLogits / 4; ++i) to[i] = *reinterpret_cast<const float2 *>(first + 8 * i);
   }
 };
 

@@ -19,9 +19,14 @@ struct ComputeDq {
     float lse2[2], delta[2];
   };
 
+  // The queries of an item are read from shared memory once, not at each step; a bias takes their
+  // registers.
+  static constexpr bool kHoldQueries = !kConfig.bias;
+
   Thread me;
   Position<kConfig.num_row_stages> at = {};  // the item
   Position<kConfig.num_stages> tile = {};    // the step
+  uint32_t queries[Product::kRowWords] = {};
 
   __device__ void run(int worker) {
     auto &team = me.team;
@@ -45,6 +50,9 @@ struct ComputeDq {
     const int total = item.num_blocks() * per_block;
     const Statistics rows = statistics(item);
     uint32_t ds[kLogits / 2];
+    if constexpr (kHoldQueries) {
+      Product::load_rows(queries, me.team.rows[0][at.stage()][me.warpgroup], me.thread);
+    }
     me.await_tile(0, true, tile);
     me.await_tile(1, true, tile);
     if (partial > 0) {
@@ -84,9 +92,13 @@ struct ComputeDq {
     } else {
       Product::begin(sums, ds);
     }
-    Element *q = team.rows[0][at.stage()][me.warpgroup], *dout = team.rows[1][at.stage()][me.warpgroup];
-    Product::template start_qk<kConfig.bias>(p, q, team.columns[0][now]);
-    Product::start_qk(dp, dout, team.columns[1][now]);
+    if constexpr (kHoldQueries) {
+      Product::start_qk(p, queries, team.columns[0][now]);
+    } else {
+      Product::template start_qk<true>(p, team.rows[0][at.stage()][me.warpgroup],
+                                       team.columns[0][now]);
+    }
+    Product::start_qk(dp, team.rows[1][at.stage()][me.warpgroup], team.columns[1][now]);
     if constexpr (!kFirst) Product::start_pv(sums, ds, team.columns[0][before]);
     me.pass_turn();
 

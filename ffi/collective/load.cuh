@@ -79,7 +79,7 @@ struct Load {
     const int steps = item.num_blocks() << halves;
     for (int n = kConfig.first_step(team_index); n < steps; n += kConfig.stride()) {
       int entry = entry_of(args.schedule, item, n >> halves);
-      int token = (entry & (JSPARSE_FLAGGED - 1)) * args.block_kv + (n & halves) * kConfig.tile_kv;
+      int token = block_of(entry) * args.block_kv + (n & halves) * kConfig.tile_kv;
       int stage = tile.stage();
       team.k_free[stage].wait(tile.parity() ^ 1);
       team.entry[stage] = entry;

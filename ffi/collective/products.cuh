@@ -13,6 +13,7 @@ struct Products {
   using T = Tiles<Element, kDim, kColumns>;
   static constexpr int kLogits = kColumns / 2;  // registers of a tile of logits
   static constexpr int kSums = kDim / 2;        // registers of the sums
+  static constexpr int kRowWords = kDim / 4;    // registers of a tile of rows
 
   // Orders what was written to the registers of the products that follow.
   __device__ static void begin() { cute::warpgroup_arrive(); }
@@ -41,6 +42,41 @@ struct Products {
     auto shape = Shape<typename T::Rows, typename T::Columns>{};
     auto c = make_tensor(&logits[0], partition_fragment_C(mma, shape).layout());
     mma.accumulate_ = kOnto ? GMMA::ScaleOut::One : GMMA::ScaleOut::Zero;
+    CUTE_UNROLL
+    for (int i = 0; i < size<2>(a); ++i) {
+      gemm(mma, a(_, _, i), b(_, _, i), c);
+      mma.accumulate_ = GMMA::ScaleOut::One;
+    }
+    warpgroup_commit_batch();
+  }
+
+  // A tile of rows as a left operand in registers: those of 16 columns are two of a row, two of the
+  // row eight below, and the same eight columns on.
+  __device__ static void load_rows(uint32_t (&rows)[kRowWords], Element *tile, int thread) {
+    using namespace cute;
+    auto elements = make_tensor(make_smem_ptr(tile), typename T::LayoutRows{});
+    int lane = thread % 32, row = thread / 32 * 16 + lane % 16, column = lane / 16 * 8;
+    CUTE_UNROLL
+    for (int i = 0; i < kRowWords; i += 4) {
+      auto *from = raw_pointer_cast(&elements(row, column + 4 * i));
+      SM75_U32x4_LDSM_N::copy(*reinterpret_cast<uint128_t *>(from), rows[i], rows[i + 1],
+                              rows[i + 2], rows[i + 3]);
+    }
+  }
+
+  // logits = q k^T, with the rows of q in registers.
+  __device__ static void start_qk(float (&logits)[kLogits], uint32_t (&q)[kRowWords],
+                                  Element *k_tile) {
+    using namespace cute;
+    typename T::MmaQkFromRegisters mma;
+    auto part = mma.get_slice(0);
+    auto k = make_tensor(make_smem_ptr(k_tile), typename T::LayoutColumns{});
+    auto q_shape = partition_shape_A(mma, Shape<typename T::Rows, typename T::Dim>{});
+    auto a = make_tensor(reinterpret_cast<Element *>(&q[0]), q_shape);
+    auto b = part.make_fragment_B(part.partition_B(k));
+    auto shape = Shape<typename T::Rows, typename T::Columns>{};
+    auto c = make_tensor(&logits[0], partition_fragment_C(mma, shape).layout());
+    mma.accumulate_ = GMMA::ScaleOut::Zero;
     CUTE_UNROLL
     for (int i = 0; i < size<2>(a); ++i) {
       gemm(mma, a(_, _, i), b(_, _, i), c);
@@ -79,6 +115,58 @@ struct Products {
   __device__ static void hold(Register (&registers)[kCount]) {
     CUTE_UNROLL
     for (int i = 0; i < kCount; ++i) cute::warpgroup_fence_operand(registers[i]);
+  }
+};
+
+// dq of a step from ds, whose rows are keys, by one of two warpgroups: 64 queries, or where a step has no
+// more of them, half of their columns. Both operands are transposed, and in shared memory.
+template <class Element, int kDim>
+struct DqProduct {
+  static constexpr int kColumns = kDim < 64 ? kDim : 64;
+  static constexpr int kSums = kColumns / 2;
+  static constexpr int kTile = 64 * 64;  // elements of ds, of 64 keys and queries
+  using T = Tiles<Element, 64, 64>;
+  using Keys = Tiles<Element, kColumns, 64>;
+  using LayoutDs = typename T::LayoutTransposed;  // [query, key]
+  using Mma = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float,
+                                 cute::Shape<cute::Int<64>, cute::Int<kColumns>, cute::Int<64>>,
+                                 cute::GMMA::Major::MN, cute::GMMA::Major::MN>()));
+
+  // Writes ds of 64 queries, packed as the left operand of ds q, to its tile.
+  __device__ static void store_ds(Element *tile, uint32_t (&ds)[32 / 2], int thread) {
+    using namespace cute;
+    auto elements = make_tensor(make_smem_ptr(tile), typename T::LayoutRows{});
+    int lane = thread % 32, row = thread / 32 * 16 + lane % 16, column = lane / 16 * 8;
+    CUTE_UNROLL
+    for (int i = 0; i < 16; i += 4) {
+      auto *to = raw_pointer_cast(&elements(row, column + 4 * i));
+      SM90_U32x4_STSM_N::copy(ds[i], ds[i + 1], ds[i + 2], ds[i + 3],
+                              *reinterpret_cast<uint128_t *>(to));
+    }
+  }
+
+  // dq = ds k over the keys of both warpgroups: tiles of 64, one after another.
+  __device__ static void start(float (&dq)[kSums], Element *ds, Element *k, int k_stride) {
+    using namespace cute;
+    Mma mma;
+    auto part = mma.get_slice(0);
+    auto shape = Shape<Int<64>, Int<kColumns>>{};
+    auto c = make_tensor(&dq[0], partition_fragment_C(mma, shape).layout());
+    mma.accumulate_ = GMMA::ScaleOut::Zero;
+    CUTE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      auto left = make_tensor(make_smem_ptr(ds + half * kTile), LayoutDs{});
+      auto right = make_tensor(make_smem_ptr(k + half * k_stride), typename Keys::LayoutTransposed{});
+      auto a = part.make_fragment_A(part.partition_A(left));
+      auto b = part.make_fragment_B(part.partition_B(right));
+      CUTE_UNROLL
+      for (int i = 0; i < size<2>(a); ++i) {
+        gemm(mma, a(_, _, i), b(_, _, i), c);
+        mma.accumulate_ = GMMA::ScaleOut::One;
+      }
+    }
+    warpgroup_commit_batch();
   }
 };
 

@@ -38,9 +38,11 @@ struct Tiles {
   using LayoutTransposed = decltype(cute::tile_to_shape(MnMajor{}, cute::Shape<Dim, Columns>{},
                                                         cute::Step<cute::_2, cute::_1>{}));
 
-  // s = q k^T, and out += p v with p in registers; of one warpgroup.
+  // s = q k^T, also with q in registers, and out += p v with p in registers; of one warpgroup.
   using MmaQk = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<Rows, Columns, Dim>>()));
+  using MmaQkFromRegisters = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<Rows, Columns, Dim>>()));
   using MmaPv = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<Rows, Dim, Columns>,
                                  cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
@@ -56,6 +58,17 @@ __device__ void clear_token(Element *tile, int rows, int token) {
     auto *row = reinterpret_cast<uint4 *>(tile + column * rows + token * T::kBoxColumns);
     for (int i = 0; i < T::kBoxColumns / 8; ++i) row[i] = make_uint4(0, 0, 0, 0);
   }
+}
+
+// The number of a block in a list entry.
+__device__ inline int block_of(int entry) { return entry & (JSPARSE_FLAGGED_ROW - 1); }
+
+// The place of the n-th 16 bytes of a token's row in a box of T.
+template <class T, class Element>
+__device__ uint4 *place_in_box(Element *box, int token, int n) {
+  constexpr int kUnits = T::kBoxColumns / 8;
+  int at = token * kUnits + n;
+  return reinterpret_cast<uint4 *>(box) + (at ^ (at / 8 % kUnits));
 }
 
 // Of one team. Barriers named full are completed by the load warp and its copies, those named free
@@ -127,6 +140,12 @@ struct Item {
   __device__ int slot() const { return fields[7]; }
   __device__ int first_bits() const { return fields[8]; }
   __device__ int first_column() const { return fields[9]; }
+  __device__ int first_turn() const { return fields[10]; }
+  // Position in its list of the n-th of `count` blocks of a kind.
+  __device__ int round(int n, int count) const {
+    int at = n + int(uint32_t(fields[11]) * count >> 16);
+    return at < count ? at : at - count;
+  }
 };
 
 }  // namespace jsparse

@@ -28,4 +28,39 @@ __device__ inline void copy_box(const CUtensorMap &map, Barrier &full, void *to,
                                token, batch);
 }
 
+// `bytes` back to global memory, or added there to float32; of the thread that waits for them below.
+__device__ inline void copy_back(float *to, const float *from, uint32_t bytes) {
+  cute::SM90_BULK_COPY_S2G::copy(from, to, int32_t(bytes));
+}
+__device__ inline void add_back(float *to, const float *from, uint32_t bytes) {
+  uint32_t shared = cute::cast_smem_ptr_to_uint(from);
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+               "r"(shared), "r"(bytes)
+               : "memory");
+}
+
+// Until what the thread sent back is read, so that its place is free; and until it is there.
+__device__ inline void await_read() {
+  asm volatile(
+      "cp.async.bulk.commit_group;\n"
+      "cp.async.bulk.wait_group.read 0;" ::
+          : "memory");
+}
+__device__ inline void await_written() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// Turns of threads of all CTAs: the n-th waits until `taken` is n, and what those before it sent back is
+// there; in the end it passes the turn.
+__device__ inline void await_turn(const int32_t *taken, int turn) {
+  int32_t now;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(taken) : "memory");
+  } while (now != turn);
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+__device__ inline void pass_turn(int32_t *taken, int turn) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(taken), "r"(turn + 1) : "memory");
+}
+
 }  // namespace jsparse

@@ -28,13 +28,47 @@ cudaError_t launch_of_dtype(const BackwardParams &params, bool keys, cudaStream_
                                             : launch_of<kDtype, true>(params, keys, stream);
 }
 
-// Whether rows are keys, and where the results go: dq, or dk and dv; and what there is of a bias.
+template <jsparse_dtype kDtype>
+cudaError_t launch_all(const BackwardParams &params, cudaStream_t stream) {
+  switch (params.args.head_dim) {
+    case 32:
+      return launch_gradients<kDtype, 32>(params, stream);
+    case 64:
+      return launch_gradients<kDtype, 64>(params, stream);
+    default:
+      return launch_gradients<kDtype, 128>(params, stream);
+  }
+}
+
+// Whether rows are keys, and where the results go: dq, or dk and dv; and what there is of a bias; or how dq
+// is computed beside dk and dv.
 struct Outputs {
   bool keys;
   std::vector<Gradient> gradients;
   void *bias_gradient;
   Gradient by_key;
+  jsparse_turns turns = {};
+  void *dq = nullptr;
+
+  bool all() const { return turns.turns != nullptr; }
 };
+
+void check_turns(const jsparse_backward_args &a, const jsparse_turns &turns) {
+  expect(has_all_kernel(a.head_dim, a.block_q, a.block_kv), "block_q * block_kv", a.block_q * a.block_kv,
+         "blocks of 128 x 128 for all gradients in one launch");
+  if (a.bias.values != nullptr) throw Failure("bias is given; expected none for all gradients in one launch");
+  expect_array(turns.turns, "turns");
+  expect_array(turns.sums_of, "sums_of");
+  expect_array(turns.sums, "sums");
+  expect_array(turns.taken, "taken");
+  expect(turns.num_sums > 0, "num_sums", turns.num_sums, "at least 1");
+}
+
+// No part is added yet.
+void clear_turns(const jsparse_turns &turns, cudaStream_t stream) {
+  check(cudaMemsetAsync(turns.taken, 0, 2 * sizeof(int32_t) * turns.num_sums, stream),
+        "clearing the turns");
+}
 
 void check_bias_gradients(const jsparse_backward_args &a, const Outputs &to) {
   const jsparse_bias &b = a.bias;
@@ -56,13 +90,14 @@ void backward(const jsparse_backward_args &a, const Outputs &to, cudaStream_t st
   const BlockSizes sizes = to.keys ? block_sizes(a.block_kv, a.kv_len, a.block_q, a.q_len)
                                    : block_sizes(a.block_q, a.q_len, a.block_kv, a.kv_len);
   const BackwardConfig config =
-      choose_backward(to.keys, a.head_dim, sizes.block_rows, sizes.block_columns);
+      choose_backward(to.keys, a.head_dim, sizes.block_rows, sizes.block_columns, false, to.all());
   check_schedule(a.schedule, config.teams);
   expect(!to.keys || a.num_heads == a.num_kv_heads || a.schedule.num_split_rows == 0,
          "num_split_rows", a.schedule.num_split_rows, "0 where query heads share key heads");
   check_elements(a.elements);
   check_bias(a);
   check_bias_gradients(a, to);
+  if (to.all()) check_turns(a, to.turns), expect_array(to.dq, "dq");
   expect_array(a.dout, "dout");
   expect_array(a.lse2, "lse2");
   expect_array(a.delta, "delta");
@@ -81,6 +116,7 @@ void backward(const jsparse_backward_args &a, const Outputs &to, cudaStream_t st
   params.inverse_scale = 1.0f / a.scale;
   params.bias_gradient = to.bias_gradient;
   params.by_key = to.by_key;
+  params.turns = to.turns;
   for (int i = 0; i < 2; ++i) {
     CUtensorMap queries = tensor_map(a, of_queries[i], a.q_len, a.num_heads,
                                      to.keys ? config.tile : 64);
@@ -89,9 +125,17 @@ void backward(const jsparse_backward_args &a, const Outputs &to, cudaStream_t st
     params.rows[i] = to.keys ? keys : queries;
     params.columns[i] = to.keys ? queries : keys;
   }
-  check(a.dtype == JSPARSE_FLOAT16 ? launch_of_dtype<JSPARSE_FLOAT16>(params, to.keys, stream)
-                                   : launch_of_dtype<JSPARSE_BFLOAT16>(params, to.keys, stream),
-        "launch of a backward kernel");
+  if (to.all()) {
+    clear_turns(to.turns, stream);
+    check(a.dtype == JSPARSE_FLOAT16 ? launch_all<JSPARSE_FLOAT16>(params, stream)
+                                     : launch_all<JSPARSE_BFLOAT16>(params, stream),
+          "launch of the kernel of all gradients");
+    check(launch_finish_dq(params, to.dq, stream), "launch of the kernel that finishes dq");
+  } else {
+    check(a.dtype == JSPARSE_FLOAT16 ? launch_of_dtype<JSPARSE_FLOAT16>(params, to.keys, stream)
+                                     : launch_of_dtype<JSPARSE_BFLOAT16>(params, to.keys, stream),
+          "launch of a backward kernel");
+  }
   if (a.schedule.num_split_rows == 0) return;
   auto add_up = [&](const Gradient &gradient) {
     check(launch_sum(params, gradient, to.keys ? a.kv_len : a.q_len, stream),
@@ -128,6 +172,24 @@ extern "C" int jsparse_backward_dkv(const jsparse_backward_args *args, void *dk,
     auto of_values = jsparse::gradient_of(*args, dv, part_dv, 1.0f);
     auto of_bias = jsparse::by_key_of(by_key, part_by_key);
     jsparse::backward(*args, {true, {of_keys, of_values}, nullptr, of_bias},
+                      static_cast<cudaStream_t>(stream));
+  };
+  return jsparse::report(launch, message, message_size);
+}
+
+extern "C" int32_t jsparse_backward_tile(int32_t head_dim, int32_t block_q, int32_t block_kv) {
+  if (!jsparse::has_all_kernel(head_dim, block_q, block_kv)) return 0;
+  return jsparse::choose_backward(true, head_dim, block_kv, block_q, false, true).tile;
+}
+
+extern "C" int jsparse_backward(const jsparse_backward_args *args, const jsparse_turns *turns, void *dq,
+                                void *dk, void *dv, float *part_dk, float *part_dv, void *stream,
+                                char *message, size_t message_size) {
+  auto launch = [&] {
+    auto of_keys = jsparse::gradient_of(*args, dk, part_dk, args->scale);
+    auto of_values = jsparse::gradient_of(*args, dv, part_dv, 1.0f);
+    if (turns->turns == nullptr) throw jsparse::Failure("turns is NULL; expected an array");
+    jsparse::backward(*args, {true, {of_keys, of_values}, nullptr, {}, *turns, dq},
                       static_cast<cudaStream_t>(stream));
   };
   return jsparse::report(launch, message, message_size);

@@ -15,13 +15,16 @@ struct BackwardConfig {
   int teams;
   bool turns;          // whether a team's two warpgroups take turns on the tensor core
   bool bias;           // whether logits have a bias
+  bool all;            // whether a kernel for dk and dv computes dq too
 
   constexpr int warpgroups() const { return block_rows / 64; }
   constexpr int compute_warpgroups() const { return teams * warpgroups(); }
   constexpr int threads() const { return 128 * (compute_warpgroups() + 1); }
-  // Registers a thread, of at most two compute warpgroups.
-  constexpr int load_registers() const { return 40; }
-  constexpr int compute_registers() const { return 232; }
+  // Registers a thread, of at most two compute warpgroups: all that ptxas may give a thread, or some
+  // more for the load warps, where these were measured to be slower with few.
+  constexpr bool spare_load() const { return bias || (keys && head_dim == 32); }
+  constexpr int load_registers() const { return spare_load() ? 40 : 24; }
+  constexpr int compute_registers() const { return spare_load() ? 232 : 240; }
   constexpr int walker(int cta, int team) const { return cta * teams + team; }
 };
 
@@ -30,17 +33,23 @@ constexpr bool has_backward_kernel(int head_dim, int block_rows, int block_colum
          (block_rows == 64 || block_rows == 128) && (block_columns == 64 || block_columns == 128);
 }
 
+// Whether one kernel computes all gradients.
+constexpr bool has_all_kernel(int head_dim, int block_q, int block_kv) {
+  return has_backward_kernel(head_dim, block_kv, block_q) && block_q == 128 && block_kv == 128;
+}
+
 // The config for sizes that have a kernel: tiles, teams and turns of the Mosaic kernels' winners
 // (pallas_kernels/README.md), and the stages that shared memory holds; none has been timed here.
 //
 // A step holds logits, dp and the sums in registers: tiles of 128 columns beside sums of 64.
 constexpr BackwardConfig choose_backward(bool keys, int head_dim, int block_rows,
-                                         int block_columns, bool bias = false) {
+                                         int block_columns, bool bias = false, bool all = false) {
   bool narrow = head_dim <= 64, high = block_rows == 128;
   int tile = narrow && high && block_columns == 128 ? 128 : 64;
   int stages = high && !narrow ? 3 : 4, teams = narrow && !high ? 2 : 1;
   bool turns = !keys && head_dim == 32 && high;
-  return {keys, head_dim, block_rows, tile, stages, 2, teams, turns, bias};
+  if (all && head_dim == 64) stages = 2;
+  return {keys, head_dim, block_rows, tile, stages, all && !narrow ? 1 : 2, teams, turns, bias, all};
 }
 
 }  // namespace jsparse

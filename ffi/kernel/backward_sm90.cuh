@@ -6,20 +6,24 @@
 #include "collective/backward_load.cuh"
 #include "collective/dkv.cuh"
 #include "collective/dq.cuh"
+#include "collective/gradients.cuh"
 
 namespace jsparse {
 
 template <class Element, BackwardConfig kConfig>
-using ComputeGradients = cute::conditional_t<kConfig.keys, ComputeDkv<Element, kConfig>,
-                                             ComputeDq<Element, kConfig>>;
+using ComputeBackward =
+    cute::conditional_t<kConfig.all, ComputeGradients<Element, kConfig>,
+                        cute::conditional_t<kConfig.keys, ComputeDkv<Element, kConfig>,
+                                            ComputeDq<Element, kConfig>>>;
 
-template <jsparse_dtype kDtype, bool kKeys, int kHeadDim, bool kBias, int kBlockRows, int kBlockColumns>
+template <jsparse_dtype kDtype, bool kKeys, int kHeadDim, bool kBias, int kBlockRows, int kBlockColumns,
+          bool kAll>
 __global__ void __launch_bounds__(
-    choose_backward(kKeys, kHeadDim, kBlockRows, kBlockColumns, kBias).threads(), 1)
+    choose_backward(kKeys, kHeadDim, kBlockRows, kBlockColumns, kBias, kAll).threads(), 1)
     backward_sm90(const __grid_constant__ BackwardParams params) {
   using Element = ElementOf<kDtype>;
   constexpr BackwardConfig kConfig =
-      choose_backward(kKeys, kHeadDim, kBlockRows, kBlockColumns, kBias);
+      choose_backward(kKeys, kHeadDim, kBlockRows, kBlockColumns, kBias, kAll);
   // Two warpgroups have all that a thread can name.
   constexpr bool kMove = kConfig.compute_warpgroups() > 1;
   extern __shared__ __align__(1024) char memory[];
@@ -37,28 +41,45 @@ __global__ void __launch_bounds__(
     if (warp < kConfig.teams && threadIdx.x % 32 == 0) {
       BackwardLoad<Element, kConfig>{params, shared[warp]}.run(kConfig.walker(blockIdx.x, warp));
     }
+    if constexpr (kAll) {
+      bool sends = warp == 1 || warp == 2;
+      if (sends && threadIdx.x % 32 == 0) {
+        SendDq<Element, kConfig>{params, shared[0], warp - 1}.run(blockIdx.x);
+      }
+    }
   } else {
     if constexpr (kMove) cutlass::arch::warpgroup_reg_alloc<kConfig.compute_registers()>();
     int team = warpgroup / kConfig.warpgroups();
-    ComputeGradients<Element, kConfig> compute{
-        {params, shared[team], team, warpgroup % kConfig.warpgroups(), int(threadIdx.x % 128)}};
+    BackwardThread<Element, kConfig> me{params, shared[team], team, warpgroup % kConfig.warpgroups(),
+                                        int(threadIdx.x % 128)};
+    ComputeBackward<Element, kConfig> compute{me};
     compute.run(kConfig.walker(blockIdx.x, team));
   }
 }
 
-template <jsparse_dtype kDtype, bool kKeys, int kHeadDim, bool kBias, int kBlockRows, int kBlockColumns>
+template <jsparse_dtype kDtype, bool kKeys, int kHeadDim, bool kBias, int kBlockRows, int kBlockColumns,
+          bool kAll = false>
 cudaError_t launch_backward_of(const BackwardParams &params, cudaStream_t stream) {
   constexpr BackwardConfig kConfig =
-      choose_backward(kKeys, kHeadDim, kBlockRows, kBlockColumns, kBias);
+      choose_backward(kKeys, kHeadDim, kBlockRows, kBlockColumns, kBias, kAll);
   constexpr int kBytes = kConfig.teams * sizeof(BackwardStorage<ElementOf<kDtype>, kConfig>);
   static_assert(kBytes <= 227 * 1024, "a multiprocessor has 227 KB of shared memory");
-  auto *kernel = &backward_sm90<kDtype, kKeys, kHeadDim, kBias, kBlockRows, kBlockColumns>;
+  auto *kernel = &backward_sm90<kDtype, kKeys, kHeadDim, kBias, kBlockRows, kBlockColumns, kAll>;
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
-  int ctas = params.args.schedule.num_workers / kConfig.teams;
-  kernel<<<ctas, kConfig.threads(), kBytes, stream>>>(params);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = params.args.schedule.num_workers / kConfig.teams;
+  config.blockDim = kConfig.threads();
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  // CTAs that wait for one another run at a time, or none does.
+  cudaLaunchAttribute together = {};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  config.attrs = &together;
+  config.numAttrs = kAll;
+  return cudaLaunchKernelEx(&config, kernel, params);
 }
 
 // Blocks of 64 columns have a kernel of their own only where those of 128 are computed in one step.
@@ -79,6 +100,11 @@ template <jsparse_dtype kDtype, int kHeadDim, bool kBias>
 cudaError_t launch_backward(const BackwardParams &params, bool keys, cudaStream_t stream) {
   return keys ? launch_backward_of<kDtype, true, kHeadDim, kBias>(params, stream)
               : launch_backward_of<kDtype, false, kHeadDim, kBias>(params, stream);
+}
+
+template <jsparse_dtype kDtype, int kHeadDim>
+cudaError_t launch_gradients(const BackwardParams &params, cudaStream_t stream) {
+  return launch_backward_of<kDtype, true, kHeadDim, false, 128, 128, true>(params, stream);
 }
 
 }  // namespace jsparse

@@ -5,6 +5,7 @@
 #include <cutlass/bfloat16.h>
 #include <cutlass/half.h>
 
+#include "collective/dq_by_key.cuh"
 #include "kernel/params.h"
 
 namespace jsparse {
@@ -68,7 +69,31 @@ __global__ void __launch_bounds__(32 * kWarps)
   }
 }
 
+template <class Element, int kHeadDim>
+__global__ void __launch_bounds__(256) finish_dq(const jsparse_backward_args args, const jsparse_turns turns,
+                                                 int num_tiles, void *dq) {
+  FinishDq<Element, kHeadDim>{args, turns, dq}.run(blockIdx.x, num_tiles, threadIdx.x);
+}
+
+template <class Element>
+cudaError_t launch_finish_dq(const BackwardParams &params, void *dq, cudaStream_t stream) {
+  const jsparse_backward_args &args = params.args;
+  auto *kernel = args.head_dim == 32   ? &finish_dq<Element, 32>
+                 : args.head_dim == 64 ? &finish_dq<Element, 64>
+                                       : &finish_dq<Element, 128>;
+  int num_tiles = params.sizes.columns / (args.head_dim > 64 ? 64 : 128);
+  int64_t places = int64_t(args.batch) * args.num_heads * num_tiles;
+  kernel<<<places, 256, 0, stream>>>(args, params.turns, num_tiles, dq);
+  return cudaGetLastError();
+}
+
 }  // namespace
+
+cudaError_t launch_finish_dq(const BackwardParams &params, void *dq, cudaStream_t stream) {
+  return params.args.dtype == JSPARSE_FLOAT16
+             ? launch_finish_dq<cutlass::half_t>(params, dq, stream)
+             : launch_finish_dq<cutlass::bfloat16_t>(params, dq, stream);
+}
 
 cudaError_t launch_sum(const BackwardParams &params, const Gradient &gradient, int tokens,
                        cudaStream_t stream) {

@@ -49,6 +49,7 @@ struct BackwardParams {
   float inverse_scale;     // what a bias is multiplied by
   void *bias_gradient;     // of dq: like the bias, or NULL
   Gradient by_key;         // of dk and dv: the gradient of a bias by key, of each batch entry and head
+  jsparse_turns turns;     // of all gradients: where a step adds its part of dq
 };
 
 // dq, dk or dv, and its parts; and the gradient of a bias by key.
@@ -65,6 +66,11 @@ template <jsparse_dtype kDtype, int kHeadDim, bool kBias>
 cudaError_t launch_forward(const ForwardParams &params, cudaStream_t stream);
 template <jsparse_dtype kDtype, int kHeadDim, bool kBias>
 cudaError_t launch_backward(const BackwardParams &params, bool keys, cudaStream_t stream);
+
+// Launches the kernel of all gradients, and the one that finishes dq.
+template <jsparse_dtype kDtype, int kHeadDim>
+cudaError_t launch_gradients(const BackwardParams &params, cudaStream_t stream);
+cudaError_t launch_finish_dq(const BackwardParams &params, void *dq, cudaStream_t stream);
 
 // Launches the merge of split rows, after the forward kernel.
 cudaError_t launch_merge(const jsparse_forward_args &args, cudaStream_t stream);

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsparse.backends import _hopper, _shared_object, mosaic_gpu
+from jsparse.backends import _hopper, _shared_object, _turns, mosaic_gpu
 from jsparse.backends._contract import HostPattern, Operands, Problem
 from jsparse.bias import Bias
 from jsparse.pallas_kernels.mosaic_gpu import _bias
@@ -51,7 +51,12 @@ MOST_RULES = 4
 BIASES = ("dense", "block")
 
 LIBRARY = "libjsparse_cuda.so"
-TARGETS = ("jsparse_forward", "jsparse_backward_dq", "jsparse_backward_dkv")
+TARGETS = (
+    *("jsparse_forward", "jsparse_backward_dq", "jsparse_backward_dkv"),
+    "jsparse_backward",
+)
+FLAGGED_ROW = 1 << 29
+"""As ``JSPARSE_FLAGGED_ROW``."""
 
 _NOTHING: Any = jax.ShapeDtypeStruct((0,), jnp.float32)
 """A result that is not asked for."""
@@ -109,12 +114,12 @@ def forward(
         tiles=call.mask.block_q // items.tile_q,
     )
     batch, q_len, heads, dim = q.shape
-    parts = _parts(schedule, items.tile_q, dim)
+    parts, bias = _parts(schedule, items.tile_q, dim), _BiasOperands.of(call, "kv")
     out, lse, *_ = _launch(
         "jsparse_forward",
         (q, k, v),
         (*call.entries(lists, bad, call.blocks[1]), call.elements(bad), schedule),
-        _BiasOperands.of(call, "kv"),
+        bias[:3],
         [
             q,
             jax.ShapeDtypeStruct((batch, heads, q_len), jnp.float32),
@@ -123,6 +128,7 @@ def forward(
         **_attributes(call),
         tile_q=np.int32(items.tile_q),
         share=items.share,
+        bias_inner=np.int32(bias.inner),
     )
     out = out[..., : operands.v.shape[-1]]
     return out.reshape(*call.batch, *out.shape[1:]), lse.reshape(
@@ -145,39 +151,13 @@ def backward(
     of_queries = call.statistics(out, lse, dout, dlse)
     dout = call.flat(dout)
     arrays = (*_pad_heads(call.q, call.k, call.v, dout), *of_queries[:2])
-    q, k, v = arrays[:3]
-    (block_q, block_kv), dim = call.blocks, q.shape[-1]
+    dim = arrays[0].shape[-1]
     bias: Any = call.bias if bias_gradient else None
-    own = _bias.own_gradient(bias, *q.shape[:3:2])
-
-    bad = call.bad_keys(k)
-    workers = _backward_workers(dim, block_q, block_kv, keys=False)
-    lists = call.rows
-    schedule = call.schedule(lists, workers)
-    dq, _, dbias = _launch(
-        "jsparse_backward_dq",
-        arrays,
-        (*call.entries(lists, bad, block_kv), call.elements(bad), schedule),
-        _BiasOperands.of(call, "kv"),
-        [q, _parts(schedule, block_q, dim), _NOTHING if own is None else own],
-        **_attributes(call),
-    )
-
-    bad, lists = of_queries.bad, call.columns
-    workers = _backward_workers(dim, block_kv, block_q, keys=True)
-    schedule = call.schedule(lists, workers, q.shape[2] // k.shape[2])
-    parts, of_key = _parts(schedule, block_kv, dim), [_NOTHING, _NOTHING]
-    if isinstance(bias, _bias.KeyBias):
-        shapes = (*k.shape[:2], q.shape[2]), parts.shape[:2]
-        of_key = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    dk, dv, _, _, by_key, _ = _launch(
-        "jsparse_backward_dkv",
-        arrays,
-        (*call.entries(lists, bad, block_q), call.transposed_elements(bad), schedule),
-        _BiasOperands.of(call, "q"),
-        [k, v, parts, parts, *of_key],
-        **_attributes(call),
-    )
+    if split := _one_launch(call, dim):
+        dq, dk, dv = _all_gradients(call, arrays, of_queries.bad, split)
+        bias_gradients: Any = None, None
+    else:
+        dq, dk, dv, *bias_gradients = _two_launches(call, arrays, of_queries.bad, bias)
     if call.sign != 1:
         dq = dq * jnp.asarray(call.sign, dq.dtype)
     dq, dk, dv = (
@@ -187,10 +167,106 @@ def backward(
         return dq, dk, dv, None
     # The gradient of a bias that is shared has one kernel, which is Mosaic's.
     arrays = (call.q, call.k, call.v, _hopper.pad_dim(dout), *of_queries[:2])
-    by_key = jnp.moveaxis(by_key[:, None], -1, 1) if by_key.size else None
-    found = by_key, None if own is None else dbias
     gradient = mosaic_gpu.streamed_bias_gradient
-    return dq, dk, dv, gradient(call, arrays, *found, operands.bias)
+    return dq, dk, dv, gradient(call, arrays, *bias_gradients, operands.bias)
+
+
+# ----------------------------------------------------------------- backward launches
+
+
+def _one_launch(call: _hopper.Call, dim: int) -> int:
+    """Tiles of a block of queries for the kernel of all gradients; 0: two launches.
+
+    The order in which its steps add to dq is made on the host.
+    """
+    block_q, block_kv = call.blocks
+    tile = _loaded().jsparse_backward_tile(dim, block_q, block_kv)
+    known = call.columns.known
+    if call.bias is not None or known is None or tile == 0:
+        return 0
+    split = block_q // tile
+    steps = _turns.num_steps(*known, *call.q.shape[:3:2], split)
+    return split if 0 < steps <= _turns.MOST_STEPS else 0
+
+
+def _all_gradients(
+    call: _hopper.Call, arrays: tuple[Array, ...], bad: Array, split: int
+) -> tuple[Array, Array, Array]:
+    """dq, dk and dv."""
+    q, k, v = arrays[:3]
+    (block_q, block_kv), dim, lists = call.blocks, q.shape[-1], call.columns
+    assert lists.known is not None
+    schedule, turns = _turns.with_turns(
+        call.schedule(lists, _hopper.num_multiprocessors(), q.shape[2] // k.shape[2]),
+        *lists.known,
+        (*q.shape[:3:2], call.mask.num_q_blocks * split),
+        split,
+    )
+    partial, full = call.entries(lists, bad, block_q)
+    bad_keys = np.zeros(0, np.int32)
+    if schedule.any_partial:
+        bad_keys = call.bad_keys(k)
+        rows = bad_keys.reshape(-1, call.mask.num_kv_blocks, block_kv).any((0, 2))
+        partial = partial + FLAGGED_ROW * rows.astype(jnp.int32)[:, None]
+    parts = _parts(schedule, block_kv, dim)
+    most = max(turns.num_sums, 1)
+    sums = jax.ShapeDtypeStruct((most, block_q // split, dim), jnp.float32)
+    taken = jax.ShapeDtypeStruct((most, 2), jnp.int32)
+    dq, dk, dv, *_ = _launch(
+        "jsparse_backward",
+        arrays,
+        (partial, full, call.transposed_elements(bad), schedule),
+        (turns.turns, turns.sums_of, bad_keys),
+        [q, k, v, parts, parts, sums, taken],
+        **_attributes(call),
+    )
+    return dq, dk, dv
+
+
+def _two_launches(
+    call: _hopper.Call, arrays: tuple[Array, ...], bad_queries: Array, bias: Any
+) -> tuple[Array, Array, Array, Array | None, Array | None]:
+    """dq; dk and dv; what they find of the gradient of ``bias``.
+
+    That is by key, ``[B, S, 1, H]``, or of a bias that nobody shares.
+    """
+    q, k, v = arrays[:3]
+    (block_q, block_kv), dim = call.blocks, q.shape[-1]
+    own = _bias.own_gradient(bias, *q.shape[:3:2])
+
+    bad = call.bad_keys(k)
+    workers = _backward_workers(dim, block_q, block_kv, keys=False)
+    lists, operands = call.rows, _BiasOperands.of(call, "kv")
+    schedule = call.schedule(lists, workers)
+    dq, _, dbias = _launch(
+        "jsparse_backward_dq",
+        arrays,
+        (*call.entries(lists, bad, block_kv), call.elements(bad), schedule),
+        operands[:3],
+        [q, _parts(schedule, block_q, dim), _NOTHING if own is None else own],
+        **_attributes(call),
+        bias_inner=np.int32(operands.inner),
+    )
+
+    bad, lists = bad_queries, call.columns
+    workers = _backward_workers(dim, block_kv, block_q, keys=True)
+    schedule = call.schedule(lists, workers, q.shape[2] // k.shape[2])
+    parts, of_key = _parts(schedule, block_kv, dim), [_NOTHING, _NOTHING]
+    operands = _BiasOperands.of(call, "q")
+    if isinstance(bias, _bias.KeyBias):
+        shapes = (*k.shape[:2], q.shape[2]), parts.shape[:2]
+        of_key = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    dk, dv, _, _, by_key, _ = _launch(
+        "jsparse_backward_dkv",
+        arrays,
+        (*call.entries(lists, bad, block_q), call.transposed_elements(bad), schedule),
+        operands[:3],
+        [k, v, parts, parts, *of_key],
+        **_attributes(call),
+        bias_inner=np.int32(operands.inner),
+    )
+    by_key = jnp.moveaxis(by_key[:, None], -1, 1) if by_key.size else None
+    return dq, dk, dv, by_key, None if own is None else dbias
 
 
 # ----------------------------------------------------------------------- the launches
@@ -272,14 +348,15 @@ def _launch(
     target: str,
     arrays: tuple[Array, ...],
     pattern: tuple[Array, Array, Elements, Schedule],
-    bias: _BiasOperands,
+    beside: Sequence[Array],
     results: Sequence[Any],
     **attributes: Any,
 ) -> Sequence[Array]:
     """Results of the shapes and dtypes of ``results``, from a handler in ``ffi/``.
 
     ``pattern`` is lists of partial and of full blocks, the test of elements and the
-    schedule; the headers in ``ffi/include`` have the shapes.
+    schedule; ``beside``, a bias or turns; the headers in ``ffi/include`` have the
+    shapes.
     """
     partial, full, elements, schedule = pattern
     none = np.zeros(0, np.int32)
@@ -290,12 +367,11 @@ def _launch(
         bad if len(bad) else none,
         none if lengths is None else lengths.reshape(-1, 2),
         none if bits is None or not len(bits) else bits,
-        *bias[:3],
+        *beside,
         *(x for rule in rules for x in rule),
     )
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results]
     kinds = np.array([RULES.index(type(rule)) for rule in rules], np.int32)
-    attributes["bias_inner"] = np.int32(bias.inner)
 
     def kernel(*operands: Array) -> Sequence[Array]:
         run = jax.ffi.ffi_call(target, shapes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+from dataclasses import fields
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jsparse import BlockMask
 from jsparse.backends import cutlass
 from tests.backends import test_contract as contract
 from tests.support.cases import (
@@ -38,10 +40,14 @@ BIASES = (
 )
 
 
-def check(case: Case, dtype: str, results: int = 5) -> None:
-    """Compares the first results with float64, and all bits with a second run."""
+def check(case: Case, dtype: str, results: int = 5, static: bool = False) -> None:
+    """Compares the first results with float64, and all bits with a second run.
+
+    With a mask that is known before tracing all gradients may be one launch.
+    """
     case = case.cast(dtype)
-    run = functools.partial(contract.run_case, "cutlass", case)
+    run_case = contract.run_known if static else contract.run_case
+    run = functools.partial(run_case, "cutlass", case)
     poison(jax.eval_shape(run))
     found = run()
     contract.check_sixteen_bit(found[:results], case, contract.LIMITS[dtype])
@@ -75,6 +81,37 @@ def test_every_kernel(dims, block_q, block_kv, dtype):
 @pytest.mark.parametrize("name", CASES)
 def test_every_case(name, blocks):
     check(CASES[name](np.random.default_rng(0), (700, 900, *blocks)), "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", cutlass.DTYPES)
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2), (16, 16)])
+@pytest.mark.parametrize("dims", [(16, 24), (32, 32), (48, 64), (96, 80), (128, 128)])
+def test_all_gradients_in_one_launch(dims, heads, dtype):
+    # From some items a CTA to some CTAs an item.
+    rng = np.random.default_rng(dims[0])
+    mask = random_mask(rng, (1900, 2600, 128, 128), 200)
+    check(make_case(rng, mask, heads=heads, dims=dims), dtype, static=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_in_one_launch(name):
+    case = CASES[name](np.random.default_rng(0), (700, 900, 128, 128))
+    check(case, "bfloat16", static=True)
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
+def test_where_nan_goes_in_one_launch(monkeypatch, where):
+    monkeypatch.setitem(contract.BLOCKS, "cutlass", (300, 500, 128, 128))
+    contract.check_where_nan_goes(contract.run_known, "cutlass", where)
+
+
+@pytest.mark.parametrize("dim", cutlass.HEAD_SIZES)
+def test_many_wait_for_one(dim):
+    # Every row of keys has the same few blocks of queries.
+    rng = np.random.default_rng(dim)
+    rows, columns = (x.reshape(-1) for x in np.indices((3, 500)))
+    mask = BlockMask.from_blocks(rows, columns, q_len=384, kv_len=64000)
+    check(make_case(rng, mask, heads=(2, 1), dims=(dim, dim)), "bfloat16", static=True)
 
 
 @pytest.mark.parametrize("dim", cutlass.HEAD_SIZES)
@@ -122,20 +159,31 @@ def test_split_rows(static, side, kind):
         contract.check_sixteen_bit_bias(case, found[5])
 
 
+@pytest.mark.parametrize("dim", cutlass.HEAD_SIZES)
+def test_the_same_bits_of_one_launch(dim):
+    check_the_same_bits(dim, None, static=True)
+
+
 @pytest.mark.parametrize("kind", [None, "dense_2d", "per_key", "block"])
 @pytest.mark.parametrize("dim", [32, 64, 128])
 def test_the_same_bits_a_thousand_times(dim, kind):
+    check_the_same_bits(dim, kind, static=False)
+
+
+def check_the_same_bits(dim: int, kind: str | None, *, static: bool) -> None:
+    """Of a thousand runs, by two threads."""
     rng = np.random.default_rng(2)
     mask = random_mask(rng, (2000, 3000, 128, 128), 150)
     case = make_case(rng, mask, heads=(4, 2), dims=(dim, dim)).cast("bfloat16")
     case = case if kind is None else with_bias(case, kind)
-    arrays = (case.q, case.k, case.v, case.mask, case.bias, case.dout, case.dlse)
+    arrays = {field.name: getattr(case, field.name) for field in fields(case)}
+    known = {"mask": arrays.pop("mask")} if static else {}
     args = jax.device_put(arrays)
-    run = functools.partial(contract.run, "cutlass")
-    first = jax.tree_util.tree_leaves(run(*args))
+    run = jax.jit(functools.partial(contract.results, "cutlass", **known))
+    first = jax.tree_util.tree_leaves(run(**args))
 
     def differ(_):
-        found = jax.tree_util.tree_leaves(run(*args))
+        found = jax.tree_util.tree_leaves(run(**args))
         return sum(int((x != y).sum()) for x, y in zip(found, first, strict=True))
 
     with concurrent.futures.ThreadPoolExecutor(2) as threads:

@@ -48,6 +48,7 @@ template <class T>
 int register_mismatches() {
   typename T::MmaQk qk;
   typename T::MmaPv pv;
+  typename T::MmaQkFromRegisters held;
   auto logits = make_identity_tensor(Shape<typename T::Rows, typename T::Columns>{});
   auto sums = make_identity_tensor(Shape<typename T::Rows, typename T::Dim>{});
   int wrong = 0;
@@ -55,6 +56,7 @@ int register_mismatches() {
     wrong += register_mismatches(qk.get_slice(thread).partition_C(logits), thread);
     wrong += register_mismatches(pv.get_slice(thread).partition_C(sums), thread);
     wrong += register_mismatches(pv.get_slice(thread).partition_A(logits), thread);
+    wrong += register_mismatches(held.get_slice(thread).partition_A(sums), thread);
   }
   return wrong;
 }

@@ -6,6 +6,7 @@
 #include "collective/compute.cuh"
 #include "collective/dkv.cuh"
 #include "collective/dq.cuh"
+#include "collective/gradients.cuh"
 #include "collective/load.cuh"
 #include "handlers.cc"
 
@@ -66,6 +67,49 @@ void run(const BackwardParams &params) {
       }
     }
     cta.run();
+  }
+}
+
+// As backward_sm90, of all gradients: its CTAs wait for one another.
+template <class Element, int kDim>
+void run_all(const BackwardParams &params, void *dq) {
+  constexpr BackwardConfig kConfig = choose_backward(true, kDim, 128, 128, false, true);
+  using Storage = BackwardStorage<Element, kConfig>;
+  constexpr int kThreads = kConfig.threads();
+  const int ctas = params.args.schedule.num_workers;
+  std::vector<std::unique_ptr<Storage>> shared;
+  in_flight.clear();
+  simulated::Cta cta(seed, kThreads);
+  for (int block = 0; block < ctas; ++block) {
+    auto &team = *shared.emplace_back(std::make_unique<Storage>());
+    std::memset(static_cast<void *>(&team), 0xff, sizeof(Storage));
+    team.init_barriers();
+    auto add = [&](int thread, auto body) { cta.add(block * kThreads + thread, body); };
+    add(256, [&params, &team, block] { BackwardLoad<Element, kConfig>{params, team}.run(block); });
+    for (int w = 0; w < 2; ++w) {
+      add(288 + 32 * w, [&params, &team, w, block] {
+        SendDq<Element, kConfig>{params, team, w}.run(block);
+      });
+    }
+    for (int thread = 0; thread < 256; ++thread) {
+      add(thread, [&params, &team, thread, block] {
+        ComputeGradients<Element, kConfig>{{{params, team, 0, thread / 128, thread % 128}}}.run(block);
+      });
+    }
+  }
+  cta.run();
+
+  // As kernel/merge.cu.
+  const jsparse_backward_args &args = params.args;
+  int num_tiles = params.sizes.columns / kConfig.tile;
+  for (int64_t place = 0; place < int64_t(args.batch) * args.num_heads * num_tiles; ++place) {
+    simulated::Cta finish(seed);
+    for (int thread = 0; thread < 256; ++thread) {
+      finish.add(thread, [&, thread] {
+        FinishDq<Element, kDim>{args, params.turns, dq}.run(place, num_tiles, thread);
+      });
+    }
+    finish.run();
   }
 }
 
@@ -190,12 +234,14 @@ struct Outputs {
   std::vector<Gradient> gradients;
   void *bias_gradient;
   Gradient by_key;
+  jsparse_turns turns = {};
+  void *dq = nullptr;
 };
 
 // As kernel/backward.cc.
 template <class Element>
 void backward(const jsparse_backward_args &args, const Outputs &to) {
-  const auto &[keys, gradients, bias_gradient, by_key] = to;
+  const auto &[keys, gradients, bias_gradient, by_key, turns, dq] = to;
   BackwardParams params = {};
   params.args = args;
   params.scale_log2 = args.scale * 1.4426950408889634f;
@@ -206,8 +252,9 @@ void backward(const jsparse_backward_args &args, const Outputs &to) {
   params.inverse_scale = 1.0f / args.scale;
   params.bias_gradient = bias_gradient;
   params.by_key = by_key;
+  params.turns = turns;
   int tile = choose_backward(keys, args.head_dim, params.sizes.block_rows,
-                             params.sizes.block_columns).tile;
+                             params.sizes.block_columns, false, dq != nullptr).tile;
   const void *of_queries[] = {args.q, args.dout}, *of_keys[] = {args.k, args.v};
   for (int i = 0; i < 2; ++i) {
     (keys ? params.columns : params.rows)[i] =
@@ -215,7 +262,15 @@ void backward(const jsparse_backward_args &args, const Outputs &to) {
     (keys ? params.rows : params.columns)[i] =
         map_of(args, of_keys[i], args.kv_len, args.num_kv_heads, keys ? 64 : tile);
   }
-  run_of_dtype<Element>(params, keys);
+  if (dq == nullptr) {
+    run_of_dtype<Element>(params, keys);
+  } else {
+    std::memset(turns.taken, 0, 2 * sizeof(int32_t) * turns.num_sums);
+    std::fill_n(turns.sums, int64_t(turns.num_sums) * tile * args.head_dim, __builtin_nanf(""));
+    if (args.head_dim == 32) run_all<Element, 32>(params, dq);
+    if (args.head_dim == 64) run_all<Element, 64>(params, dq);
+    if (args.head_dim == 128) run_all<Element, 128>(params, dq);
+  }
   for (const Gradient &gradient : gradients) {
     sum_parts<Element>(params, gradient, keys ? args.kv_len : args.q_len);
   }
@@ -290,9 +345,26 @@ extern "C" JSPARSE_API int jsparse_backward_dkv(const jsparse_backward_args *arg
                            message_size);
 }
 
+extern "C" JSPARSE_API int32_t jsparse_backward_tile(int32_t head_dim, int32_t block_q,
+                                                     int32_t block_kv) {
+  if (!jsparse::has_all_kernel(head_dim, block_q, block_kv)) return 0;
+  return jsparse::choose_backward(true, head_dim, block_kv, block_q, false, true).tile;
+}
+
+extern "C" JSPARSE_API int jsparse_backward(const jsparse_backward_args *args,
+                                            const jsparse_turns *turns, void *dq, void *dk,
+                                            void *dv, float *part_dk, float *part_dv, void *,
+                                            char *message, size_t message_size) {
+  auto of_keys = jsparse::gradient_of(*args, dk, part_dk, args->scale);
+  auto of_values = jsparse::gradient_of(*args, dv, part_dv, 1.0f);
+  return jsparse::backward(*args, {true, {of_keys, of_values}, nullptr, {}, *turns, dq}, message,
+                           message_size);
+}
+
 extern "C" JSPARSE_API XLA_FFI_Error *jsparse_forward_on_host(XLA_FFI_CallFrame *);
 extern "C" JSPARSE_API XLA_FFI_Error *jsparse_backward_dq_on_host(XLA_FFI_CallFrame *);
 extern "C" JSPARSE_API XLA_FFI_Error *jsparse_backward_dkv_on_host(XLA_FFI_CallFrame *);
+extern "C" JSPARSE_API XLA_FFI_Error *jsparse_backward_on_host(XLA_FFI_CallFrame *);
 
 // The handlers without a stream, which a CPU does not have.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
@@ -307,6 +379,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     jsparse_backward_dkv_on_host,
     [](auto... arguments) { return jsparse::backward_dkv(nullptr, arguments...); },
     jsparse::of_backward<6>(xla::ffi::Ffi::Bind()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jsparse_backward_on_host,
+    [](auto... arguments) { return jsparse::backward(nullptr, arguments...); },
+    jsparse::of_all_gradients(xla::ffi::Ffi::Bind()));
 
 // 2^x by polynomial.
 extern "C" JSPARSE_API void exp2_polynomial(const float *x, float *y, int64_t count) {

@@ -6,18 +6,20 @@ handlers are the kernels' own code; the forward pass is the CUDA kernel's too.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
-from jsparse.backends import _hopper, cutlass
+from jsparse.backends import _hopper, _turns, cutlass
 from tests.backends import test_contract as contract
 from tests.support.cases import CASES, Case, make_case, random_mask, uneven_rows
 
 
-def check(case: Case, dtype: str = "bfloat16") -> None:
+def check(case: Case, dtype: str = "bfloat16", run=contract.run_case) -> None:
     case = case.cast(dtype)
-    found = contract.run_case("cutlass", case)
+    found = run("cutlass", case)
     contract.check_sixteen_bit(found, case, contract.LIMITS[dtype])
 
 
@@ -39,17 +41,22 @@ def test_every_kernel(on_cpu, dims, block_q, block_kv, dtype):
 
 
 @pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("static", [True, False])
 @pytest.mark.parametrize("dim, heads", [(32, (2, 2)), (64, (4, 2)), (128, (2, 1))])
-def test_the_order_of_threads_changes_nothing(on_cpu, monkeypatch, dim, heads, seed):
-    # Several items and many steps a team: every stage of every ring is used again.
-    monkeypatch.setattr(_hopper, "num_multiprocessors", lambda: 1)
+def test_the_order_of_threads_changes_nothing(
+    on_cpu, monkeypatch, dim, heads, static, seed
+):
+    # Several items and many steps a team: every stage of every ring is used again. CTAs
+    # that wait for one another are two.
+    monkeypatch.setattr(_hopper, "num_multiprocessors", lambda: 1 + static)
     rng = np.random.default_rng(5)
     mask = random_mask(rng, (250, 380, 128, 128), 5)
     case = make_case(rng, mask, heads=heads, dims=(dim, dim)).cast("bfloat16")
-    expected = contract.run_case("cutlass", case)
+    run = contract.run_known if static else contract.run_case
+    expected = run("cutlass", case)
     on_cpu.set_seed(1000 * (seed + 1))
     try:
-        found = contract.run_case("cutlass", case)
+        found = run("cutlass", case)
         jax.block_until_ready(found)
     finally:
         on_cpu.set_seed(0)
@@ -75,6 +82,74 @@ def test_split_rows(on_cpu, monkeypatch, static, side):
 @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
 def test_nan_stays_where_attention_carries_it(on_cpu, where):
     contract.test_nan_stays_where_attention_carries_it("cutlass", where)
+
+
+# ---------------------------------------------------------- all gradients in one launch
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "nothing"])
+def test_every_case_in_one_launch(on_cpu, name):
+    case = CASES[name](np.random.default_rng(0), (260, 340, 128, 128))
+    assert launches_of(case) == 1
+    check(case, run=contract.run_known)
+
+
+@pytest.mark.parametrize("dtype", cutlass.DTYPES)
+@pytest.mark.parametrize("dims", [(24, 24), (64, 48), (96, 128)], ids=str)
+def test_every_kernel_of_all_gradients(on_cpu, dims, dtype):
+    # Many steps an item, of few tiles: each has several sums.
+    rng = np.random.default_rng(dims[0])
+    mask = random_mask(rng, (500, 500, 128, 128), 14)
+    case = make_case(rng, mask, heads=(2, 1), dims=dims)
+    assert launches_of(case) == 1
+    check(case, dtype, run=contract.run_known)
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
+def test_where_nan_goes_in_one_launch(on_cpu, monkeypatch, where):
+    monkeypatch.setitem(contract.BLOCKS, "cutlass", (200, 330, 128, 128))
+    contract.check_where_nan_goes(contract.run_known, "cutlass", where)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dim", cutlass.HEAD_SIZES)
+def test_a_bad_key_is_cleared_for_dq_alone(on_cpu, dim, value):
+    # Its own gradients are those of two launches, which read it as it is; and the steps
+    # after those of partial blocks do too.
+    rng = np.random.default_rng(4)
+    mask = random_mask(rng, (300, 250, 128, 128), 5)
+    case = make_case(rng, mask, heads=(2, 1), dims=(dim, dim)).cast("bfloat16")
+    case.k[70, 0, dim // 2] = value
+    found, expected = (
+        run("cutlass", case) for run in (contract.run_known, contract.run_case)
+    )
+    for name, x, y in zip(contract.NAMES[2:], found[2:5], expected[2:5], strict=True):
+        x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+        np.testing.assert_array_equal(np.isnan(x), np.isnan(y), err_msg=name)
+        finite = np.isfinite(y)
+        assert finite.any()
+        assert contract.error(x[finite], y[finite]) <= contract.HALF_LIMIT, name
+
+
+def test_two_launches_where_one_is_not_made_for_it(on_cpu, monkeypatch):
+    rng = np.random.default_rng(0)
+    wide, narrow = (CASES["plain"](rng, (260, 340, 128, n)) for n in (128, 64))
+    assert [launches_of(case) for case in (wide, narrow)] == [1, 2]
+    monkeypatch.setattr(_turns, "MOST_STEPS", 3)
+    assert launches_of(wide) == 2
+    none = random_mask(rng, (260, 340, 128, 128), 0)
+    assert launches_of(make_case(rng, none)) == 2
+
+
+def launches_of(case: Case) -> int:
+    """Of the backward pass, with a known mask."""
+    case = case.cast("bfloat16")
+    run = jax.jit(functools.partial(contract.results, "cutlass", mask=case.mask))
+    text = run.lower(
+        case.q, case.k, case.v, bias=case.bias, dout=case.dout, dlse=case.dlse
+    ).as_text()
+    counts = [text.count(f"@{x}(") for x in cutlass.TARGETS[1:]]
+    return sum(counts)
 
 
 @pytest.mark.parametrize("split, full", [("batch", False), ("heads", None)])

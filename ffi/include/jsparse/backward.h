@@ -33,6 +33,24 @@ typedef struct jsparse_backward_args {
   jsparse_bias bias; /* its block numbers are those of this launch's lists */
 } jsparse_backward_args;
 
+/* Of a launch that computes all gradients: where the steps of its items, rows of keys, add their parts of
+ * dq. A step is an item's block, or, where a block of queries is more than a tile, each tile of it; the
+ * steps of an item are numbered from its field for them on. The parts of a tile of queries are added to
+ * one of the sums that it has, one after another; the order must be one in which all workers, each
+ * with its items in their order, can go on. */
+typedef struct jsparse_turns {
+  const int32_t *turns; /* [steps, 2]: the sum, and how many parts are added to it before; NULL: no dq */
+  const int32_t *sums_of; /* [B, H, tiles of R, 2]: the first sum of a tile, and how many it has */
+  int32_t num_sums;
+  float *sums;             /* [num_sums, tile, D]: workspace */
+  int32_t *taken;          /* [num_sums, 2]: workspace */
+  /* [B, K, S in whole blocks]: not 0 where a key is not finite; NULL if no entry is JSPARSE_FLAGGED_ROW. */
+  const int32_t *bad_keys;
+} jsparse_turns;
+
+/* Queries of a tile of jsparse_turns, or 0 if there is no kernel for all gradients. */
+JSPARSE_API int32_t jsparse_backward_tile(int32_t head_dim, int32_t block_q, int32_t block_kv);
+
 /* Walkers of a schedule that share one multiprocessor, or 0 if there is no kernel for the sizes: for
  * dq, rows are queries and columns keys, and keys is 0; for dk and dv the reverse, and keys is 1. */
 JSPARSE_API int32_t jsparse_backward_walkers(int32_t keys, int32_t head_dim, int32_t block_rows,
@@ -59,6 +77,12 @@ JSPARSE_API int jsparse_backward_dkv(const jsparse_backward_args *args, void *dk
                                      float *part_dk, float *part_dv, float *by_key,
                                      float *part_by_key, void *stream, char *message,
                                      size_t message_size);
+
+/* Launches dq, dk and dv: as jsparse_backward_dkv, without a bias, and with no more workers than the GPU
+ * has multiprocessors, all of which run at a time. */
+JSPARSE_API int jsparse_backward(const jsparse_backward_args *args, const jsparse_turns *turns,
+                                 void *dq, void *dk, void *dv, float *part_dk, float *part_dv,
+                                 void *stream, char *message, size_t message_size);
 
 #ifdef __cplusplus
 }

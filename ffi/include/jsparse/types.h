@@ -19,6 +19,9 @@ extern "C" {
 #define JSPARSE_ITEM_FIELDS 12
 /* Added to the entry of a partial block that has a bad column; see jsparse_elements. */
 #define JSPARSE_FLAGGED (1 << 30)
+/* Added to the entry of a partial block, of a launch that computes all gradients, that has a key which
+ * is not finite. */
+#define JSPARSE_FLAGGED_ROW (1 << 29)
 
 /* float32 is the dtype of a bias only. */
 typedef enum jsparse_dtype {
@@ -29,7 +32,8 @@ typedef enum jsparse_dtype {
 
 /* What walkers compute, and in which order. An item is batch, query head, row (of tiles), first and
  * number of its partial list entries, first and number of its full ones, workspace slot or -1, bit
- * block of the first partial entry, column of the first block, and two that are unused. */
+ * block of the first partial entry, column of the first block; and of a launch with jsparse_turns, the
+ * first of the item's, and where in its lists it begins, in 1/65536 of either: they are walked round. */
 typedef struct jsparse_schedule {
   const int32_t *partial;    /* flattened lists of partial blocks, by row */
   const int32_t *full;       /* flattened lists of full blocks, by row */

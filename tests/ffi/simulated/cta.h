@@ -1,4 +1,4 @@
-// A CTA on a CPU: its threads are fibers, of which one runs at a time, until it waits. They come in
+// A CTA on a CPU, or several that run at a time: its threads are fibers, of which one runs at a time, until it waits. They come in
 // random order, and now and then a warp is held up for long, so that what others may do meanwhile is
 // done. The same seed gives the same order. If all threads wait, the CTA hangs.
 #pragma once
@@ -43,9 +43,10 @@ inline Cta *cta;
 
 class Cta {
  public:
-  explicit Cta(unsigned seed) : random_(seed) { cta = this; }
+  // Several have `threads` each.
+  explicit Cta(unsigned seed, int threads = 1024) : random_(seed), threads_of_cta_(threads) { cta = this; }
 
-  // `index` is threadIdx.x: warps and quads meet by it.
+  // `index` is threadIdx.x, counted over the CTAs: warps and quads meet by it.
   void add(int index, std::function<void()> body) {
     threads_.push_back(std::make_unique<Thread>());
     Thread &thread = *threads_.back();
@@ -64,7 +65,7 @@ class Cta {
     size_t left = threads_.size();
     for (unsigned round = 0; left > 0; ++round) {
       std::shuffle(threads_.begin(), threads_.end(), random_);
-      if (random_() % 4 == 0) held_until_[random_() % (threads_.size() / 32)] = round + 50;
+      if (random_() % 4 == 0) held_until_[threads_[0]->index / 32] = round + 50;
       bool any = false;
       for (auto &thread : threads_) {
         if (thread->done || (thread->ready && !thread->ready())) continue;
@@ -96,18 +97,30 @@ class Cta {
   void meet_warp() { meet(warps_[running_->index / 32]); }
 
   Meeting &named(int number, int threads) {
-    named_[number].size = threads;
-    return named_[number];
+    Meeting &meeting = named_[{index() / threads_of_cta_, number}];
+    meeting.size = threads;
+    return meeting;
   }
 
   // Copies happen in their order, but late.
-  void copy_later(std::function<void()> copy) { copies_.push_back(std::move(copy)); }
+  void copy_later(std::function<void()> copy) {
+    int by = index();
+    ++copies_of_[by];
+    copies_.push_back([this, by, copy = std::move(copy)] {
+      copy();
+      --copies_of_[by];
+    });
+  }
+  // Until the thread's are done.
+  void await_copies() {
+    wait_until([this, by = index()] { return copies_of_[by] == 0; });
+  }
 
   int index() const { return running_->index; }
 
   // What the threads of a quad or warp show one another.
-  uint32_t words[1024];
-  const void *shown[1024];
+  uint32_t words[1 << 14];
+  const void *shown[1 << 14];
   std::string trouble;
 
  private:
@@ -136,7 +149,10 @@ class Cta {
   std::mt19937 random_;
   std::map<int, unsigned> held_until_;  // round, by warp
   std::vector<std::unique_ptr<Thread>> threads_;
-  std::map<int, Meeting> quads_, warps_, named_;
+  std::map<int, Meeting> quads_, warps_;
+  std::map<std::pair<int, int>, Meeting> named_;  // by CTA and number
+  std::map<int, int> copies_of_;                  // by thread
+  int threads_of_cta_;
   std::deque<std::function<void()>> copies_;
   Thread *running_ = nullptr;
   ucontext_t scheduler_;

@@ -15,10 +15,18 @@ namespace jsparse {
 // Products that a thread has started.
 inline std::map<int, std::deque<std::function<void()>>> in_flight;
 
+// An element of a tile of `rows` rows, laid out as T is.
+template <class T, class Element>
+Element &element_of(Element *tile, int rows, int row, int column) {
+  constexpr int kBox = T::kBoxColumns;
+  auto *box = reinterpret_cast<char *>(tile + column / kBox * rows * kBox);
+  return *reinterpret_cast<Element *>(box + swizzled(row, column % kBox, kBox));
+}
+
 template <class Element, int kDim, int kColumns>
 struct Products {
   using T = Tiles<Element, kDim, kColumns>;
-  static constexpr int kLogits = kColumns / 2, kSums = kDim / 2;
+  static constexpr int kLogits = kColumns / 2, kSums = kDim / 2, kRowWords = kDim / 4;
 
   static void begin() {}
   static void begin(uint32_t (&)[kLogits / 2]) {}
@@ -46,27 +54,40 @@ struct Products {
     });
   }
 
+  static void load_rows(uint32_t (&rows)[kRowWords], Element *tile, int thread) {
+    for (int i = 0; i < kRowWords; ++i) {
+      Element both[2];
+      for (int j = 0; j < 2; ++j) {
+        both[j] = Element(element(tile, 64, first_row(thread) + i % 2 * 8,
+                                  first_column(thread) + i / 2 * 8 + j));
+      }
+      std::memcpy(&rows[i], both, 4);
+    }
+  }
+
+  static void start_qk(float (&logits)[kLogits], uint32_t (&q)[kRowWords], Element *k_tile) {
+    float *to = logits;
+    for (int i = 0; i < kLogits; ++i) to[i] = __builtin_nanf("");
+    const uint32_t *mine = q;
+    in_flight[simulated::cta->index()].push_back([=] {
+      for (int i = 0; i < kLogits; ++i) to[i] = 0;
+      for_operand(mine, kDim, [=](int column, const float (&values)[2]) {
+        for (int i = 0; i < kLogits; ++i) {
+          to[i] += values[i >> 1 & 1] * element(k_tile, kColumns, column_of(i), column);
+        }
+      });
+    });
+  }
+
   static void start_pv(float (&sums)[kSums], uint32_t (&p)[kLogits / 2], Element *v_tile) {
     float *to = sums;
     const uint32_t *mine = p;
     in_flight[simulated::cta->index()].push_back([=] {
-      auto *cta = simulated::cta;
-      cta->shown[cta->index()] = mine;
-      cta->meet_quad();
-      int first = cta->index() / 4 * 4;
-      for (int key = 0; key < kColumns; ++key) {
-        auto *words = static_cast<const uint32_t *>(cta->shown[first + key % 8 / 2]);
-        float values[2];
-        for (int half = 0; half < 2; ++half) {
-          Element both[2];
-          std::memcpy(both, &words[key / 8 * 2 + half], 4);
-          values[half] = float(both[key % 2]);
-        }
+      for_operand(mine, kColumns, [=](int key, const float (&values)[2]) {
         for (int i = 0; i < kSums; ++i) {
           to[i] += values[i >> 1 & 1] * element(v_tile, kColumns, key, column_of(i));
         }
-      }
-      cta->meet_quad();
+      });
     });
   }
 
@@ -81,18 +102,68 @@ struct Products {
   }
 
  private:
+  // A left operand in registers, of which the threads of a quad show theirs: the thread's two rows of
+  // each of `size` columns.
+  template <class Use>
+  static void for_operand(const uint32_t *mine, int size, Use use) {
+    auto *cta = simulated::cta;
+    cta->shown[cta->index()] = mine;
+    cta->meet_quad();
+    int first = cta->index() / 4 * 4;
+    for (int column = 0; column < size; ++column) {
+      auto *words = static_cast<const uint32_t *>(cta->shown[first + column % 8 / 2]);
+      float values[2];
+      for (int half = 0; half < 2; ++half) {
+        Element both[2];
+        std::memcpy(both, &words[column / 8 * 2 + half], 4);
+        values[half] = float(both[column % 2]);
+      }
+      use(column, values);
+    }
+    cta->meet_quad();
+  }
+
+  static float element(Element *tile, int rows, int row, int column) {
+    return float(element_of<T>(tile, rows, row, column));
+  }
+
   static int row_of(int i) { return first_row(simulated::cta->index() % 128) + 8 * (i >> 1 & 1); }
   static int column_of(int i) {
     return first_column(simulated::cta->index()) + i / 4 * 8 + i % 2;
   }
+};
 
-  // An element of a tile of `rows` rows.
-  static float element(const Element *tile, int rows, int row, int column) {
-    constexpr int kBox = T::kBoxColumns;
-    auto *box = reinterpret_cast<const char *>(tile + column / kBox * rows * kBox);
-    Element value;
-    std::memcpy(&value, box + swizzled(row, column % kBox, kBox), 2);
-    return float(value);
+template <class Element, int kDim>
+struct DqProduct {
+  static constexpr int kColumns = kDim < 64 ? kDim : 64, kSums = kColumns / 2, kTile = 64 * 64;
+  using T = Tiles<Element, 64, 64>;
+  using Keys = Tiles<Element, kColumns, 64>;
+
+  static void store_ds(Element *tile, uint32_t (&ds)[16], int thread) {
+    for (int i = 0; i < 16; ++i) {
+      Element both[2];
+      std::memcpy(both, &ds[i], 4);
+      for (int j = 0; j < 2; ++j) {
+        int row = first_row(thread) + i % 2 * 8, column = first_column(thread) + i / 2 * 8 + j;
+        element_of<T>(tile, 64, row, column) = both[j];
+      }
+    }
+  }
+
+  static void start(float (&dq)[kSums], Element *ds, Element *k, int k_stride) {
+    float *to = dq;
+    for (int i = 0; i < kSums; ++i) to[i] = __builtin_nanf("");
+    in_flight[simulated::cta->index()].push_back([=] {
+      int thread = simulated::cta->index() % 128;
+      for (int i = 0; i < kSums; ++i) {
+        int query = first_row(thread) + 8 * (i >> 1 & 1), dim = first_column(thread) + i / 4 * 8 + i % 2;
+        to[i] = 0;
+        for (int key = 0; key < 128; ++key) {
+          to[i] += float(element_of<T>(ds + key / 64 * kTile, 64, key % 64, query)) *
+                   float(element_of<Keys>(k + key / 64 * k_stride, 64, key % 64, dim));
+        }
+      }
+    });
   }
 };
 

@@ -50,4 +50,23 @@ inline void copy_box(const CUtensorMap &opaque, Barrier &full, void *to, int col
   });
 }
 
+inline void copy_back(float *to, const float *from, uint32_t bytes) {
+  simulated::cta->copy_later([=] { std::memcpy(to, from, bytes); });
+}
+
+inline void add_back(float *to, const float *from, uint32_t bytes) {
+  simulated::cta->copy_later([=] {
+    for (uint32_t i = 0; i < bytes / 4; ++i) to[i] += from[i];
+  });
+}
+
+inline void await_read() { simulated::cta->await_copies(); }
+inline void await_written() { simulated::cta->await_copies(); }
+
+inline void await_turn(const int32_t *taken, int turn) {
+  simulated::cta->wait_until([=] { return *taken == turn; });
+}
+
+inline void pass_turn(int32_t *taken, int turn) { *taken = turn + 1; }
+
 }  // namespace jsparse

@@ -1,0 +1,201 @@
+// dq in the kernel of all gradients, whose rows are keys: ds of a step goes through shared memory, to be
+// the left operand of ds^T k, and the product to float32 sums in global memory.
+//
+// dq of a step is computed beside the next step, when both warpgroups have written their ds.
+#pragma once
+
+#include "collective/backward.cuh"
+#include "collective/tma.cuh"
+
+namespace jsparse {
+
+// What a compute warpgroup does for it.
+template <class Element, BackwardConfig kConfig>
+struct DqByKey {
+  using Thread = BackwardThread<Element, kConfig>;
+  using T = typename Thread::T;
+  using Product = DqProduct<Element, kConfig.head_dim>;
+  using Sums = float[Product::kSums];
+
+  Position<2> step = {};  // of ds; of dq: the one before
+  Position<1> sent = {};
+  bool stored = false;    // whether there is a dq that is not sent
+  bool bad_keys = false;  // whether the step before has keys to clear
+
+  // Part `part` of a step's ds. The step before it must be complete: see await_before.
+  __device__ void store_ds(const Thread &me, int part, uint32_t (&ds)[16]) const {
+    Product::store_ds(me.team.dq.ds[step.stage()][part][me.warpgroup], ds, me.thread);
+  }
+
+  // All of it is stored.
+  template <bool kPartial>
+  __device__ void end_step(int entry) {
+    step = step.plus(1);
+    bad_keys = kPartial && (entry & JSPARSE_FLAGGED_ROW);
+  }
+
+  // What the step before stored, its ds and perhaps a dq. Called when products were started, since the
+  // fence waits until all is stored.
+  __device__ void publish(const Thread &me) {
+    fence_async_shared();
+    me.release(me.team.ds_full[step.plus(-1).stage()]);
+    if (stored) send(me);
+  }
+  __device__ void publish_last(const Thread &me) {
+    fence_async_shared();
+    send(me);
+  }
+
+  // Until ds of the step before is complete; then dq of the one before that is too, in both warpgroups,
+  // and its place is free.
+  __device__ void await_before(const Thread &me) const {
+    auto before = step.plus(-1);
+    me.team.ds_full[before.stage()].wait(before.parity());
+  }
+
+  // dq of the step before.
+  __device__ void start(const Thread &me, const Item &item, int row_stage, Sums &dq) const {
+    if (bad_keys) write_bad_keys(me, item, row_stage, Clear{});
+    constexpr bool kHalves = kConfig.tile == 64;  // of the columns
+    auto &rows = me.team.rows[0][row_stage];
+    Element *k = rows[0] + (kHalves ? me.warpgroup * 64 * 64 : 0);
+    Element *ds = me.team.dq.ds[step.plus(-1).stage()][kHalves ? 0 : me.warpgroup][0];
+    Products<Element, kConfig.head_dim, kConfig.tile>::begin();
+    Product::start(dq, ds, k, 64 * kConfig.head_dim);
+  }
+
+  // After it was waited for: stores it for the thread that sends it to its sum.
+  __device__ void finish(const Thread &me, const Item &item, int row_stage, const Sums &dq) {
+    if (bad_keys) write_bad_keys(me, item, row_stage, Restore{});
+    me.team.dq_free[me.warpgroup].wait(sent.parity() ^ 1);
+    auto *to = reinterpret_cast<float4 *>(me.team.dq.dq[me.warpgroup]) + me.thread;
+    CUTE_UNROLL
+    for (int i = 0; i < Product::kSums; i += 4) {
+      to[128 * (i / 4)] = make_float4(dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
+    }
+    stored = true;
+  }
+
+ private:
+  __device__ void send(const Thread &me) {
+    me.release(me.team.dq_full[me.warpgroup]);
+    sent = sent.plus(1);
+    stored = false;
+  }
+
+  struct Clear {
+    __device__ uint4 operator()(const uint4 *) const { return make_uint4(0, 0, 0, 0); }
+  };
+  struct Restore {
+    __device__ uint4 operator()(const uint4 *from) const { return *from; }
+  };
+
+  // Keys that are not finite are zeros while dq of a partial block is computed: a NaN times a ds of 0
+  // would reach queries that do not see them. Both warpgroups come here.
+  template <class Value>
+  __device__ void write_bad_keys(const Thread &me, const Item &item, int row_stage, Value value) const {
+    const jsparse_backward_args &args = me.params.args;
+    me.sync_team();
+    int token = item.row() * kConfig.block_rows + me.warpgroup * 64 + me.thread;
+    int head = item.head() / (args.num_heads / args.num_kv_heads);
+    int64_t row = int64_t(item.batch()) * args.num_kv_heads + head;
+    if (me.thread < 64 && me.params.turns.bad_keys[row * me.params.sizes.rows + token] != 0) {
+      int64_t at = (int64_t(item.batch()) * args.kv_len + token) * args.num_kv_heads + head;
+      auto *from = static_cast<const Element *>(args.k) + at * kConfig.head_dim;
+      for (int i = 0; i < kConfig.head_dim; i += 8) {
+        Element *box = me.team.rows[0][row_stage][me.warpgroup] + i / T::kBoxColumns * 64 * T::kBoxColumns;
+        *place_in_box<T>(box, me.thread, i % T::kBoxColumns / 8) =
+            value(reinterpret_cast<const uint4 *>(from + i));
+      }
+    }
+    fence_async_shared();
+    me.sync_team();
+  }
+};
+
+// The thread that sends dq of one compute warpgroup to its sums, each step in its turn.
+template <class Element, BackwardConfig kConfig>
+struct SendDq {
+  const BackwardParams &params;
+  BackwardStorage<Element, kConfig> &team;
+  int warpgroup;
+
+  // All items of one worker.
+  __device__ void run(int worker) const {
+    const jsparse_schedule &schedule = params.args.schedule;
+    const int32_t *fields =
+        schedule.items + int64_t(worker) * schedule.items_per_worker * JSPARSE_ITEM_FIELDS;
+    const int steps_per_block = params.sizes.block_columns / kConfig.tile;
+    Position<1> at;
+    for (int count = schedule.item_count[worker]; count > 0; --count) {
+      Item item{fields};
+      const int32_t *turn = params.turns.turns + 2 * int64_t(item.first_turn());
+      for (int n = item.num_blocks() * steps_per_block; n > 0; --n) {
+        send(turn[0], turn[1], at.parity());
+        at = at.plus(1);
+        turn += 2;
+      }
+      fields += JSPARSE_ITEM_FIELDS;
+    }
+  }
+
+ private:
+  // The first part of a sum is what it starts from.
+  __device__ void send(int sum, int turn, uint32_t parity) const {
+    constexpr int kCount = DqProduct<Element, kConfig.head_dim>::kSums * 128;
+    int64_t half = int64_t(sum) * 2 + warpgroup;
+    float *to = params.turns.sums + half * kCount;
+    const float *dq = team.dq.dq[warpgroup];
+    team.dq_full[warpgroup].wait(parity);
+    await_turn(&params.turns.taken[half], turn);
+    if (turn == 0) {
+      copy_back(to, dq, kCount * sizeof(float));
+    } else {
+      add_back(to, dq, kCount * sizeof(float));
+    }
+    await_read();
+    team.dq_free[warpgroup].arrive();
+    await_written();
+    pass_turn(&params.turns.taken[half], turn);
+  }
+};
+
+// Adds up the sums of a tile of queries, and rounds dq.
+template <class Element, int kHeadDim>
+struct FinishDq {
+  using Product = DqProduct<Element, kHeadDim>;
+  static constexpr int kSums = Product::kSums;
+  static constexpr bool kHalves = kHeadDim > 64;  // of the columns; else of the queries
+  static constexpr int kTile = kHalves ? 64 : 128;
+
+  const jsparse_backward_args &args;
+  const jsparse_turns &turns;
+  void *dq;
+
+  // `place` counts tiles of [B, H, tiles]; 256 threads are as the two warpgroups.
+  __device__ void run(int64_t place, int num_tiles, int index) const {
+    int warpgroup = index / 128, thread = index % 128;
+    const int32_t *sums_of = turns.sums_of + 2 * place;
+    float total[kSums] = {};
+    for (int n = 0; n < sums_of[1]; ++n) {
+      int64_t half = (int64_t(sums_of[0]) + n) * 2 + warpgroup;
+      auto *from = reinterpret_cast<const float4 *>(turns.sums) + half * kSums * 32 + thread;
+      CUTE_UNROLL
+      for (int i = 0; i < kSums; i += 4) {
+        float4 x = from[128 * (i / 4)];
+        total[i] += x.x, total[i + 1] += x.y, total[i + 2] += x.z, total[i + 3] += x.w;
+      }
+    }
+    int64_t head = place / num_tiles % args.num_heads, batch = place / num_tiles / args.num_heads;
+    int first = int(place % num_tiles) * kTile + (kHalves ? 0 : warpgroup * 64) + first_row(thread);
+    CUTE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      int token = first + 8 * half;
+      int64_t at = ((batch * args.q_len + token) * args.num_heads + head) * kHeadDim;
+      store_row(static_cast<Element *>(dq) + at + (kHalves ? warpgroup * 64 : 0), half, thread, total,
+                args.scale, token < args.q_len);
+    }
+  }
+};
+
+}  // namespace jsparse

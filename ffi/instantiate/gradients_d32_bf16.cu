@@ -1,0 +1,3 @@
+#include "kernel/backward_sm90.cuh"
+
+template cudaError_t jsparse::launch_gradients<JSPARSE_BFLOAT16, 32>(const BackwardParams &, cudaStream_t);
