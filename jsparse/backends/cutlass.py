@@ -185,7 +185,8 @@ def _one_launch(call: _hopper.Call, dim: int) -> int:
     if call.bias is not None or known is None or tile == 0:
         return 0
     split = block_q // tile
-    steps = _turns.num_steps(*known, *call.q.shape[:3:2], split)
+    batch, _, heads, _ = call.q.shape
+    steps = _turns.num_steps(*known, batch, heads, split)
     return split if 0 < steps <= _turns.MOST_STEPS else 0
 
 
@@ -196,10 +197,11 @@ def _all_gradients(
     q, k, v = arrays[:3]
     (block_q, block_kv), dim, lists = call.blocks, q.shape[-1], call.columns
     assert lists.known is not None
+    batch, _, heads, _ = q.shape
     schedule, turns = _turns.with_turns(
-        call.schedule(lists, _hopper.num_multiprocessors(), q.shape[2] // k.shape[2]),
+        call.schedule(lists, _hopper.num_multiprocessors(), heads // k.shape[2]),
         *lists.known,
-        (*q.shape[:3:2], call.mask.num_q_blocks * split),
+        (batch, heads, call.mask.num_q_blocks * split),
         split,
     )
     partial, full = call.entries(lists, bad, block_q)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -29,12 +31,10 @@ def random_lists(rng, rows: int = 9, hub: int | None = None) -> tuple[Blocks, Bl
 
 
 def made(lists, workers: int, split: int = 1, group: int = 1):
-    schedule = schedule_on_host(
-        *lists, batch=BATCH, heads=HEADS, workers=workers, group=group
-    )
-    return _turns.with_turns(
-        schedule, *lists, (BATCH, HEADS, QUERY_BLOCKS * split), split
-    )
+    launch: Any = {"batch": BATCH, "heads": HEADS, "workers": workers, "group": group}
+    schedule = schedule_on_host(*lists, **launch)
+    shape = BATCH, HEADS, QUERY_BLOCKS * split
+    return _turns.with_turns(schedule, *lists, shape, split)
 
 
 def steps_of(schedule, lists, split: int) -> list[list[tuple[int, tuple[int, ...]]]]:

@@ -77,10 +77,28 @@ int part_mismatches() {
   return wrong;
 }
 
+// The operands and results of dq from ds, which simulated/ plays: see DqProduct.
+template <int kDim>
+int dq_mismatches() {
+  constexpr int kColumns = kDim < 64 ? kDim : 64;
+  using Ds = Tiles<cutlass::half_t, 64, 64>;
+  using Keys = Tiles<cutlass::half_t, kColumns, 64>;
+  auto ds = as_position_independent_swizzle_layout(typename Ds::LayoutTransposed{});
+  auto stored = as_position_independent_swizzle_layout(typename Ds::LayoutRows{});
+  auto keys = as_position_independent_swizzle_layout(typename Keys::LayoutTransposed{});
+  int wrong = 0;
+  for (int key = 0; key < 64; ++key) {
+    for (int i = 0; i < 64; ++i) wrong += ds(i, key) != stored(key, i);
+    for (int i = 0; i < kColumns; ++i) wrong += keys(i, key) != tma_offset<Keys>(64, key, i);
+  }
+  return wrong;
+}
+
 template <int kDim, int kColumns>
 int mismatches() {
   using T = Tiles<cutlass::half_t, kDim, kColumns>;
   int wrong = tile_mismatches<T, kColumns>() + register_mismatches<T>();
+  wrong += dq_mismatches<kDim>();
   if constexpr (kDim <= 64) wrong += part_mismatches<kDim, kColumns>();
   return wrong;
 }

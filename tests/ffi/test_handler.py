@@ -361,6 +361,72 @@ REFUSED_KEYS = {
 }
 
 
+@dataclasses.dataclass
+class CallOfAll(BackwardCall):
+    """As `BackwardCall`, of all gradients; ``sums`` and ``taken`` are workspaces."""
+
+    turns: Any = (3, 2)
+    sums_of: Any = (1, 2, 1, 2)
+    bad_keys: Any = (0,)
+    dq: Any = (1, 100, 2, 64)
+    dk: Any = (1, 200, 1, 64)
+    dv: Any = (1, 200, 1, 64)
+    parts: Any = (1, 128, 64)
+    sums: Any = (2, 128, 64)
+    taken: Any = (2, 2)
+
+    def run(self) -> Any:
+        names = [field.name for field in dataclasses.fields(BackwardCall)[1:16]]
+        names += ["turns", "sums_of", "bad_keys"]
+        dtypes = [BF16] * 4 + [np.float32] * 2 + [np.int32] * 12
+        arrays = [
+            _zeros(getattr(self, name), dtype)
+            for name, dtype in zip(names, dtypes, strict=True)
+        ]
+        shapes = (self.dq, self.dk, self.dv, self.parts, self.parts, self.sums)
+        dtypes = [BF16] * 3 + ["float32"] * 3
+        results = list(map(jax.ShapeDtypeStruct, shapes, dtypes))
+        return jax.ffi.ffi_call(
+            "jsparse_backward", [*results, jax.ShapeDtypeStruct(self.taken, "int32")]
+        )(
+            *arrays,
+            block_q=np.int32(self.blocks[0]),
+            block_kv=np.int32(self.blocks[1]),
+            scale=np.float32(1),
+            rules=np.array(self.kinds, np.int32),
+        )
+
+
+REFUSED_ALL = {
+    "delta has shape [2, 128]; expected [1, 2, 128]": {"delta": (2, 128)},
+    "bad has shape [1, 1, 256]; expected [1, 2, 128]": {"bad": (1, 1, 256)},
+    "dq has shape [1, 200, 1, 64]; expected [1, 100, 2, 64]": {"dq": (1, 200, 1, 64)},
+    "dk has shape [1, 100, 2, 64]; expected [1, 200, 1, 64]": {"dk": (1, 100, 2, 64)},
+    "dv has shape [1, 200, 1, 32]; expected [1, 200, 1, 64]": {"dv": (1, 200, 1, 32)},
+    "part_dk has shape [1, 64, 64]; expected [any, 128, 64]": {"parts": (1, 64, 64)},
+    "turns has shape [3, 3]; expected [any, 2]": {"turns": (3, 3)},
+    "turns is float32; expected int32": {"turns": np.zeros((3, 2), np.float32)},
+    "sums_of has shape [1, 2, 2, 2]; expected [1, 2, 1, 2]": {"sums_of": (1, 2, 2, 2)},
+    "bad_keys has shape [1, 2, 256]; expected [1, 1, 256]": {"bad_keys": (1, 2, 256)},
+    "sums has shape [2, 64, 64]; expected [any, 128, 64]": {"sums": (2, 64, 64)},
+    "taken has shape [3, 2]; expected [2, 2]": {"taken": (3, 2)},
+    "head size 64 with blocks of 128 x 64; expected 32, 64 or 128 with blocks of 128 x "
+    "128": {"blocks": (128, 64), "parts": (1, 64, 64)},
+}
+
+
+def test_all_gradients_take_what_they_describe(simulated):
+    CallOfAll().run()
+    CallOfAll(bad_keys=(1, 1, 256)).run()
+
+
+@pytest.mark.parametrize("reason", REFUSED_ALL)
+def test_all_gradients_refuse(simulated, reason):
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        CallOfAll(**REFUSED_ALL[reason]).run()
+    assert f"jsparse_backward: {reason}" in str(caught.value)
+
+
 def test_backward_takes_what_it_describes(simulated):
     BackwardCall().run()
     BackwardCall(kinds=(1,), rules=((1, 128), (1, 128)), bad=(1, 1, 256)).run()
