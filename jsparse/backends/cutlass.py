@@ -155,9 +155,9 @@ def backward(
     bias: Any = call.bias if bias_gradient else None
     if split := _one_launch(call, dim):
         dq, dk, dv = _all_gradients(call, arrays, of_queries.bad, split)
-        bias_gradients: Any = None, None
+        by_key = own = None
     else:
-        dq, dk, dv, *bias_gradients = _two_launches(call, arrays, of_queries.bad, bias)
+        dq, dk, dv, by_key, own = _two_launches(call, arrays, of_queries.bad, bias)
     if call.sign != 1:
         dq = dq * jnp.asarray(call.sign, dq.dtype)
     dq, dk, dv = (
@@ -168,7 +168,7 @@ def backward(
     # The gradient of a bias that is shared has one kernel, which is Mosaic's.
     arrays = (call.q, call.k, call.v, _hopper.pad_dim(dout), *of_queries[:2])
     gradient = mosaic_gpu.streamed_bias_gradient
-    return dq, dk, dv, gradient(call, arrays, *bias_gradients, operands.bias)
+    return dq, dk, dv, gradient(call, arrays, by_key, own, operands.bias)
 
 
 # ----------------------------------------------------------------- backward launches
@@ -177,7 +177,7 @@ def backward(
 def _one_launch(call: _hopper.Call, dim: int) -> int:
     """Tiles of a block of queries for the kernel of all gradients; 0: two launches.
 
-    The order in which its steps add to dq is made on the host.
+    The order in which its steps add to dq is made on the host, and has its limits.
     """
     block_q, block_kv = call.blocks
     tile = _loaded().jsparse_backward_tile(dim, block_q, block_kv)
@@ -187,7 +187,8 @@ def _one_launch(call: _hopper.Call, dim: int) -> int:
     split = block_q // tile
     batch, _, heads, _ = call.q.shape
     steps = _turns.num_steps(*known, batch, heads, split)
-    return split if 0 < steps <= _turns.MOST_STEPS else 0
+    fewest = max(_turns.FEWEST * batch * heads * call.mask.num_q_blocks * split, 1)
+    return split if fewest <= steps <= _turns.MOST_STEPS else 0
 
 
 def _all_gradients(

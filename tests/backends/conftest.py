@@ -1,4 +1,4 @@
-"""Skips tests of the CUDA kernels where they are not built; items of half a block."""
+"""Skips tests of the CUDA kernels where they are not built; picks their launches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-from jsparse.backends import cutlass
+from jsparse.backends import _turns, cutlass
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,15 @@ def cutlass_on_gpu():
     """Skips a test of ``implementation="cutlass"`` where it is not built."""
     if cutlass._library_file() is None:
         pytest.skip("needs the built CUDA kernels: make cuda")
+
+
+@pytest.fixture
+def one_launch(monkeypatch) -> Iterator[None]:
+    """Lets few blocks have the CUDA kernel of all gradients, if their mask is known."""
+    monkeypatch.setattr(_turns, "FEWEST", 0)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(params=["halves", "share"])

@@ -86,7 +86,7 @@ def test_every_case(name, blocks):
 @pytest.mark.parametrize("dtype", cutlass.DTYPES)
 @pytest.mark.parametrize("heads", [(1, 1), (4, 2), (16, 16)])
 @pytest.mark.parametrize("dims", [(16, 24), (32, 32), (48, 64), (96, 80), (128, 128)])
-def test_all_gradients_in_one_launch(dims, heads, dtype):
+def test_all_gradients_in_one_launch(one_launch, dims, heads, dtype):
     # From some items a CTA to some CTAs an item.
     rng = np.random.default_rng(dims[0])
     mask = random_mask(rng, (1900, 2600, 128, 128), 200)
@@ -94,19 +94,19 @@ def test_all_gradients_in_one_launch(dims, heads, dtype):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_case_in_one_launch(name):
+def test_every_case_in_one_launch(one_launch, name):
     case = CASES[name](np.random.default_rng(0), (700, 900, 128, 128))
     check(case, "bfloat16", static=True)
 
 
 @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
-def test_where_nan_goes_in_one_launch(monkeypatch, where):
+def test_where_nan_goes_in_one_launch(one_launch, monkeypatch, where):
     monkeypatch.setitem(contract.BLOCKS, "cutlass", (300, 500, 128, 128))
     contract.check_where_nan_goes(contract.run_known, "cutlass", where)
 
 
 @pytest.mark.parametrize("dim", cutlass.HEAD_SIZES)
-def test_many_wait_for_one(dim):
+def test_many_wait_for_one(one_launch, dim):
     # Every row of keys has the same few blocks of queries.
     rng = np.random.default_rng(dim)
     rows, columns = (x.reshape(-1) for x in np.indices((3, 500)))
@@ -141,7 +141,7 @@ def test_the_same_bits_of_half_rows(half_rows, dim):
 @pytest.mark.parametrize("kind", [None, "dense_shared_batch", "per_key", "block"])
 @pytest.mark.parametrize("side", ["rows", "columns"])
 @pytest.mark.parametrize("static", [True, False])
-def test_split_rows(static, side, kind):
+def test_split_rows(one_launch, static, side, kind):
     rng = np.random.default_rng(7)
     mask = uneven_rows(rng, (9, 30), (200, 3900, 128, 128))
     if side == "columns":
@@ -160,7 +160,7 @@ def test_split_rows(static, side, kind):
 
 
 @pytest.mark.parametrize("dim", cutlass.HEAD_SIZES)
-def test_the_same_bits_of_one_launch(dim):
+def test_the_same_bits_of_one_launch(one_launch, dim):
     check_the_same_bits(dim, None, static=True)
 
 

@@ -31,10 +31,11 @@ def random_lists(rng, rows: int = 9, hub: int | None = None) -> tuple[Blocks, Bl
 
 
 def made(lists, workers: int, split: int = 1, group: int = 1):
+    partial, full = lists
     launch: Any = {"batch": BATCH, "heads": HEADS, "workers": workers, "group": group}
-    schedule = schedule_on_host(*lists, **launch)
+    schedule = schedule_on_host(partial, full, **launch)
     shape = BATCH, HEADS, QUERY_BLOCKS * split
-    return _turns.with_turns(schedule, *lists, shape, split)
+    return _turns.with_turns(schedule, partial, full, shape, split)
 
 
 def steps_of(schedule, lists, split: int) -> list[list[tuple[int, tuple[int, ...]]]]:

@@ -14,6 +14,7 @@ import pytest
 
 from jsparse.backends import _hopper, _turns, cutlass
 from tests.backends import test_contract as contract
+from tests.backends.conftest import one_launch as one_launch
 from tests.support.cases import CASES, Case, make_case, random_mask, uneven_rows
 
 
@@ -44,7 +45,7 @@ def test_every_kernel(on_cpu, dims, block_q, block_kv, dtype):
 @pytest.mark.parametrize("static", [True, False])
 @pytest.mark.parametrize("dim, heads", [(32, (2, 2)), (64, (4, 2)), (128, (2, 1))])
 def test_the_order_of_threads_changes_nothing(
-    on_cpu, monkeypatch, dim, heads, static, seed
+    on_cpu, one_launch, monkeypatch, dim, heads, static, seed
 ):
     # Several items and many steps a team: every stage of every ring is used again. CTAs
     # that wait for one another are two.
@@ -65,11 +66,12 @@ def test_the_order_of_threads_changes_nothing(
 
 
 @pytest.mark.parametrize("side", ["rows", "columns"])
+@pytest.mark.parametrize("block_kv", [64, 128])
 @pytest.mark.parametrize("static", [True, False])
-def test_split_rows(on_cpu, monkeypatch, static, side):
+def test_split_rows(on_cpu, one_launch, monkeypatch, static, side, block_kv):
     monkeypatch.setattr(_hopper, "num_multiprocessors", lambda: 8)
     rng = np.random.default_rng(7)
-    mask = uneven_rows(rng, (9, 12), (200, 800, 128, 64))
+    mask = uneven_rows(rng, (9, 12), (200, 12 * block_kv, 128, block_kv))
     if side == "columns":
         mask = mask.transpose()
     case = make_case(rng, mask, heads=(1, 1)).cast("bfloat16")
@@ -88,7 +90,7 @@ def test_nan_stays_where_attention_carries_it(on_cpu, where):
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "nothing"])
-def test_every_case_in_one_launch(on_cpu, name):
+def test_every_case_in_one_launch(on_cpu, one_launch, name):
     case = CASES[name](np.random.default_rng(0), (260, 340, 128, 128))
     assert launches_of(case) == 1
     check(case, run=contract.run_known)
@@ -96,7 +98,7 @@ def test_every_case_in_one_launch(on_cpu, name):
 
 @pytest.mark.parametrize("dtype", cutlass.DTYPES)
 @pytest.mark.parametrize("dims", [(24, 24), (64, 48), (96, 128)], ids=str)
-def test_every_kernel_of_all_gradients(on_cpu, dims, dtype):
+def test_every_kernel_of_all_gradients(on_cpu, one_launch, dims, dtype):
     # Many steps an item, of few tiles: each has several sums.
     rng = np.random.default_rng(dims[0])
     mask = random_mask(rng, (500, 500, 128, 128), 14)
@@ -106,14 +108,14 @@ def test_every_kernel_of_all_gradients(on_cpu, dims, dtype):
 
 
 @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
-def test_where_nan_goes_in_one_launch(on_cpu, monkeypatch, where):
+def test_where_nan_goes_in_one_launch(on_cpu, one_launch, monkeypatch, where):
     monkeypatch.setitem(contract.BLOCKS, "cutlass", (200, 330, 128, 128))
     contract.check_where_nan_goes(contract.run_known, "cutlass", where)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dim", cutlass.HEAD_SIZES)
-def test_a_bad_key_is_cleared_for_dq_alone(on_cpu, dim, value):
+def test_a_bad_key_is_cleared_for_dq_alone(on_cpu, one_launch, dim, value):
     # Its own gradients are those of two launches, which read it as it is; and the steps
     # after those of partial blocks do too.
     rng = np.random.default_rng(4)
@@ -131,12 +133,14 @@ def test_a_bad_key_is_cleared_for_dq_alone(on_cpu, dim, value):
         assert contract.error(x[finite], y[finite]) <= contract.HALF_LIMIT, name
 
 
-def test_two_launches_where_one_is_not_made_for_it(on_cpu, monkeypatch):
+def test_two_launches_where_one_is_not_made_for_it(on_cpu, one_launch, monkeypatch):
     rng = np.random.default_rng(0)
     wide, narrow = (CASES["plain"](rng, (260, 340, 128, n)) for n in (128, 64))
     assert [launches_of(case) for case in (wide, narrow)] == [1, 2]
-    monkeypatch.setattr(_turns, "MOST_STEPS", 3)
-    assert launches_of(wide) == 2
+    for name, limit in (("MOST_STEPS", 3), ("FEWEST", 5)):
+        with monkeypatch.context() as patch:
+            patch.setattr(_turns, name, limit)
+            assert launches_of(wide) == 2
     none = random_mask(rng, (260, 340, 128, 128), 0)
     assert launches_of(make_case(rng, none)) == 2
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jsparse import BlockMask, ScoreFunction
+from jsparse.backends import _turns
 from jsparse.patterns import device
 from tests.backends import test_contract as contract
 from tests.support.cases import (
@@ -70,6 +71,7 @@ def lists() -> BlockMask:
 
 def main(asked: list[str]) -> None:
     """Forward and backward, each problem once."""
+    _turns.FEWEST = 0  # also for few blocks
     for words in asked or ["mosaic_gpu"]:
         implementation, _, words = words.partition(":")
         for name, case in problems(implementation):
