@@ -160,7 +160,7 @@ def test_the_order_of_threads_changes_nothing(on_cpu, monkeypatch, seed):
     mask = random_mask(rng, (250, 380, 128, 128), 5)
     case = make_case(rng, mask, heads=(4, 2), dims=(64, 64)).cast("bfloat16")
     case = with_bias(case, "block")
-    expected = contract.run_case("cutlass", case)
+    expected = jax.block_until_ready(contract.run_case("cutlass", case))
     on_cpu.set_seed(1000 * (seed + 1))
     try:
         found = jax.block_until_ready(contract.run_case("cutlass", case))
