@@ -1,8 +1,9 @@
 // The XLA FFI handlers: they check buffers and attributes, and call the C interface. No device code.
 //
 // Operands: what a pass reads, then the pattern: partial, full, item_count, items, split_rows,
-// split_slots, bad, lengths, bits; a bias and the numbers of the lists' blocks in it; and the arrays of
-// each rule. An array that is not needed is empty.
+// split_slots, bad, lengths, bits; a bias and the numbers of the lists' blocks in it, or, for all gradients
+// in one launch, turns, sums_of and bad_keys; and the arrays of each rule. An array that is not needed is
+// empty.
 // The headers of the C interface have shapes and dtypes.
 #include <cuda_runtime_api.h>
 

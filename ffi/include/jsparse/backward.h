@@ -1,7 +1,7 @@
 /* Gradients of block-sparse attention on Hopper GPUs (compute capability 9.0): the C interface.
  *
- * Two launches: dq over the lists by query block, dk and dv over those by key block. Both are
- * deterministic. Every array is row-major, in the memory of the current CUDA device, and aligned to
+ * Two launches: dq over the lists by query block, dk and dv over those by key block; or one for all, over
+ * those by key block. They are deterministic. Every array is row-major, in the memory of the current CUDA device, and aligned to
  * 16 bytes. A launch allocates nothing and does not synchronise.
  */
 #ifndef JSPARSE_BACKWARD_H_
@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-/* What both launches read. R is the number of queries in whole blocks. */
+/* What all launches read. R is the number of queries in whole blocks. */
 typedef struct jsparse_backward_args {
   jsparse_dtype dtype;
   int32_t batch, q_len, kv_len, num_heads, num_kv_heads;
