@@ -28,9 +28,9 @@ On an H200 two launches took 4 % less time with 13 (seed800), 8 % more with 24
 (ribosome100k).
 """
 MIN_PARTS = 4
-"""Parts of a sum that are never too many."""
+"""Parts that a sum may always have."""
 SHARE = 3
-"""So many times as many steps does a worker have of a head as a sum has parts."""
+"""A sum has at most a third as many parts as a worker has steps of a head."""
 GOLDEN = (math.sqrt(5) - 1) / 2
 """Rows begin at multiples of it: evenly spread, whichever rows run side by side."""
 
