@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
 import jsparse
-from jsparse import block_sparse_attention
+from jsparse import BlockMask, block_sparse_attention
 from jsparse.backends import _hopper, cutlass
 from jsparse.backends._contract import Operands
 from tests.backends.test_mosaic_gpu import TAKEN
@@ -44,6 +44,10 @@ class Library:
     @staticmethod
     def jsparse_backward_walkers(*sizes: int) -> int:
         return 1
+
+    @staticmethod
+    def jsparse_backward_tile(head_dim: int, block_q: int, block_kv: int) -> int:
+        return 128 if (block_q, block_kv) == (128, 128) else 0
 
 
 def _install_at(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -200,10 +204,41 @@ def test_lowers_with_its_gradients(hopper, monkeypatch, name):
 
     traced = gradients.trace(case.q, case.k, case.v, case.mask)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    for target in cutlass.TARGETS:
-        assert text.count(f"@{target}(") == 1
+    assert launches_of(text) == (1, 1, 1, 0)
     assert text.count("block_kv = 64 : i32, block_q = 128 : i32") == 3
     assert "mosaic_gpu" not in text
+
+
+def launches_of(text: str) -> tuple[int, ...]:
+    """How often a lowered program calls each of `cutlass.TARGETS`."""
+    return tuple(text.count(f"@{target}(") for target in cutlass.TARGETS)
+
+
+@pytest.mark.parametrize("known, blocks", [(True, 20), (True, 3), (False, 20)])
+def test_lowers_to_one_launch_of_many_blocks_that_are_known(
+    hopper, monkeypatch, known, blocks
+):
+    monkeypatch.setattr(cutlass, "why_not", cutlass._not_taken)
+    rng = np.random.default_rng(0)
+    rows, columns = (x.reshape(-1) for x in np.indices((3, blocks)))
+    mask = BlockMask.from_blocks(rows, columns, q_len=300, kv_len=128 * blocks)
+    case = make_case(rng, mask, heads=(2, 1), dims=(32, 32)).cast("bfloat16")
+
+    def gradients(q, k, v, mask):
+        def loss(q, k, v):
+            out = block_sparse_attention(q, k, v, mask, implementation="cutlass")
+            return out.astype("float32").sum()
+
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    arrays = case.q, case.k, case.v
+    if known:
+        traced = jax.jit(lambda q, k, v: gradients(q, k, v, mask)).trace(*arrays)
+    else:
+        traced = jax.jit(gradients).trace(*arrays, mask)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    one = known and blocks > 16
+    assert launches_of(text) == ((1, 0, 0, 1) if one else (1, 1, 1, 0))
 
 
 @pytest.mark.parametrize("differentiated", [True, False])
@@ -224,8 +259,7 @@ def test_lowers_with_a_bias(hopper, monkeypatch, kind, differentiated):
         gradients = jax.grad(loss, (0, 1, 2, 3)[: 4 if differentiated else 3])
         traced = jax.jit(gradients).trace(q, k, k, bias)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    for target in cutlass.TARGETS:
-        assert text.count(f"@{target}(") == 1
+    assert launches_of(text) == (1, 1, 1, 0)
     # Only the gradient of a bias that heads share takes another kernel.
     assert ("mosaic_gpu" in text) == (differentiated and kind == "dense_2d")
 

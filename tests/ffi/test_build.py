@@ -64,6 +64,7 @@ def test_every_kernel_has_a_file():
     passes = ("forward", "forward_bias", "backward", "backward_bias")
     kinds = passes, cutlass.HEAD_SIZES, ("f16", "bf16")
     expected = {f"{p}_d{d}_{t}" for p, d, t in itertools.product(*kinds)}
+    expected |= {f"gradients_d{d}_{t}" for d, t in itertools.product(*kinds[1:])}
     assert {x.stem for x in (FFI / "instantiate").glob("*.cu")} == expected
 
 
@@ -79,8 +80,10 @@ def library() -> ctypes.CDLL:
 def test_the_library_loads_without_a_gpu(library):
     for sizes in itertools.product((32, 64, 128), (64, 128), (64, 128)):
         assert library.jsparse_forward_walkers(*sizes, False) in (1, 2, 4)
-    for dim in (32, 64, 128):
+    for dim, tile in ((32, 128), (64, 128), (128, 64)):
         assert library.jsparse_forward_walkers(dim, 64, 128, True) == 1
+        assert library.jsparse_backward_tile(dim, 128, 128) == tile
+        assert library.jsparse_backward_tile(dim, 128, 64) == 0
     for sizes in [(48, 64, 64, False), (64, 32, 64, False), (64, 128, 64, True)]:
         assert library.jsparse_forward_walkers(*sizes) == 0
     for sizes in itertools.product((0, 1), (32, 64, 128), (64, 128), (64, 128)):
