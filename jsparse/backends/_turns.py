@@ -24,8 +24,7 @@ MOST_STEPS = 1 << 22
 FEWEST = 16
 """Steps of a tile, on average, for which its sums are worth their way through memory.
 
-On an H200 two launches took 4 % less time with 13 (seed800), 8 % more with 24
-(ribosome100k).
+Cases with fewer and with more were timed; see ``ffi/README.md``.
 """
 MIN_PARTS = 4
 """Parts that a sum may always have."""

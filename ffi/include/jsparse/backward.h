@@ -1,8 +1,8 @@
 /* Gradients of block-sparse attention on Hopper GPUs (compute capability 9.0): the C interface.
  *
- * Two launches: dq over the lists by query block, dk and dv over those by key block; or one for all, over
- * those by key block. They are deterministic. Every array is row-major, in the memory of the current CUDA device, and aligned to
- * 16 bytes. A launch allocates nothing and does not synchronise.
+ * Two launches: dq over the lists by query block, dk and dv over those by key block; or one for all,
+ * over those by key block. They are deterministic. Every array is row-major, in the memory of the
+ * current CUDA device, and aligned to 16 bytes. A launch allocates nothing and does not synchronise.
  */
 #ifndef JSPARSE_BACKWARD_H_
 #define JSPARSE_BACKWARD_H_
