@@ -117,6 +117,22 @@ ffi::Error backward_dq(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer 
   });
 }
 
+// dk and dv like the keys and values, and their parts.
+struct KeyGradients {
+  void *dk, *dv;
+  float *part_dk, *part_dv;
+};
+
+KeyGradients key_gradients(const jsparse_backward_args &a, DataType dtype, AnyBuffer dk, AnyBuffer dv,
+                           AnyBuffer part_dk, AnyBuffer part_dv) {
+  std::vector<int64_t> shape = {a.batch, a.kv_len, a.num_kv_heads, a.head_dim};
+  expect_like("dk", dk, dtype, shape);
+  expect_like("dv", dv, dtype, shape);
+  shape = {kAny, a.block_kv, a.head_dim};
+  return {dk.untyped_data(), dv.untyped_data(), data<DataType::F32>("part_dk", part_dk, shape),
+          data<DataType::F32>("part_dv", part_dv, shape)};
+}
+
 ffi::Error backward_dkv(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer dout,
                         AnyBuffer lse2, AnyBuffer delta, AnyBuffer partial, AnyBuffer full,
                         AnyBuffer item_count, AnyBuffer items, AnyBuffer split_rows,
@@ -133,18 +149,13 @@ ffi::Error backward_dkv(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer
                       BiasOperands{bias, partial_numbers, full_numbers, bias_inner},
                       rule_arrays, block_q, block_kv, scale, rules},
                      true);
-    std::vector<int64_t> shape = {a.batch, a.kv_len, a.num_kv_heads, a.head_dim};
-    expect_like("dk", *dk, q.element_type(), shape);
-    expect_like("dv", *dv, q.element_type(), shape);
-    shape = {kAny, block_kv, a.head_dim};
-    float *dk_parts = data<DataType::F32>("part_dk", *part_dk, shape);
-    float *dv_parts = data<DataType::F32>("part_dv", *part_dv, shape);
+    KeyGradients to = key_gradients(a, q.element_type(), *dk, *dv, *part_dk, *part_dv);
     constexpr DataType kFloat = DataType::F32;
     float *sums = optional<kFloat>("by_key", *by_key, {a.batch, a.kv_len, a.num_heads});
-    shape = {part_dk->dimensions()[0], block_kv};
+    std::vector<int64_t> shape = {part_dk->dimensions()[0], block_kv};
     float *sum_parts = optional<kFloat>("part_by_key", *part_by_key, shape);
-    return jsparse_backward_dkv(&a, dk->untyped_data(), dv->untyped_data(), dk_parts, dv_parts, sums,
-                                sum_parts, stream, message, size);
+    return jsparse_backward_dkv(&a, to.dk, to.dv, to.part_dk, to.part_dv, sums, sum_parts, stream,
+                                message, size);
   });
 }
 
@@ -165,12 +176,7 @@ ffi::Error backward(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer v, 
                       rule_arrays, block_q, block_kv, scale, rules},
                      true);
     expect_like("dq", *dq, q.element_type(), {a.batch, a.q_len, a.num_heads, a.head_dim});
-    std::vector<int64_t> shape = {a.batch, a.kv_len, a.num_kv_heads, a.head_dim};
-    expect_like("dk", *dk, q.element_type(), shape);
-    expect_like("dv", *dv, q.element_type(), shape);
-    shape = {kAny, block_kv, a.head_dim};
-    float *dk_parts = data<DataType::F32>("part_dk", *part_dk, shape);
-    float *dv_parts = data<DataType::F32>("part_dv", *part_dv, shape);
+    KeyGradients to = key_gradients(a, q.element_type(), *dk, *dv, *part_dk, *part_dv);
     int32_t tile = jsparse_backward_tile(a.head_dim, block_q, block_kv);
     if (tile == 0) {
       throw Refusal("head size " + std::to_string(a.head_dim) + " with blocks of " +
@@ -180,15 +186,15 @@ ffi::Error backward(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer v, 
     constexpr DataType kInt = DataType::S32;
     jsparse_turns t = {};
     t.turns = data<kInt>("turns", turns, {kAny, 2});
-    shape = {a.batch, a.num_heads, whole(a.q_len, block_q) / tile, 2};
+    std::vector<int64_t> shape = {a.batch, a.num_heads, whole(a.q_len, block_q) / tile, 2};
     t.sums_of = data<kInt>("sums_of", sums_of, shape);
     t.sums = data<DataType::F32>("sums", *sums, {kAny, tile, a.head_dim});
     t.num_sums = int32_t(sums->dimensions()[0]);
     t.taken = data<kInt>("taken", *taken, {t.num_sums, 2});
     shape = {a.batch, a.num_kv_heads, whole(a.kv_len, block_kv)};
     t.bad_keys = optional<kInt>("bad_keys", bad_keys, shape);
-    return jsparse_backward(&a, &t, dq->untyped_data(), dk->untyped_data(), dv->untyped_data(),
-                            dk_parts, dv_parts, stream, message, size);
+    return jsparse_backward(&a, &t, dq->untyped_data(), to.dk, to.dv, to.part_dk, to.part_dv, stream,
+                            message, size);
   });
 }
 

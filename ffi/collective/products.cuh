@@ -42,12 +42,7 @@ struct Products {
     auto shape = Shape<typename T::Rows, typename T::Columns>{};
     auto c = make_tensor(&logits[0], partition_fragment_C(mma, shape).layout());
     mma.accumulate_ = kOnto ? GMMA::ScaleOut::One : GMMA::ScaleOut::Zero;
-    CUTE_UNROLL
-    for (int i = 0; i < size<2>(a); ++i) {
-      gemm(mma, a(_, _, i), b(_, _, i), c);
-      mma.accumulate_ = GMMA::ScaleOut::One;
-    }
-    warpgroup_commit_batch();
+    start(mma, a, b, c);
   }
 
   // A tile of rows as a left operand in registers: those of 16 columns are two of a row, two of the
@@ -77,12 +72,7 @@ struct Products {
     auto shape = Shape<typename T::Rows, typename T::Columns>{};
     auto c = make_tensor(&logits[0], partition_fragment_C(mma, shape).layout());
     mma.accumulate_ = GMMA::ScaleOut::Zero;
-    CUTE_UNROLL
-    for (int i = 0; i < size<2>(a); ++i) {
-      gemm(mma, a(_, _, i), b(_, _, i), c);
-      mma.accumulate_ = GMMA::ScaleOut::One;
-    }
-    warpgroup_commit_batch();
+    start(mma, a, b, c);
   }
 
   // sums += p v; p may be overwritten, and the sums read, after a wait.
@@ -97,9 +87,7 @@ struct Products {
     auto b = part.make_fragment_B(part.partition_B(v));
     auto shape = Shape<typename T::Rows, typename T::Dim>{};
     auto c = make_tensor(&sums[0], partition_fragment_C(mma, shape).layout());
-    CUTE_UNROLL
-    for (int i = 0; i < size<2>(a); ++i) gemm(mma, a(_, _, i), b(_, _, i), c);
-    warpgroup_commit_batch();
+    start(mma, a, b, c);
   }
 
   // Waits until at most `kPending` newer products are in flight; then `results` may be read.
@@ -110,6 +98,18 @@ struct Products {
   }
 
  private:
+  // c += a b, or = in the first step if `mma` says so.
+  template <class Mma, class A, class B, class C>
+  __device__ static void start(Mma &mma, const A &a, const B &b, C &c) {
+    using namespace cute;
+    CUTE_UNROLL
+    for (int i = 0; i < size<2>(a); ++i) {
+      gemm(mma, a(_, _, i), b(_, _, i), c);
+      mma.accumulate_ = GMMA::ScaleOut::One;
+    }
+    warpgroup_commit_batch();
+  }
+
   // Keeps the compiler from moving accesses to registers of a product past this point.
   template <class Register, int kCount>
   __device__ static void hold(Register (&registers)[kCount]) {
