@@ -35,6 +35,19 @@ class Barrier {
         : "memory");
   }
 
+  // Whether a wait would be over.
+  __device__ bool passed(uint32_t parity) {
+    uint32_t done;
+    asm volatile(
+        "{ .reg .pred done; \n"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2; \n"
+        "selp.u32 %0, 1, 0, done; }"
+        : "=r"(done)
+        : "r"(address()), "r"(parity)
+        : "memory");
+    return done;
+  }
+
   __device__ uint64_t *pointer() { return &state_; }
 
  private:
@@ -56,19 +69,6 @@ __device__ inline void fence_async_shared() {
 // Named barriers of `threads` threads; number 0 is __syncthreads.
 __device__ inline void sync_named(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
-// Whether any of the threads that meet says so.
-__device__ inline bool any_named(int number, int threads, bool mine) {
-  int any;
-  asm volatile(
-      "{ .reg .pred in, out; \n"
-      "setp.ne.s32 in, %1, 0; \n"
-      "barrier.cta.red.or.pred out, %2, %3, in; \n"
-      "selp.s32 %0, 1, 0, out; }"
-      : "=r"(any)
-      : "r"(int(mine)), "r"(number), "r"(threads)
-      : "memory");
-  return any;
 }
 __device__ inline void arrive_named(int number, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");

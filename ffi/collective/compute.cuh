@@ -31,7 +31,6 @@ struct Compute {
   static constexpr int kLogits = Product::kLogits, kSums = Product::kSums;
 
   static constexpr int kStride = kConfig.stride();
-  static constexpr int kGuessBarrier = 8;  // the first, of one for each compute warpgroup
 
   const ForwardParams &params;
   SharedStorage<Element, kConfig> &shared;
@@ -41,6 +40,7 @@ struct Compute {
   Team &team = shared.team[team_index];
   Position<kConfig.num_q_stages()> at = {};  // the item
   Position<kConfig.num_stages> tile = {};  // the step
+  uint32_t held_queries[Product::kRowWords] = {};
 
   __device__ JSPARSE_INLINE_STEPS void run(int worker) {
     if (kConfig.turns && warpgroup == 1) pass_turn();
@@ -70,115 +70,97 @@ struct Compute {
     const int partial = item.num_partial() * per_block;
     const int total = item.num_blocks() * per_block;
     uint32_t p[kLogits / 2];
+    if constexpr (kConfig.hold_queries()) Product::load_rows(held_queries, queries(), thread);
     int n = kConfig.first_step(team_index);
     if (kConfig.share && n >= total) return;
 
-    team.k_full[tile.stage()].wait(tile.parity());
+    team.full[tile.stage()].wait(tile.parity());
     if (n < partial) {
-      first_step<true>(item, n, total, p, softmax);
+      step<true, true>(item, n, sums, p, softmax);
     } else {
-      first_step<false>(item, n, total, p, softmax);
+      step<false, true>(item, n, sums, p, softmax);
     }
     n += kStride;
-    for (; n < partial; n += kStride) step<true>(item, n, total, sums, p, softmax);
-    for (; n < total; n += kStride) step<false>(item, n, total, sums, p, softmax);
+    for (; n < partial; n += kStride) step<true, false>(item, n, sums, p, softmax);
+    for (; n < total; n += kStride) step<false, false>(item, n, sums, p, softmax);
 
     Product::begin(sums, p);
     Product::start_pv(sums, p, team.v[tile.stage()]);
     Product::template wait<0>(sums);
-    release(team.v_free[tile.stage()]);
+    release(team.free[tile.stage()]);
     tile = tile.plus(1);
   }
 
-  template <bool kPartial>
-  __device__ JSPARSE_INLINE_STEPS void first_step(const Item &item, int n, int total,
-                                                  uint32_t (&p)[kLogits / 2], Softmax &softmax) {
+  // Probabilities of a step, beside p v of the step before, unless this is the first.
+  template <bool kPartial, bool kFirst>
+  __device__ JSPARSE_INLINE_STEPS void step(const Item &item, int n, float (&sums)[kSums],
+                                            uint32_t (&p)[kLogits / 2], Softmax &softmax) {
     float logits[kLogits], alpha[2];
-    int entry = team.entry[tile.stage()];
-    Mask mask;
-    if constexpr (kPartial) mask = test_elements(item, n, entry);
-    if constexpr (kConfig.bias) start_from_bias<kPartial>(item, n, entry, tile.stage(), logits);
-    take_turn();
-    Product::begin();
-    Product::template start_qk<kConfig.bias>(logits, queries(), team.k[tile.stage()]);
-    pass_turn();
-    Product::template wait<0>(logits);
-    if constexpr (kPartial) apply(mask, item, n, entry, logits);
-    release(team.k_free[tile.stage()]);
-    probabilities(logits, softmax, alpha);
-    await_operands<kPartial>(item, n, total, entry, tile);
-    pack_all(p, logits);
-  }
-
-  // A step after another of the team, whose p v runs beside the softmax of this one.
-  template <bool kPartial>
-  __device__ JSPARSE_INLINE_STEPS void step(const Item &item, int n, int total,
-                                            float (&sums)[kSums], uint32_t (&p)[kLogits / 2],
-                                            Softmax &softmax) {
-    float logits[kLogits], alpha[2];
-    auto next = tile.plus(1);
-    int entry = team.entry[next.stage()];
+    const int now = tile.stage(), entry = team.entry[now];
     // Before the products: their logits would take the registers that the test needs.
     Mask mask;
     if constexpr (kPartial) mask = test_elements(item, n, entry);
-    if constexpr (kConfig.bias) start_from_bias<kPartial>(item, n, entry, next.stage(), logits);
+    if constexpr (kConfig.bias) start_from_bias<kPartial>(item, n, entry, now, logits);
     take_turn();
-    Product::begin(sums, p);
-    Product::template start_qk<kConfig.bias>(logits, queries(), team.k[next.stage()]);
-    Product::start_pv(sums, p, team.v[tile.stage()]);
+    if constexpr (kFirst) {
+      Product::begin();
+    } else {
+      Product::begin(sums, p);
+    }
+    if constexpr (kConfig.hold_queries()) {
+      Product::start_qk(logits, held_queries, team.k[now]);
+    } else {
+      Product::template start_qk<kConfig.bias>(logits, queries(), team.k[now]);
+    }
+    if constexpr (!kFirst) Product::start_pv(sums, p, team.v[now]);
     pass_turn();
-    Product::template wait<1>(logits);
-    if constexpr (kPartial || !kConfig.guess) {
+    Product::template wait<!kFirst>(logits);
+    // Asked here, where the answer need not be waited for.
+    const auto next = tile.plus(1);
+    const bool loaded = team.full[next.stage()].passed(next.parity());
+    bool raised = true;
+    if constexpr (kPartial || kFirst || !kConfig.guess) {
       if constexpr (kPartial) apply(mask, item, n, entry, logits);
-      release(team.k_free[next.stage()]);
       probabilities(logits, softmax, alpha);
     } else {
-      guess(item, n, entry, logits, softmax, alpha, next);
+      raised = guess(item, n, entry, logits, softmax, alpha);
     }
-    // Its branches also keep ptxas from moving the wait for p v up into the softmax.
-    await_operands<kPartial>(item, n, total, entry, next);
-    Product::template wait<0>(sums);
-    release(team.v_free[tile.stage()]);
-    rescale(sums, alpha);
+    // This branch also keeps ptxas from moving the wait for p v up into the softmax.
+    if (!loaded) team.full[next.stage()].wait(next.parity());
+    if constexpr (kPartial) clean_values(item, n, entry, next.stage());
+    if constexpr (!kFirst) {
+      Product::template wait<0>(sums);
+      if (raised) rescale(sums, alpha);
+    }
+    release(team.free[now]);
     pack_all(p, logits);
     tile = next;
   }
 
-  // Probabilities relative to the maximum of the steps before. Where the warpgroup finds that too
-  // low, logits are computed once more, and the maximum is raised.
-  __device__ void guess(const Item &item, int n, int entry, float (&logits)[kLogits],
-                        Softmax &softmax, float (&alpha)[2], Position<kConfig.num_stages> now) {
+  // Probabilities relative to the maximum of the steps before. A warp that finds one of its maxima too
+  // low computes its logits once more, by itself, and raises them.
+  __device__ bool guess(const Item &item, int n, int entry, float (&logits)[kLogits],
+                        Softmax &softmax, float (&alpha)[2]) {
     float total[2];
     bool good = softmax.template guess<kConfig.lazy, kConfig.polynomial_every>(
         logits, params.scale_log2, total);
-    int barrier = kGuessBarrier + team_index * kConfig.warpgroups() + warpgroup;
-    if (any_named(barrier, 128, !good)) {
-      if constexpr (kConfig.bias) start_from_bias<false>(item, n, entry, now.stage(), logits);
-      Product::begin();
-      Product::template start_qk<kConfig.bias>(logits, queries(), team.k[now.stage()]);
-      Product::template wait<0>(logits);
+    bool raise = __any_sync(0xffffffff, !good);
+    if (raise) {
+      CUTE_UNROLL
+      for (int i = 0; i < kLogits; ++i) logits[i] = 0.0f;
+      if constexpr (kConfig.bias) start_from_bias<false>(item, n, entry, tile.stage(), logits);
+      Product::add_qk_of_warp(logits, queries(), team.k[tile.stage()], thread);
       probabilities(logits, softmax, alpha);
     } else {
-      alpha[0] = alpha[1] = 1.0f;
       softmax.sum[0] += total[0];
       softmax.sum[1] += total[1];
     }
-    release(team.k_free[now.stage()]);
+    return raise;
   }
 
   __device__ void probabilities(float (&logits)[kLogits], Softmax &softmax,
                                 float (&alpha)[2]) const {
     softmax.template step<kConfig.lazy, kConfig.polynomial_every>(logits, params.scale_log2, alpha);
-  }
-
-  // Waits for the keys of the team's step after `now`, which is step n, and for the values of `now`.
-  template <bool kPartial>
-  __device__ void await_operands(const Item &item, int n, int total, int entry,
-                                 Position<kConfig.num_stages> now) {
-    auto next = now.plus(1);
-    if (n + kStride < total) team.k_full[next.stage()].wait(next.parity());
-    team.v_full[now.stage()].wait(now.parity());
-    if constexpr (kPartial) clean_values(item, n, entry, now.stage());
   }
 
   // Adds the results of the other teams to those of the first one, in their order.

@@ -70,29 +70,41 @@ struct Load {
     }
   }
 
-  // Entries are read as they are needed: the warp is as many steps ahead as there are stages, and has
-  // no registers to spare.
+  // A stage has the keys of a step and the values of the one before; after the last step comes one with its
+  // values alone. Entries are read as they are needed: the warp is as many steps ahead as there are
+  // stages, and has no registers to spare.
   __device__ void load_blocks(const Item &item, Position<kConfig.num_stages> &tile) {
     const jsparse_forward_args &args = params.args;
     const int kv_head = item.head() / (args.num_heads / args.num_kv_heads);
     const int halves = args.block_kv > kConfig.tile_kv;  // a block is one step, or two
-    const int steps = item.num_blocks() << halves;
-    for (int n = kConfig.first_step(team_index); n < steps; n += kConfig.stride()) {
-      int entry = entry_of(args.schedule, item, n >> halves);
-      int token = block_of(entry) * args.block_kv + (n & halves) * kConfig.tile_kv;
-      int stage = tile.stage();
-      team.k_free[stage].wait(tile.parity() ^ 1);
-      team.entry[stage] = entry;
-      if constexpr (kConfig.bias) team.bias[stage] = bias_array(args.bias, item, n >> halves);
-      team.k_full[stage].arrive_and_expect(T::kColumnBytes);
-      copy_tile<T>(params.k, team.k_full[stage], team.k[stage], kConfig.tile_kv, kv_head, token,
-                item.batch());
-      team.v_free[stage].wait(tile.parity() ^ 1);
-      team.v_full[stage].arrive_and_expect(T::kColumnBytes);
-      copy_tile<T>(params.v, team.v_full[stage], team.v[stage], kConfig.tile_kv, kv_head, token,
-                item.batch());
-      tile = tile.plus(1);
+    const int steps = item.num_blocks() << halves, first = kConfig.first_step(team_index);
+    if (first >= steps) return;
+    int token = 0;
+    bool keys = true;
+    for (int n = first; keys; n += kConfig.stride(), tile = tile.plus(1)) {
+      keys = n < steps;
+      const int stage = tile.stage(), values_from = token;
+      const bool values = n > first;
+      auto &full = team.full[stage];
+      int entry = 0;
+      if (keys) {
+        entry = entry_of(args.schedule, item, n >> halves);
+        token = block_of(entry) * args.block_kv + (n & halves) * kConfig.tile_kv;
+      }
+      team.free[stage].wait(tile.parity() ^ 1);
+      if (keys) {
+        team.entry[stage] = entry;
+        if constexpr (kConfig.bias) team.bias[stage] = bias_array(args.bias, item, n >> halves);
+      }
+      full.arrive_and_expect((keys + values) * T::kColumnBytes);
+      if (keys) load(params.k, full, team.k[stage], item, kv_head, token);
+      if (values) load(params.v, full, team.v[stage], item, kv_head, values_from);
     }
+  }
+
+  __device__ void load(const CUtensorMap &map, Barrier &full, Element *to, const Item &item, int head,
+                       int token) {
+    copy_tile<T>(map, full, to, kConfig.tile_kv, head, token, item.batch());
   }
 };
 

@@ -53,9 +53,7 @@ struct Products {
     int lane = thread % 32, row = thread / 32 * 16 + lane % 16, column = lane / 16 * 8;
     CUTE_UNROLL
     for (int i = 0; i < kRowWords; i += 4) {
-      auto *from = raw_pointer_cast(&elements(row, column + 4 * i));
-      SM75_U32x4_LDSM_N::copy(*reinterpret_cast<uint128_t *>(from), rows[i], rows[i + 1],
-                              rows[i + 2], rows[i + 3]);
+      load_matrices(rows + i, &elements(row, column + 4 * i));
     }
   }
 
@@ -73,6 +71,34 @@ struct Products {
     auto c = make_tensor(&logits[0], partition_fragment_C(mma, shape).layout());
     mma.accumulate_ = GMMA::ScaleOut::Zero;
     start(mma, a, b, c);
+  }
+
+  // logits += q k^T of the 16 rows of a warp, which needs no other: by mma.sync, whose registers are those
+  // of wgmma.
+  __device__ static void add_qk_of_warp(float (&logits)[kLogits], Element *q_tile, Element *k_tile,
+                                        int thread) {
+    using namespace cute;
+    using Mma = conditional_t<is_same_v<Element, cutlass::half_t>, SM80_16x8x16_F32F16F16F32_TN,
+                              SM80_16x8x16_F32BF16BF16F32_TN>;
+    auto queries = make_tensor(make_smem_ptr(q_tile), typename T::LayoutRows{});
+    auto keys = make_tensor(make_smem_ptr(k_tile), typename T::LayoutColumns{});
+    int lane = thread % 32, row = thread / 32 * 16 + lane % 16;
+    int key = lane / 16 * 8 + lane % 8, dim = lane / 8 % 2 * 8;
+    CUTE_NO_UNROLL
+    for (int k = 0; k < kDim; k += 16) {
+      uint32_t a[4], b[4];
+      load_matrices(a, &queries(row, k + lane / 16 * 8));
+      CUTE_UNROLL
+      for (int n = 0; n < kColumns; n += 16) {
+        load_matrices(b, &keys(n + key, k + dim));
+        CUTE_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          float *c = &logits[n / 2 + 4 * half];
+          Mma::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[2 * half], b[2 * half + 1], c[0],
+                   c[1], c[2], c[3]);
+        }
+      }
+    }
   }
 
   // sums += p v; p may be overwritten, and the sums read, after a wait.
@@ -98,6 +124,12 @@ struct Products {
   }
 
  private:
+  template <class Pointer>
+  __device__ static void load_matrices(uint32_t *to, Pointer from) {
+    auto *word = reinterpret_cast<cute::uint128_t *>(cute::raw_pointer_cast(from));
+    cute::SM75_U32x4_LDSM_N::copy(*word, to[0], to[1], to[2], to[3]);
+  }
+
   // c += a b, or = in the first step if `mma` says so.
   template <class Mma, class A, class B, class C>
   __device__ static void start(Mma &mma, const A &a, const B &b, C &c) {

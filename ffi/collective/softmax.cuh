@@ -142,13 +142,13 @@ struct Softmax {
   template <int kPolynomialEvery, int kCount>
   __device__ static void exponentials(float (&s)[kCount], float scale_log2,
                                       const float (&minus_max)[2], float (&total)[2]) {
-    float parts[4] = {};
+    float parts[4];
     CUTE_UNROLL
     for (int i = 0; i < kCount; ++i) {
       float x = fmaf(s[i], scale_log2, minus_max[i >> 1 & 1]);
       bool polynomial = kPolynomialEvery > 0 && (i >> 2) % max_of(kPolynomialEvery, 1) == 0;
       s[i] = polynomial ? exp2_polynomial(x) : exp2_mufu(x);
-      parts[i & 3] += s[i];
+      parts[i & 3] = i < 4 ? s[i] : parts[i & 3] + s[i];
     }
     total[0] = parts[0] + parts[1];
     total[1] = parts[2] + parts[3];

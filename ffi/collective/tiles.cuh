@@ -71,8 +71,9 @@ __device__ uint4 *place_in_box(Element *box, int token, int n) {
   return reinterpret_cast<uint4 *>(box) + (at ^ (at / 8 % kUnits));
 }
 
-// Of one team. Barriers named full are completed by the load warp and its copies, those named free
-// by every warp that computes; q_free by every thread of theirs.
+// Of one team. A stage has the keys of a step and the values of the step before. Barriers named full are
+// completed by the load warp and its copies, those named free by every warp that computes; q_free by
+// every thread of theirs.
 template <class Element, TileConfig kConfig>
 struct alignas(1024) TeamStorage {
   alignas(1024) Element q[kConfig.num_q_stages()][kConfig.warpgroups()][64 * kConfig.head_dim];
@@ -82,11 +83,9 @@ struct alignas(1024) TeamStorage {
   alignas(16) int32_t item[kConfig.num_q_stages()][JSPARSE_ITEM_FIELDS];
   int32_t entry[kConfig.num_stages];
   Barrier q_full[kConfig.num_q_stages()];
-  Barrier k_full[kConfig.num_stages];
-  Barrier v_full[kConfig.num_stages];
+  Barrier full[kConfig.num_stages];
   Barrier q_free[kConfig.num_q_stages()];
-  Barrier k_free[kConfig.num_stages];
-  Barrier v_free[kConfig.num_stages];
+  Barrier free[kConfig.num_stages];
   // Where what each key tile has as a bias begins, in bytes: see bias_array.
   int64_t bias[kConfig.bias ? kConfig.num_stages : 1];
 
@@ -97,10 +96,8 @@ struct alignas(1024) TeamStorage {
       q_free[i].init(32 * kWarps);
     }
     for (int i = 0; i < kConfig.num_stages; ++i) {
-      k_full[i].init(1);
-      v_full[i].init(1);
-      k_free[i].init(kWarps);
-      v_free[i].init(kWarps);
+      full[i].init(1);
+      free[i].init(kWarps);
     }
   }
 };

@@ -24,11 +24,19 @@ struct TileConfig {
   constexpr int warpgroups() const { return tile_q / 64; }
   constexpr int compute_warpgroups() const { return teams * warpgroups(); }
   constexpr int threads() const { return 128 * (compute_warpgroups() + 1); }
-  // Registers a thread; together they are no more than the CTA is launched with.
-  constexpr int load_registers() const { return compute_warpgroups() <= 2 ? 40 : 32; }
-  constexpr int compute_registers() const {
-    return compute_warpgroups() <= 2 ? 232 : compute_warpgroups() == 3 ? 160 : 112;
+  // Registers a thread; together they are no more than the CTA is launched with. The load threads of
+  // teams of one warpgroup spill with 24.
+  constexpr int load_registers() const {
+    return compute_warpgroups() > 2 ? 32 : warpgroups() == 1 ? 40 : 24;
   }
+  constexpr int compute_registers() const {
+    if (compute_warpgroups() <= 2) return warpgroups() == 1 ? 232 : 240;
+    return compute_warpgroups() == 3 ? 160 : 112;
+  }
+
+  // Whether queries are read from shared memory once an item, not at each step. At D 64 four warpgroups
+  // have no registers for them, and a bias takes those of others.
+  constexpr bool hold_queries() const { return !bias && head_dim != 64; }
 
   // Walkers of a schedule in one CTA, and which of all a team of it is.
   constexpr int walkers() const { return share ? 1 : teams; }

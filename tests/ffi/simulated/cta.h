@@ -28,12 +28,10 @@ struct Failure : std::runtime_error {
 struct Meeting {
   int size = 0, arrived = 0;
   unsigned generation = 0;
-  bool any = false, found = false;  // what one of them said, this time and the last
 
   void arrive() {
     if (++arrived < size) return;
     arrived = 0;
-    found = std::exchange(any, false);
     ++generation;
   }
 };

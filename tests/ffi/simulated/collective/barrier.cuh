@@ -25,8 +25,10 @@ class Barrier {
   }
 
   void wait(uint32_t parity) {
-    simulated::cta->wait_until([this, parity] { return phase_ % 2 != parity; });
+    simulated::cta->wait_until([this, parity] { return passed(parity); });
   }
+
+  bool passed(uint32_t parity) const { return phase_ % 2 != parity; }
 
   Barrier() = default;
 
@@ -48,13 +50,6 @@ inline void fence_async_shared() {}
 
 inline void sync_named(int number, int threads) {
   simulated::cta->meet(simulated::cta->named(number, threads));
-}
-
-inline bool any_named(int number, int threads, bool mine) {
-  auto &meeting = simulated::cta->named(number, threads);
-  meeting.any |= mine;
-  simulated::cta->meet(meeting);
-  return meeting.found;
 }
 
 inline void arrive_named(int number, int threads) {

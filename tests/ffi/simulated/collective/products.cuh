@@ -79,6 +79,15 @@ struct Products {
     });
   }
 
+  static void add_qk_of_warp(float (&logits)[kLogits], Element *q_tile, Element *k_tile, int) {
+    for (int i = 0; i < kLogits; ++i) {
+      for (int column = 0; column < kDim; ++column) {
+        logits[i] += element(q_tile, 64, row_of(i), column) * element(k_tile, kColumns, column_of(i), column);
+      }
+    }
+    simulated::cta->meet_warp();
+  }
+
   static void start_pv(float (&sums)[kSums], uint32_t (&p)[kLogits / 2], Element *v_tile) {
     float *to = sums;
     const uint32_t *mine = p;
