@@ -15,12 +15,12 @@
 
 namespace jsparse {
 
-// What a kernel of all gradients has besides: ds of two steps, and dq of one on its way to its sum.
+// What a kernel of all gradients has besides: ds of two steps, and dq of two on its way to its sum.
 template <class Element, BackwardConfig kConfig>
 struct alignas(1024) DqTiles {
   using Product = DqProduct<Element, kConfig.head_dim>;
   Element ds[2][kConfig.tile / 64][2][Product::kTile];
-  float dq[2][Product::kSums * 128];  // of each warpgroup
+  float dq[2][2][Product::kSums * 128];  // of each warpgroup
 };
 struct NoDqTiles {};
 
@@ -41,7 +41,7 @@ struct alignas(1024) BackwardStorage {
   // Where what each tile of columns has as a bias begins, in bytes: see bias_array.
   int64_t bias[kConfig.bias ? kColumns : 1];
 
-  Barrier ds_full[2], dq_full[2], dq_free[2];
+  Barrier ds_full[2], dq_full[2][2], dq_free[2][2];
   cute::conditional_t<kConfig.all, DqTiles<Element, kConfig>, NoDqTiles> dq;
 
   __device__ void init_barriers() {
@@ -58,8 +58,10 @@ struct alignas(1024) BackwardStorage {
     }
     for (int i = 0; i < 2 && kConfig.all; ++i) {
       ds_full[i].init(kWarps);
-      dq_full[i].init(4);
-      dq_free[i].init(1);
+      for (int stage = 0; stage < 2; ++stage) {
+        dq_full[stage][i].init(4);
+        dq_free[stage][i].init(1);
+      }
     }
   }
 };
@@ -166,6 +168,12 @@ struct BackwardThread {
   // products across; it would otherwise move it up into the arithmetic before.
   __device__ void await_tile(int which, bool exists, Position<kConfig.num_stages> step) const {
     if (exists) team.full[which][step.stage()].wait(step.parity());
+  }
+
+  // Whether the tiles of a step are there, if there is one.
+  __device__ bool loaded(bool exists, Position<kConfig.num_stages> step) const {
+    auto passed = [&](int which) { return team.full[which][step.stage()].passed(step.parity()); };
+    return !exists || (passed(0) && passed(1));
   }
 
   __device__ void sync_team() const { sync_named(1 + team_index, kConfig.warpgroups() * 128); }

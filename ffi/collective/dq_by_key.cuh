@@ -18,7 +18,7 @@ struct DqByKey {
   using Sums = float[Product::kSums];
 
   Position<2> step = {};  // of ds; of dq: the one before
-  Position<1> sent = {};
+  Position<2> sent = {};  // a dq
   bool stored = false;    // whether there is a dq that is not sent
   bool bad_keys = false;  // whether the step before has keys to clear
 
@@ -67,8 +67,8 @@ struct DqByKey {
   // After it was waited for: stores it for the thread that sends it to its sum.
   __device__ void finish(const Thread &me, const Item &item, int row_stage, const Sums &dq) {
     if (bad_keys) write_bad_keys(me, item, row_stage, Restore{});
-    me.team.dq_free[me.warpgroup].wait(sent.parity() ^ 1);
-    auto *to = reinterpret_cast<float4 *>(me.team.dq.dq[me.warpgroup]) + me.thread;
+    me.team.dq_free[sent.stage()][me.warpgroup].wait(sent.parity() ^ 1);
+    auto *to = reinterpret_cast<float4 *>(me.team.dq.dq[sent.stage()][me.warpgroup]) + me.thread;
     CUTE_UNROLL
     for (int i = 0; i < Product::kSums; i += 4) {
       to[128 * (i / 4)] = make_float4(dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
@@ -78,7 +78,7 @@ struct DqByKey {
 
  private:
   __device__ void send(const Thread &me) {
-    me.release(me.team.dq_full[me.warpgroup]);
+    me.release(me.team.dq_full[sent.stage()][me.warpgroup]);
     sent = sent.plus(1);
     stored = false;
   }
@@ -126,12 +126,12 @@ struct SendDq {
     const int32_t *fields =
         schedule.items + int64_t(worker) * schedule.items_per_worker * JSPARSE_ITEM_FIELDS;
     const int steps_per_block = params.sizes.block_columns / kConfig.tile;
-    Position<1> at;
+    Position<2> at;
     for (int count = schedule.item_count[worker]; count > 0; --count) {
       Item item{fields};
       const int32_t *turn = params.turns.turns + 2 * int64_t(item.first_turn());
       for (int n = item.num_blocks() * steps_per_block; n > 0; --n) {
-        send(turn[0], turn[1], at.parity());
+        send(turn[0], turn[1], at);
         at = at.plus(1);
         turn += 2;
       }
@@ -141,12 +141,12 @@ struct SendDq {
 
  private:
   // The first part of a sum is what it starts from.
-  __device__ void send(int sum, int turn, uint32_t parity) const {
+  __device__ void send(int sum, int turn, Position<2> at) const {
     constexpr int kCount = DqProduct<Element, kConfig.head_dim>::kSums * 128;
     int64_t half = int64_t(sum) * 2 + warpgroup;
     float *to = params.turns.sums + half * kCount;
-    const float *dq = team.dq.dq[warpgroup];
-    team.dq_full[warpgroup].wait(parity);
+    const float *dq = team.dq.dq[at.stage()][warpgroup];
+    team.dq_full[at.stage()][warpgroup].wait(at.parity());
     await_turn(&params.turns.taken[half], turn);
     if (turn == 0) {
       copy_back(to, dq, kCount * sizeof(float));
@@ -154,7 +154,7 @@ struct SendDq {
       add_back(to, dq, kCount * sizeof(float));
     }
     await_read();
-    team.dq_free[warpgroup].arrive();
+    team.dq_free[at.stage()][warpgroup].arrive();
     await_written();
     pass_turn(&params.turns.taken[half], turn);
   }

@@ -17,6 +17,10 @@ struct ComputeGradients : ComputeDkv<Element, kConfig> {
   using Base::at, Base::kLogits, Base::kParts, Base::kPartLogits, Base::kPartSize, Base::kReadAhead,
       Base::kSums, Base::me, Base::tile;
 
+  // Whether the next step's tiles are asked for before the arithmetic, so that the answer need not be
+  // waited for; at D 32 it is slower.
+  static constexpr bool kAskEarly = kConfig.head_dim > 32;
+
   Dq dq_by_key = {};
 
   __device__ void run(int worker) {
@@ -43,8 +47,8 @@ struct ComputeGradients : ComputeDkv<Element, kConfig> {
   }
 
  private:
-  // Partial blocks come first, then full ones.
-  __device__ void attend(const Item &item, float (&dk)[kSums], float (&dv)[kSums]) {
+  // Partial blocks come first, then full ones. No calls: at them ptxas would wait for products.
+  __device__ __forceinline__ void attend(const Item &item, float (&dk)[kSums], float (&dv)[kSums]) {
     const int per_block = me.steps_per_block();
     const int partial = item.num_partial() * per_block;
     const int total = item.num_blocks() * per_block;
@@ -70,7 +74,8 @@ struct ComputeGradients : ComputeDkv<Element, kConfig> {
 
   // With dq of the step before, unless this is the first.
   template <bool kPartial, bool kFirst>
-  __device__ void step(const Item &item, int n, int total, float (&dk)[kSums], float (&dv)[kSums]) {
+  __device__ __forceinline__ void step(const Item &item, int n, int total, float (&dk)[kSums],
+                                       float (&dv)[kSums]) {
     constexpr bool kDq = !kFirst;
     auto &team = me.team;
     const int now = tile.stage(), entry = team.entry[now];
@@ -92,6 +97,7 @@ struct ComputeGradients : ComputeDkv<Element, kConfig> {
     Statistics lse2[kParts], delta[kParts];
     if constexpr (kReadAhead) this->read_statistics(lse2[0], 0, 0, now);
     Product::template wait<1>(p);
+    const bool loaded = kAskEarly && me.loaded(n + 1 < total, tile.plus(1));
     CUTE_UNROLL
     for (int part = 0; part < kParts; ++part) {
       if constexpr (!kReadAhead) this->read_statistics(lse2[part], 0, part, now);
@@ -118,8 +124,10 @@ struct ComputeGradients : ComputeDkv<Element, kConfig> {
       Product::template wait<2>(dq);
       dq_by_key.finish(me, item, at.stage(), dq);
     }
-    me.await_tile(0, n + 1 < total, tile.plus(1));
-    me.await_tile(1, n + 1 < total, tile.plus(1));
+    if (!loaded) {
+      me.await_tile(0, n + 1 < total, tile.plus(1));
+      me.await_tile(1, n + 1 < total, tile.plus(1));
+    }
     constexpr int kBeside = kDq && kParts == 1;
     Product::template wait<1 + kBeside>(dv);
     me.release(team.free[1][now]);

@@ -48,8 +48,8 @@ constexpr BackwardConfig choose_backward(bool keys, int head_dim, int block_rows
   int tile = narrow && high && block_columns == 128 ? 128 : 64;
   int stages = high && !narrow ? 3 : 4, teams = narrow && !high ? 2 : 1;
   bool turns = !keys && head_dim == 32 && high;
-  if (all && head_dim == 64) stages = 2;
-  return {keys, head_dim, block_rows, tile, stages, all && !narrow ? 1 : 2, teams, turns, bias, all};
+  const bool full = all && head_dim > 32;  // the shared memory
+  return {keys, head_dim, block_rows, tile, full ? 2 : stages, full ? 1 : 2, teams, turns, bias, all};
 }
 
 }  // namespace jsparse
