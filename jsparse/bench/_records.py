@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jsparse.backends import IMPLEMENTATIONS
 from jsparse.bench._contract import EVERY
 from jsparse.measure import BadInput
 from jsparse.report import (
@@ -311,6 +312,9 @@ _PASS_FACTS = {
 def markdown(records: Sequence[Record]) -> str:
     """Markdown tables of the newest record of each case, device by device.
 
+    A peer that an earlier record alone has is shown from the newest of those, with its
+    date.
+
     Args:
         records: as `read_records` returns them, oldest first.
 
@@ -321,18 +325,20 @@ def markdown(records: Sequence[Record]) -> str:
         >>> markdown([])
         'No benchmark was recorded yet.'
     """
-    newest: dict[str, dict[tuple[str, str], Record]] = {}
+    every: dict[str, dict[tuple[str, str], list[Record]]] = {}
     for record in (r for r in records if r["kind"] != "tune"):
         beside = record["kind"] if record["kind"] in _BESIDE else ""
-        newest.setdefault(_device(record), {})[record["case"], beside] = record
-    if not newest:
+        of_device = every.setdefault(_device(record), {})
+        of_device.setdefault((record["case"], beside), []).append(record)
+    if not every:
         return "No benchmark was recorded yet."
     parts = []
-    for device in sorted(newest):
-        chosen = [newest[device][case] for case in sorted(newest[device])]
+    for device in sorted(every):
+        histories = [every[device][case] for case in sorted(every[device])]
+        chosen = [history[-1] for history in histories]
         jax = ", ".join(sorted({record["versions"]["jax"] for record in chosen}))
         parts.append(f"**{device}**, JAX {jax}")
-        contests = [r for r in chosen if r["kind"] == "attention"]
+        contests = [h for h in histories if h[-1]["kind"] == "attention"]
         latencies = [r for r in chosen if r["kind"] == "latency"]
         profiles = [r for r in chosen if r["kind"] == "profile"]
         builds = [r for r in chosen if r["kind"].startswith("mask")]
@@ -347,15 +353,21 @@ def markdown(records: Sequence[Record]) -> str:
     return "\n\n".join(parts)
 
 
-def _contest_table(records: list[Record]) -> str:
+def _contest_table(histories: list[list[Record]]) -> str:
+    """Of each case its records, the newest last."""
     head = (
         *("case", "density", "pass", "ours", "peer", "peer / ours (min to max)"),
         *("largest error, ours / peer", "temporary memory, ours / peer"),
     )
     rows = []
-    for record in records:
+    for *earlier, newest in histories:
         for direction, title in DIRECTIONS.items():
-            rows += _contest_rows(record, direction, title)
+            rows += _contest_rows(newest, direction, title)
+            shown = {"auto", *IMPLEMENTATIONS, *newest.get(direction, {})}
+            for record in reversed(earlier):
+                peers = [x for x in record.get(direction, {}) if x not in shown]
+                rows += _contest_rows(record, direction, title, peers)
+                shown.update(peers)
     return _grid(head, _once(rows, 4))
 
 
@@ -375,19 +387,24 @@ def _once(rows: list[tuple[str, ...]], leading: int) -> list[tuple[str, ...]]:
     return found
 
 
-def _contest_rows(record: Record, direction: str, title: str) -> list[tuple[str, ...]]:
+def _contest_rows(
+    record: Record, direction: str, title: str, peers: Sequence[str] | None = None
+) -> list[tuple[str, ...]]:
+    """A row for each peer; of an earlier record for those that are named."""
     results = record.get(direction, {})
-    if not results:
+    if not results or peers == []:
         return []
     ours = results[record["ours"]]
     time = _time_cell(record, record["ours"], ours)
+    if peers is not None:
+        time += f" ({record['date'][:10]})"
     shape = "H{heads} D{head_dim} {dtype}".format(**record["input"])
     label = f"{record['case']}: {record['about']}, {shape}"
     start = (label, f"{record['mask']['density']:.4f}", title)
     error = _worst(ours)
     rows = []
     for name, found in results.items():
-        if name == record["ours"]:
+        if name == record["ours"] or (peers is not None and name not in peers):
             continue
         ratio = _ratio(found)
         span = "{median:.2f} ({min:.2f} to {max:.2f})"

@@ -200,6 +200,18 @@ def test_table_takes_the_newest_of_each_case_and_device():
     assert "OTHER" in text
 
 
+def test_table_keeps_peers_that_only_earlier_records_have():
+    old, new = attention(date="2026-01-02T03:04:05+00:00"), attention()
+    for record in (old, new):
+        record["forward"] = copy.deepcopy(record["forward"])
+    old["forward"]["flex"] = dict(old["forward"]["dense"])
+    old["forward"]["cutlass"] = dict(old["forward"]["dense"])
+    rows = [r for r in markdown([old, new]).splitlines() if " ms | " in r]
+    assert [row.split(" | ")[4].split()[0] for row in rows] == ["dense", "flex"]
+    assert "| forward | xla 200 ms | dense 200 ms |" in rows[0]
+    assert "|  |  |  | xla 200 ms (2026-01-02) | flex 200 ms |" in rows[1]
+
+
 def test_table_of_a_case_without_peers():
     record = copy.deepcopy(attention())
     del record["forward"]["dense"]
