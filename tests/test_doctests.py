@@ -23,8 +23,8 @@ def test_examples_in_docstrings(name: str, tmp_path, monkeypatch):
     # An example may write a file, and it may read those of `examples/data`.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(EXAMPLES)
-    # Users run with JAX's ordinary promotion.
-    with jax.numpy_dtype_promotion("standard"):
+    # Users run with JAX's ordinary promotion, some of them without that of ranks.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("raise"):
         failed, _ = doctest.testmod(
             importlib.import_module(name),
             optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE,

@@ -17,6 +17,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
 
+from jsparse._ranks import promotes_ranks
 from jsparse.bias import Bias
 from jsparse.ops import block_sparse_attention
 from jsparse.ops._attention import Implementation
@@ -168,6 +169,7 @@ class BlockSparseAttention(nnx.Module):
         gate = linear(self.in_features, q_heads, **gate_init) if use_gate else None
         self.gate = nnx.data(gate)
 
+    @promotes_ranks
     def __call__(
         self,
         inputs_q: Array,

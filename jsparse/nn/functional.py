@@ -22,6 +22,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from jsparse._ranks import promotes_ranks
 from jsparse.bias import BlockBias, DistanceBias, EntryBias, ScoreFunction
 from jsparse.nn import _neighbors, _windows
 from jsparse.ops import block_sparse_attention
@@ -36,6 +37,7 @@ _DENSE_BLOCK = 128  # of masks that leave out nothing but padding
 _OTHER_BIASES = BlockBias, DistanceBias, EntryBias, ScoreFunction
 
 
+@promotes_ranks
 def triangle_attention(
     q: Array,
     k: Array,
@@ -123,6 +125,7 @@ def triangle_attention(
     return _gated(who, out, gate, edges)
 
 
+@promotes_ranks
 def pair_bias_attention(
     q: Array,
     k: Array,
@@ -195,6 +198,7 @@ def pair_bias_attention(
     return _gated(who, out, gate, mask)
 
 
+@promotes_ranks
 def atom_window_attention(
     q: Array,
     k: Array,
@@ -289,6 +293,7 @@ def atom_window_attention(
     return _gated(who, out, gate, exists)
 
 
+@promotes_ranks
 def neighbor_attention(
     q: Array,
     k: Array,
@@ -351,7 +356,7 @@ def neighbor_attention(
         >>> import jax, jax.numpy as jnp
         >>> from jsparse.nn.functional import neighbor_attention
         >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 300, 4, 32))
-        >>> index = jnp.arange(300)[:, None] + jnp.array([-1, 0, 7])
+        >>> index = jnp.arange(300)[:, None] + jnp.array([[-1, 0, 7]])
         >>> neighbor_attention(q, k, v, index.clip(max=299)).shape
         (300, 4, 32)
 

@@ -10,6 +10,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from jsparse._ranks import promotes_ranks
 from jsparse.backends._contract import Backend, HostPattern, Operands, vary_like
 from jsparse.bias import Bias
 from jsparse.ops import _dispatch, _sharding
@@ -51,6 +52,7 @@ def block_sparse_attention(
 ) -> tuple[Array, Array]: ...
 
 
+@promotes_ranks
 def block_sparse_attention(
     q: Array,
     k: Array,
@@ -135,6 +137,7 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
+@promotes_ranks
 def gradients(
     q: Array,
     k: Array,

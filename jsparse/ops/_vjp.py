@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
+from jsparse._ranks import promotes_ranks
 from jsparse.backends._contract import Backend, HostPattern, Operands
 from jsparse.backends._contract import accumulator_dtype as accumulator_dtype
 from jsparse.backends._contract import vary_like as vary_like
@@ -41,6 +42,7 @@ def attend(
     return _batched_forward(backend, scale, pattern)(operands)
 
 
+@promotes_ranks
 def _attend_fwd(backend, scale, pattern, operands):
     leaves, tree = jax.tree_util.tree_flatten(operands)
     operands = tree.unflatten([x.value for x in leaves])
@@ -51,6 +53,7 @@ def _attend_fwd(backend, scale, pattern, operands):
     return (out, lse), (kept, out, lse, static)
 
 
+@promotes_ranks
 def _attend_bwd(backend, scale, pattern, residuals, cotangents):
     kept, out, lse, static = residuals
     operands = jax.tree_util.tree_map(
@@ -182,6 +185,7 @@ def _batched_forward(
         return _sharding.forward(on_device, operands)
 
     @forward.def_vmap
+    @promotes_ranks
     def rule(axis_size, in_batched, operands):
         del axis_size
         return forward(_add_axis(operands, in_batched[0])), (True, True)
@@ -210,6 +214,7 @@ def _batched_backward(
         return _sharding.backward(on_device, operands, rows, bias_gradient)
 
     @backward.def_vmap
+    @promotes_ranks
     def rule(axis_size, in_batched, operands, *rows):
         rows = [
             _add_axis(x, b) if b else jnp.broadcast_to(x, (axis_size, *x.shape))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jsparse._ranks import promotes_ranks
 from jsparse.patterns._arguments import count
 from jsparse.patterns._block_mask import BlockMask
 from jsparse.patterns._builders import window_spans
@@ -25,6 +26,7 @@ Array = Any
 QUERIES, KEYS = 32, 128
 
 
+@promotes_ranks
 def atom_windows(
     num_atoms: Array,
     *,

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jsparse._ranks import promotes_ranks
 from jsparse.patterns._arguments import as_array
 from jsparse.patterns._block_mask import NO_CAPACITY, BlockMask
 from jsparse.patterns._device_checks import (
@@ -58,6 +59,7 @@ _SLACK = np.float32(1 + 1e-6)
 _NO, _MAYBE, _YES = range(3)
 
 
+@promotes_ranks
 def radius(
     coords: Array,
     cutoff: Array,
@@ -146,6 +148,7 @@ def radius(
     return _checked(mask)
 
 
+@promotes_ranks
 def neighbors(
     index: Array,
     *,
@@ -244,6 +247,7 @@ def neighbors(
     return _checked(mask)
 
 
+@promotes_ranks
 def from_dense_blocks(
     active: Array,
     *,
