@@ -50,7 +50,8 @@ struct Products {
   __device__ static void load_rows(uint32_t (&rows)[kRowWords], Element *tile, int thread) {
     using namespace cute;
     auto elements = make_tensor(make_smem_ptr(tile), typename T::LayoutRows{});
-    int lane = thread % 32, row = thread / 32 * 16 + lane % 16, column = lane / 16 * 8;
+    auto [row, column] = left_row(thread % 32);
+    row += thread / 32 * 16;
     CUTE_UNROLL
     for (int i = 0; i < kRowWords; i += 4) {
       load_matrices(rows + i, &elements(row, column + 4 * i));
@@ -82,15 +83,14 @@ struct Products {
                               SM80_16x8x16_F32BF16BF16F32_TN>;
     auto queries = make_tensor(make_smem_ptr(q_tile), typename T::LayoutRows{});
     auto keys = make_tensor(make_smem_ptr(k_tile), typename T::LayoutColumns{});
-    int lane = thread % 32, row = thread / 32 * 16 + lane % 16;
-    int key = lane / 16 * 8 + lane % 8, dim = lane / 8 % 2 * 8;
+    const MatrixRow left = left_row(thread % 32), right = right_row(thread % 32);
     CUTE_NO_UNROLL
     for (int k = 0; k < kDim; k += 16) {
       uint32_t a[4], b[4];
-      load_matrices(a, &queries(row, k + lane / 16 * 8));
+      load_matrices(a, &queries(thread / 32 * 16 + left.row, k + left.column));
       CUTE_UNROLL
       for (int n = 0; n < kColumns; n += 16) {
-        load_matrices(b, &keys(n + key, k + dim));
+        load_matrices(b, &keys(n + right.row, k + right.column));
         CUTE_UNROLL
         for (int half = 0; half < 2; ++half) {
           float *c = &logits[n / 2 + 4 * half];
@@ -169,7 +169,8 @@ struct DqProduct {
   __device__ static void store_ds(Element *tile, uint32_t (&ds)[32 / 2], int thread) {
     using namespace cute;
     auto elements = make_tensor(make_smem_ptr(tile), typename T::LayoutRows{});
-    int lane = thread % 32, row = thread / 32 * 16 + lane % 16, column = lane / 16 * 8;
+    auto [row, column] = left_row(thread % 32);
+    row += thread / 32 * 16;
     CUTE_UNROLL
     for (int i = 0; i < 16; i += 4) {
       auto *to = raw_pointer_cast(&elements(row, column + 4 * i));

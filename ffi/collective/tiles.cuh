@@ -51,6 +51,16 @@ struct Tiles {
   static constexpr uint32_t kColumnBytes = kColumns * kDim * sizeof(Element);
 };
 
+// The row, of 8 elements, that a lane names to ldmatrix or stmatrix in a tile of 16 x 16, so that its four
+// matrices are a left operand; or right operands of mma.sync, of 8 columns each.
+struct MatrixRow {
+  int row, column;
+};
+__host__ __device__ constexpr MatrixRow left_row(int lane) { return {lane % 16, lane / 16 * 8}; }
+__host__ __device__ constexpr MatrixRow right_row(int lane) {
+  return {lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8};
+}
+
 // Zeros for a token of a tile of `rows` tokens. The swizzle moves nothing out of a row of a box.
 template <class T, class Element>
 __device__ void clear_token(Element *tile, int rows, int token) {

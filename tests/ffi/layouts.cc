@@ -94,11 +94,41 @@ int dq_mismatches() {
   return wrong;
 }
 
+// Whether ldmatrix gives a thread the operand that mma.sync wants: its register j has two elements of a
+// row of matrix j, which lanes 8 j to 8 j + 7 name.
+template <class Held>
+int matrix_mismatches(const Held &held, int thread, int first, MatrixRow (*named)(int)) {
+  int wrong = 0;
+  for (int i = 0; i < size(held); ++i) {
+    auto [row, column] = named((first + i / 2) * 8 + thread / 4);
+    wrong += get<0>(held(i)) != row;
+    wrong += get<1>(held(i)) != column + thread % 4 * 2 + i % 2;
+  }
+  return wrong;
+}
+
+// The product of one warp, of whose right operands two are loaded together: see add_qk_of_warp.
+int warp_mismatches() {
+  auto mma = make_tiled_mma(SM80_16x8x16_F32F16F16F32_TN{});
+  auto left = make_identity_tensor(Shape<_16, _16>{});
+  auto right = make_identity_tensor(Shape<_16, _16>{});
+  auto result = make_identity_tensor(Shape<_16, _8>{});
+  int wrong = 0;
+  for (int thread = 0; thread < 32; ++thread) {
+    auto part = mma.get_slice(thread);
+    auto b = part.partition_B(right);
+    wrong += matrix_mismatches(part.partition_A(left), thread, 0, left_row);
+    for (int n = 0; n < 2; ++n) wrong += matrix_mismatches(b(_, n, _), thread, 2 * n, right_row);
+    wrong += register_mismatches(part.partition_C(result), thread);
+  }
+  return wrong;
+}
+
 template <int kDim, int kColumns>
 int mismatches() {
   using T = Tiles<cutlass::half_t, kDim, kColumns>;
   int wrong = tile_mismatches<T, kColumns>() + register_mismatches<T>();
-  wrong += dq_mismatches<kDim>();
+  wrong += dq_mismatches<kDim>() + warp_mismatches();
   if constexpr (kDim <= 64) wrong += part_mismatches<kDim, kColumns>();
   return wrong;
 }
