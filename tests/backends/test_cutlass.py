@@ -255,7 +255,8 @@ def test_lowers_with_a_bias(hopper, monkeypatch, kind, differentiated):
         out = block_sparse_attention(q, k, v, mask, bias=bias, implementation="cutlass")
         return out.astype("float32").sum()
 
-    with use_abstract_mesh(mesh):
+    # Also where an application forbids it in its own code: see promotes_ranks.
+    with use_abstract_mesh(mesh), jax.numpy_rank_promotion("raise"):
         gradients = jax.grad(loss, (0, 1, 2, 3)[: 4 if differentiated else 3])
         traced = jax.jit(gradients).trace(q, k, k, bias)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()

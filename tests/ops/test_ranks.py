@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AbstractMesh, use_abstract_mesh
 
 from jsparse import BlockMask, block_sparse_attention
-from jsparse.backends import cutlass, mosaic_gpu
+from jsparse.backends import mosaic_gpu
 from jsparse.patterns import Window
 from tests.pallas_kernels.launches import H100
 from tests.support.cases import biases, random_mask
@@ -70,20 +70,16 @@ def test_gradients_under_jit_and_vmap(kind, implementation):
     assert all(np.allclose(x, y, atol=1e-5) for x, y in zip(one, compiled, strict=True))
 
 
-@pytest.mark.parametrize("backend", [mosaic_gpu, cutlass])
+# Those in CUDA: `tests/backends/test_cutlass.py`.
 @pytest.mark.parametrize("kind", [None, "dense", "table"])
-def test_kernels_for_hopper_lower(backend, kind, monkeypatch):
-    if kind == "table" and backend is cutlass:
-        pytest.skip("the CUDA kernels take no bias by distance")
-    name = backend.__name__.rsplit(".", 1)[1]
-    monkeypatch.setattr(backend, "why_not", lambda problem: None)
+def test_kernels_for_hopper_lower(kind, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "why_not", lambda problem: None)
     rng = np.random.default_rng(0)
     mask = random_mask(rng, (300, 500, 128, 64), 12)
     bias = None if kind is None else biases(rng, mask, 2, 1)[kind]
     shapes = [jax.ShapeDtypeStruct((1, n, 2, 64), "bfloat16") for n in (300, 500, 500)]
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
-        gradients = jax.jit(jax.grad(loss(mask, name), (0, 1, 2)))
-        text = (
-            gradients.trace(*shapes, bias).lower(lowering_platforms=("cuda",)).as_text()
-        )
-    assert ("jsparse_forward" if backend is cutlass else "mosaic_gpu_v2") in text
+        gradients = jax.jit(jax.grad(loss(mask, "mosaic_gpu"), (0, 1, 2)))
+        traced = gradients.trace(*shapes, bias)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu_v2") == 3
