@@ -20,7 +20,7 @@ template <class Element, BackwardConfig kConfig>
 struct alignas(1024) DqTiles {
   using Product = DqProduct<Element, kConfig.head_dim>;
   Element ds[2][kConfig.tile / 64][2][Product::kTile];
-  float dq[2][2][Product::kSums * 128];  // of each warpgroup
+  float dq[2][2][Product::kSums * 128];  // of each step, of each warpgroup
 };
 struct NoDqTiles {};
 
