@@ -1,7 +1,7 @@
 // The XLA FFI handlers: they check buffers and attributes, and call the C interface. No device code.
 //
 // Operands: what a pass reads, then the pattern: partial, full, item_count, items, split_rows,
-// split_slots, bad, lengths, bits; a bias and the numbers of the lists' blocks in it, or, for all gradients
+// split_slots, bad, lengths, bits; a bias and the numbers of the lists' blocks in it; for all gradients
 // in one launch, turns, sums_of and bad_keys; and the arrays of each rule. An array that is not needed is
 // empty.
 // The headers of the C interface have shapes and dtypes.
@@ -39,8 +39,8 @@ ffi::Error forward(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer v, A
                    ffi::Span<const int32_t> rules) {
   return guarded("jsparse_forward", [&](char *message, size_t size) {
     auto a = sizes_of<jsparse_forward_args>(q, k, block_q, block_kv);
-    if (tile_q != 64 && tile_q != block_q) {
-      throw Refusal("tile_q=" + std::to_string(tile_q) + "; expected 64 or block_q");
+    if (tile_q != 64 && tile_q != block_q && tile_q != 256) {
+      throw Refusal("tile_q=" + std::to_string(tile_q) + "; expected 64, block_q or 256");
     }
     a.tile_q = tile_q;
     a.share = share;
@@ -52,6 +52,11 @@ ffi::Error forward(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer v, A
     a.elements = elements_of({a.batch, a.q_len, a.kv_len, block_q, block_kv, a.num_kv_heads},
                              pattern, rules, rule_arrays);
     a.bias = bias_of(a, pattern, {bias, partial_numbers, full_numbers, bias_inner});
+    if (a.bias.values != nullptr && a.bias.dtype != a.dtype && a.bias.dtype != JSPARSE_FLOAT32) {
+      throw Refusal("bias is " + name_of(bias.element_type()) + "; expected " +
+                    name_of(q.element_type()) + " or float32");
+    }
+    if (a.bias.values != nullptr && share) throw Refusal("share=1; expected 0 beside a bias");
     expect_like("out", *out, q.element_type(), {a.batch, a.q_len, a.num_heads, a.head_dim});
     a.out = out->untyped_data();
     constexpr DataType kFloat = DataType::F32;
@@ -90,6 +95,14 @@ jsparse_backward_args args_of(const BackwardOperands &x, bool keys) {
   return a;
 }
 
+// Where the gradient of a bias goes, or NULL if it is not asked for.
+void *gradient_of_bias(AnyBuffer dbias, AnyBuffer bias) {
+  if (dbias.element_count() == 0) return nullptr;
+  auto dims = bias.dimensions();
+  expect_like("dbias", dbias, bias.element_type(), {dims.begin(), dims.end()});
+  return dbias.untyped_data();
+}
+
 ffi::Error backward_dq(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer dout,
                        AnyBuffer lse2, AnyBuffer delta, AnyBuffer partial, AnyBuffer full,
                        AnyBuffer item_count, AnyBuffer items, AnyBuffer split_rows,
@@ -107,13 +120,8 @@ ffi::Error backward_dq(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer 
                      false);
     expect_like("dq", *dq, q.element_type(), {a.batch, a.q_len, a.num_heads, a.head_dim});
     float *parts = data<DataType::F32>("part", *part, {kAny, block_q, a.head_dim});
-    void *to_bias = nullptr;
-    if (dbias->element_count() > 0) {
-      auto dims = bias.dimensions();
-      expect_like("dbias", *dbias, bias.element_type(), {dims.begin(), dims.end()});
-      to_bias = dbias->untyped_data();
-    }
-    return jsparse_backward_dq(&a, dq->untyped_data(), parts, to_bias, stream, message, size);
+    return jsparse_backward_dq(&a, dq->untyped_data(), parts, gradient_of_bias(*dbias, bias), stream,
+                               message, size);
   });
 }
 
@@ -163,16 +171,18 @@ ffi::Error backward(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer v, 
                     AnyBuffer lse2, AnyBuffer delta, AnyBuffer partial, AnyBuffer full,
                     AnyBuffer item_count, AnyBuffer items, AnyBuffer split_rows,
                     AnyBuffer split_slots, AnyBuffer bad, AnyBuffer lengths, AnyBuffer bits,
+                    AnyBuffer bias, AnyBuffer partial_numbers, AnyBuffer full_numbers,
                     AnyBuffer turns, AnyBuffer sums_of, AnyBuffer bad_keys,
                     ffi::RemainingArgs rule_arrays, ffi::Result<AnyBuffer> dq,
                     ffi::Result<AnyBuffer> dk, ffi::Result<AnyBuffer> dv,
                     ffi::Result<AnyBuffer> part_dk, ffi::Result<AnyBuffer> part_dv,
-                    ffi::Result<AnyBuffer> sums, ffi::Result<AnyBuffer> taken, int32_t block_q,
-                    int32_t block_kv, float scale, ffi::Span<const int32_t> rules) {
+                    ffi::Result<AnyBuffer> sums, ffi::Result<AnyBuffer> taken,
+                    ffi::Result<AnyBuffer> dbias, int32_t block_q, int32_t block_kv, float scale,
+                    int32_t bias_inner, ffi::Span<const int32_t> rules) {
   return guarded("jsparse_backward", [&](char *message, size_t size) {
     auto a = args_of({q, k, v, dout, lse2, delta,
                       {partial, full, item_count, items, split_rows, split_slots, bad, lengths, bits},
-                      {},
+                      BiasOperands{bias, partial_numbers, full_numbers, bias_inner},
                       rule_arrays, block_q, block_kv, scale, rules},
                      true);
     expect_like("dq", *dq, q.element_type(), {a.batch, a.q_len, a.num_heads, a.head_dim});
@@ -190,11 +200,11 @@ ffi::Error backward(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer v, 
     t.sums_of = data<kInt>("sums_of", sums_of, shape);
     t.sums = data<DataType::F32>("sums", *sums, {kAny, tile, a.head_dim});
     t.num_sums = int32_t(sums->dimensions()[0]);
-    t.taken = data<kInt>("taken", *taken, {t.num_sums, 2});
+    t.taken = data<kInt>("taken", *taken, {t.num_sums});
     shape = {a.batch, a.num_kv_heads, whole(a.kv_len, block_kv)};
     t.bad_keys = optional<kInt>("bad_keys", bad_keys, shape);
-    return jsparse_backward(&a, &t, dq->untyped_data(), to.dk, to.dv, to.part_dk, to.part_dv, stream,
-                            message, size);
+    return jsparse_backward(&a, &t, dq->untyped_data(), to.dk, to.dv, to.part_dk, to.part_dv,
+                            gradient_of_bias(*dbias, bias), stream, message, size);
   });
 }
 
@@ -242,10 +252,11 @@ auto of_backward(Binding &&binding) {
 
 template <class Binding>
 auto of_all_gradients(Binding &&binding) {
-  return with_results<7>(with_operands<18>(std::move(binding)).RemainingArgs())
+  return with_results<8>(with_operands<21>(std::move(binding)).RemainingArgs())
       .template Attr<int32_t>("block_q")
       .template Attr<int32_t>("block_kv")
       .template Attr<float>("scale")
+      .template Attr<int32_t>("bias_inner")
       .template Attr<ffi::Span<const int32_t>>("rules");
 }
 

@@ -243,9 +243,10 @@ jsparse_bias bias_of(const Args &args, const Pattern &pattern, const BiasOperand
   bias.columns = int32_t(dims[dims.size() - 1]);
   if (dims.size() == 4) {
     expect_axis(x, 2, args.q_len);
-    if (bias.columns < args.kv_len || bias.columns % 2 != 0) {
-      throw Refusal("bias has shape " + list(dims) + "; expected an even last axis, at least " +
-                    std::to_string(args.kv_len));
+    const int unit = bias.dtype == JSPARSE_FLOAT32 ? 4 : 8;  // values of 16 bytes
+    if (bias.columns < args.kv_len || bias.columns % unit != 0) {
+      throw Refusal("bias has shape " + list(dims) + "; expected a multiple of " + std::to_string(unit) +
+                    " as the last axis, at least " + std::to_string(args.kv_len));
     }
     return bias;
   }

@@ -15,14 +15,24 @@
 
 namespace jsparse {
 
-// What a kernel of all gradients has besides: ds of two steps, and dq of two on its way to its sum.
+// What a kernel of all gradients has besides: ds of two steps, and dq of one or two on its way to its sum.
 template <class Element, BackwardConfig kConfig>
 struct alignas(1024) DqTiles {
-  using Product = DqProduct<Element, kConfig.head_dim>;
+  using Product = DqProduct<Element, kConfig.head_dim, kConfig.bias>;
   Element ds[2][kConfig.tile / 64][2][Product::kTile];
-  float dq[2][2][Product::kSums * 128];  // of each step, of each warpgroup
+  float dq[kConfig.num_dq_stages][2][Product::kSums * 128];  // of each step, of each warpgroup
+};
+// And the bias of a step, for the keys of each warpgroup.
+template <class Element, BackwardConfig kConfig>
+struct DqAndBiasTiles : DqTiles<Element, kConfig> {
+  alignas(1024) char bias[2][kConfig.tile * 128];
 };
 struct NoDqTiles {};
+
+// Barriers of the bias's tile; and of ds, completed by the thread that sends it to the bias's gradient.
+struct BiasBarriers {
+  Barrier full, free, ds_free[2];
+};
 
 // Of one team; barriers as in TeamStorage.
 template <class Element, BackwardConfig kConfig>
@@ -38,11 +48,13 @@ struct alignas(1024) BackwardStorage {
   int32_t entry[kColumns];
   Barrier rows_full[kRows], rows_free[kRows];
   Barrier full[2][kColumns], free[2][kColumns];
-  // Where what each tile of columns has as a bias begins, in bytes: see bias_array.
-  int64_t bias[kConfig.bias ? kColumns : 1];
+  // Which array of the bias each tile of columns has, see bias_array; or, where all gradients are computed:
+  static constexpr bool kBiasTile = kConfig.all && kConfig.bias;
+  cute::conditional_t<kBiasTile, BiasBarriers, int32_t[kConfig.bias ? kColumns : 1]> bias;
 
-  Barrier ds_full[2], dq_full[2][2], dq_free[2][2];
-  cute::conditional_t<kConfig.all, DqTiles<Element, kConfig>, NoDqTiles> dq;
+  Barrier ds_full[2], dq_full[2], dq_free[2];
+  using WithDq = cute::conditional_t<kBiasTile, DqAndBiasTiles<Element, kConfig>, DqTiles<Element, kConfig>>;
+  cute::conditional_t<kConfig.all, WithDq, NoDqTiles> dq;
 
   __device__ void init_barriers() {
     constexpr int kWarps = 4 * kConfig.warpgroups();
@@ -58,10 +70,13 @@ struct alignas(1024) BackwardStorage {
     }
     for (int i = 0; i < 2 && kConfig.all; ++i) {
       ds_full[i].init(kWarps);
-      for (int stage = 0; stage < 2; ++stage) {
-        dq_full[stage][i].init(4);
-        dq_free[stage][i].init(1);
-      }
+      dq_full[i].init(kWarps);
+      dq_free[i].init(1);
+    }
+    if constexpr (kBiasTile) {
+      bias.full.init(1);
+      bias.free.init(kWarps);
+      for (int i = 0; i < 2; ++i) bias.ds_free[i].init(1);
     }
   }
 };

@@ -63,8 +63,9 @@ struct BackwardLoad {
     const int block_columns = params.sizes.block_columns;
     const int halves = block_columns > kConfig.tile;  // a block is one step, or two
     const int steps = item.num_blocks() << halves;
+    const int bias = kConfig.bias ? bias_of(params.args.bias, item) : 0;
     for (int n = 0; n < steps; ++n) {
-      int entry = kConfig.all ? entry_round(item, n >> halves)
+      int entry = kConfig.all ? entry_round(params.args.schedule, item, n >> halves)
                               : entry_of(params.args.schedule, item, n >> halves);
       int token = block_of(entry) * block_columns + (n & halves) * kConfig.tile;
       int stage = step.stage();
@@ -73,8 +74,8 @@ struct BackwardLoad {
         team.free[which][stage].wait(step.parity() ^ 1);
         if (which == 0) {
           team.entry[stage] = entry;
-          if constexpr (kConfig.bias) {
-            team.bias[stage] = bias_array(params.args.bias, item, n >> halves);
+          if constexpr (kConfig.bias && !kConfig.all) {
+            team.bias[stage] = bias_array(params.args.bias, item, bias, n >> halves);
           }
         }
         if constexpr (kConfig.keys) {
@@ -85,16 +86,39 @@ struct BackwardLoad {
         copy_tile<T>(params.columns[which], full, team.columns[which][stage], kConfig.tile, head,
                      token, item.batch());
       }
+      if constexpr (kConfig.bias && kConfig.all) {
+        static_assert(kConfig.tile == 128, "a step is a block");
+        load_bias(item, bias, n, step.count);
+      }
       step = step.plus(1);
     }
   }
 
-  // As entry_of, of lists that are walked round.
-  __device__ int entry_round(const Item &item, int n) const {
-    const jsparse_schedule &schedule = params.args.schedule;
-    int partial = item.num_partial();
-    if (n < partial) return schedule.partial[item.first_partial() + item.round(n, partial)];
-    return schedule.full[item.first_full() + item.round(n - partial, item.num_blocks() - partial)];
+  // Where a block of an item has its bias. A step is a block: a tile of 128 queries.
+  struct Box {
+    int key, query, array;
+  };
+  __device__ Box bias_box(const Item &item, int of_item, int n) const {
+    const jsparse_bias &bias = params.args.bias;
+    int query = block_of(entry_round(params.args.schedule, item, n)) * params.sizes.block_columns;
+    int key = item.row() * kConfig.block_rows;
+    if (bias.num_blocks > 0) {  // whose sizes are those of a block
+      query = key = 0;
+    }
+    return {key, query, bias_array(bias, item, of_item, round_of(item, n))};
+  }
+
+  // A bias that nobody shares is read once.
+  __device__ uint64_t bias_hint() const { return params.bias_gradient != nullptr ? kStream : kKeep; }
+
+  // That of a step, when that of the step before has been read.
+  __device__ void load_bias(const Item &item, int of_item, int n, uint32_t step) {
+    const Box box = bias_box(item, of_item, n);
+    team.bias.free.wait(step % 2 ^ 1);
+    team.bias.full.arrive_and_expect(sizeof team.dq.bias);
+    for (int w = 0; w < 2; ++w) {
+      copy_box(params.bias, team.bias.full, team.dq.bias[w], box.key + w * 64, box.query, box.array, bias_hint());
+    }
   }
 
   // Of the queries of a step, beside one of their tiles.

@@ -1,29 +1,42 @@
-// The bias of one step's logits. Over the scale, it is what the accumulator of q k^T starts from: so it
-// takes no registers of its own, no place in shared memory and no additions.
+// The bias of one step's logits: in the forward kernel a tile in shared memory; in the backward kernels,
+// over the scale, what the accumulator of q k^T starts from, so that it takes no registers of its own, no
+// place in shared memory and no additions.
 #pragma once
 
 #include <bit>
 #include <type_traits>
 
 #include "collective/element_mask.cuh"
+#include "collective/products.cuh"
 #include "collective/softmax.cuh"
 #include "collective/tiles.cuh"
 #include "jsparse/types.h"
 
 namespace jsparse {
 
-// First byte of the rows and columns that the n-th block of an item has its bias in: those of its batch
-// entry and head, or of the block itself.
-__device__ inline int64_t bias_array(const jsparse_bias &bias, const Item &item, int n) {
-  int64_t array = item.batch() / bias.inner % bias.entries * bias.heads;
-  if (bias.heads > 1) array += item.head();
-  if (bias.num_blocks > 0) {
-    int number = n < item.num_partial()
-                     ? bias.partial_numbers[item.first_partial() + n]
-                     : bias.full_numbers[item.first_full() + n - item.num_partial()];
-    array = array * bias.num_blocks + number;
+// Which of a bias's arrays an item has, of its batch entry and head: of rows and columns, or of blocks.
+__device__ inline int bias_of(const jsparse_bias &bias, const Item &item) {
+  int array = item.batch() / bias.inner % bias.entries * bias.heads;
+  return bias.heads > 1 ? array + item.head() : array;
+}
+
+// Which array of rows and columns its n-th block has: that, or the block itself.
+__device__ inline int bias_array(const jsparse_bias &bias, const Item &item, int of_item, int n) {
+  if (bias.num_blocks == 0) return of_item;
+  int number = n < item.num_partial()
+                   ? bias.partial_numbers[item.first_partial() + n]
+                   : bias.full_numbers[item.first_full() + n - item.num_partial()];
+  return of_item * bias.num_blocks + number;
+}
+
+// Two values of 16 bits as float32.
+template <class Value>
+__device__ float2 widen(uint32_t word) {
+  if constexpr (cute::is_same_v<Value, cutlass::half_t>) {
+    return __half22float2(*reinterpret_cast<const __half2 *>(&word));
+  } else {
+    return {std::bit_cast<float>(word << 16), std::bit_cast<float>(word & 0xffff0000u)};
   }
-  return array * bias.rows * bias.columns * (bias.dtype == JSPARSE_FLOAT32 ? 4 : 2);
 }
 
 // Two neighbouring values as float32; at a multiple of their size.
@@ -31,11 +44,8 @@ template <class Value>
 __device__ float2 load_pair(const Value *values) {
   if constexpr (cute::is_same_v<Value, float>) {
     return *reinterpret_cast<const float2 *>(values);
-  } else if constexpr (cute::is_same_v<Value, cutlass::half_t>) {
-    return __half22float2(*reinterpret_cast<const __half2 *>(values));
   } else {
-    auto word = *reinterpret_cast<const uint32_t *>(values);
-    return {std::bit_cast<float>(word << 16), std::bit_cast<float>(word & 0xffff0000u)};
+    return widen<Value>(*reinterpret_cast<const uint32_t *>(values));
   }
 }
 
@@ -48,10 +58,109 @@ __device__ void store_pair(Value *values, float x, float y) {
   }
 }
 
-// The part of a bias that a thread's elements of a step have; its place is that of the first of them.
+// A tile of a bias in shared memory, [kRows, kColumns]: boxes as wide as the swizzle, one after another. A
+// thread has the elements of its logits, of the warp whose rows begin at `row`; of a bias by key, which has
+// float32, there is one row.
+template <class Value, int kRows, int kColumns, int kAhead>
+struct SharedBias {
+  static constexpr bool kMatrices = sizeof(Value) == 2;
+  static constexpr int kUnit = 16 / sizeof(Value);  // values of what the swizzle exchanges
+  static constexpr int kBoxColumns = 8 * kUnit;
+
+  const char *tile;
+  int row, lane;
+  bool by_key;
+  uint32_t ahead[kAhead > 0 ? 4 * kAhead : 1] = {};
+
+  // Reads the first matrices, so that they are there when products have been waited for.
+  __device__ void read_ahead() {
+    if constexpr (kMatrices) {
+      CUTE_UNROLL
+      for (int n = 0; n < kAhead; ++n) load_matrices(ahead + 4 * n, matrix_row(n));
+    }
+  }
+
+  // Adds `factor` times the values.
+  __device__ __forceinline__ void add_to(float (&logits)[kColumns / 2], float factor) const {
+    if constexpr (kMatrices) {
+      CUTE_UNROLL
+      for (int n = 0; n < kColumns / 16; ++n) {
+        uint32_t words[4];
+        if (n >= kAhead) load_matrices(words, matrix_row(n));
+        CUTE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          add(&logits[8 * n + 2 * i], widen<Value>(n < kAhead ? ahead[4 * n + i] : words[i]), factor);
+        }
+      }
+    } else {
+      const int first = place(by_key ? 0 : row + first_row(lane), first_column(lane));
+      const int eight_rows = by_key ? 0 : 8 * 128;
+      CUTE_UNROLL
+      for (int i = 0; i < kColumns / 2; i += 2) {
+        const char *from = tile + beyond(first, i / 4 * 8) + (i >> 1 & 1) * eight_rows;
+        add(&logits[i], load_pair(reinterpret_cast<const Value *>(from)), factor);
+      }
+    }
+  }
+
+ private:
+  // What the lane names of the n-th four matrices, which are registers 0 to 7 of 16 columns.
+  __device__ const char *matrix_row(int n) const {
+    const MatrixRow at = left_row(lane);
+    return tile + beyond(place(row + at.row, at.column), 16 * n);
+  }
+
+  __device__ static void add(float *logits, float2 values, float factor) {
+    logits[0] = fmaf(values.x, factor, logits[0]);
+    logits[1] = fmaf(values.y, factor, logits[1]);
+  }
+
+  // Where in the tile a value of the first two units of a row is, and one so many columns beyond it: a
+  // multiple of two units.
+  __device__ static int place(int row, int column) {
+    return row * 128 + (column / kUnit ^ (row & 7)) * 16 + column % kUnit * int(sizeof(Value));
+  }
+  __device__ static int beyond(int first, int columns) {
+    return (first ^ columns % kBoxColumns / kUnit * 16) + columns / kBoxColumns * kRows * 128;
+  }
+};
+
+// A tile of 16-bit values in shared memory, [kQueries, 64 keys], where a thread's rows are keys: of the warp
+// whose keys begin at `key`.
+template <class Value, int kQueries>
+struct SharedBiasByKey {
+  const char *tile;
+  int key, lane;
+
+  // Adds `factor` times the values.
+  __device__ __forceinline__ void add_to(float (&logits)[kQueries / 2], float factor) const {
+    const MatrixRow at = right_row(lane);
+    const char *first = tile + at.row * 128 + ((key + at.column) / 8 ^ (at.row & 7)) * 16;
+    CUTE_UNROLL
+    for (int n = 0; n < kQueries; n += 16) {
+      uint32_t words[4];
+      load_transposed_matrices(words, first + n * 128);
+      CUTE_UNROLL
+      for (int i = 0; i < 8; i += 2) {
+        float2 pair = widen<Value>(words[i / 2]);
+        logits[n / 2 + i] = fmaf(pair.x, factor, logits[n / 2 + i]);
+        logits[n / 2 + i + 1] = fmaf(pair.y, factor, logits[n / 2 + i + 1]);
+      }
+    }
+  }
+};
+
+struct NoBias {
+  __device__ void read_ahead() const {}
+  template <class Logits>
+  __device__ void add_to(Logits &, float) const {}
+};
+
+// The part of a bias that a thread's elements of a step have, in global memory; its place is that of the
+// first of them.
 struct BiasTile {
   const jsparse_bias &bias;
-  int64_t array;  // from bias_array
+  int array;  // from bias_array
   Place place;
 
   // Inlined, here and below: ptxas would wait for products at a call.
@@ -157,8 +266,7 @@ struct BiasTile {
   // Values of the array; `to` is const or not as Value is.
   template <class Value, class Void>
   __device__ Value *of(Void *to) const {
-    using Byte = cute::conditional_t<std::is_const_v<Value>, const char, char>;
-    return reinterpret_cast<Value *>(static_cast<Byte *>(to) + array);
+    return static_cast<Value *>(to) + int64_t(array) * bias.rows * bias.columns;
   }
 
   // A row or column of a block, whose sizes are powers of two, or of all.

@@ -38,7 +38,7 @@ struct Compute {
   int warpgroup;  // of the team
   int thread;     // of the warpgroup
   Team &team = shared.team[team_index];
-  Position<kConfig.num_q_stages()> at = {};  // the item
+  Position<kConfig.num_q_stages> at = {};  // the item
   Position<kConfig.num_stages> tile = {};  // the step
   uint32_t held_queries[Product::kRowWords] = {};
 
@@ -100,7 +100,6 @@ struct Compute {
     // Before the products: their logits would take the registers that the test needs.
     Mask mask;
     if constexpr (kPartial) mask = test_elements(item, n, entry);
-    if constexpr (kConfig.bias) start_from_bias<kPartial>(item, n, entry, now, logits);
     take_turn();
     if constexpr (kFirst) {
       Product::begin();
@@ -110,20 +109,23 @@ struct Compute {
     if constexpr (kConfig.hold_queries()) {
       Product::start_qk(logits, held_queries, team.k[now]);
     } else {
-      Product::template start_qk<kConfig.bias>(logits, queries(), team.k[now]);
+      Product::start_qk(logits, queries(), team.k[now]);
     }
     if constexpr (!kFirst) Product::start_pv(sums, p, team.v[now]);
     pass_turn();
+    auto bias = bias_of(now);
+    bias.read_ahead();
     Product::template wait<!kFirst>(logits);
     // Asked here, where the answer need not be waited for.
     const auto next = tile.plus(1);
     const bool loaded = team.full[next.stage()].passed(next.parity());
     bool raised = true;
+    bias.add_to(logits, params.inverse_scale);
     if constexpr (kPartial || kFirst || !kConfig.guess) {
       if constexpr (kPartial) apply(mask, item, n, entry, logits);
       probabilities(logits, softmax, alpha);
     } else {
-      raised = guess(item, n, entry, logits, softmax, alpha);
+      raised = guess(logits, softmax, alpha);
     }
     // This branch also keeps ptxas from moving the wait for p v up into the softmax.
     if (!loaded) team.full[next.stage()].wait(next.parity());
@@ -139,8 +141,7 @@ struct Compute {
 
   // Probabilities relative to the maximum of the steps before. A warp that finds one of its maxima too
   // low computes its logits once more, by itself, and raises them.
-  __device__ bool guess(const Item &item, int n, int entry, float (&logits)[kLogits],
-                        Softmax &softmax, float (&alpha)[2]) {
+  __device__ bool guess(float (&logits)[kLogits], Softmax &softmax, float (&alpha)[2]) {
     float total[2];
     bool good = softmax.template guess<kConfig.lazy, kConfig.polynomial_every>(
         logits, params.scale_log2, total);
@@ -148,8 +149,10 @@ struct Compute {
     if (raise) {
       CUTE_UNROLL
       for (int i = 0; i < kLogits; ++i) logits[i] = 0.0f;
-      if constexpr (kConfig.bias) start_from_bias<false>(item, n, entry, tile.stage(), logits);
       Product::add_qk_of_warp(logits, queries(), team.k[tile.stage()], thread);
+      auto bias = bias_of(tile.stage());
+      bias.read_ahead();
+      bias.add_to(logits, params.inverse_scale);
       probabilities(logits, softmax, alpha);
     } else {
       softmax.sum[0] += total[0];
@@ -212,6 +215,18 @@ struct Compute {
     for (int i = 0; i < kSums; ++i) sums[i] *= alpha[i >> 1 & 1];
   }
 
+  // What a step adds to its logits.
+  __device__ auto bias_of(int stage) const {
+    if constexpr (kConfig.bias_size == 0) {
+      return NoBias{};
+    } else {
+      using Value = cute::conditional_t<kConfig.bias_size == 2, Element, float>;
+      const int row = warpgroup * 64 + thread / 32 * 16;
+      return SharedBias<Value, kConfig.tile_q, kConfig.tile_kv, kConfig.bias_ahead()>{
+          team.bias.tile[stage], row, thread % 32, params.args.bias.rows == 1};
+    }
+  }
+
   // ------------------------------------------------------------------- partial blocks
 
   // First key of step n, of the block of a list entry.
@@ -224,15 +239,6 @@ struct Compute {
   __device__ Place place_of(const Item &item, int n, int entry) const {
     int row = item.row() * kConfig.tile_q + warpgroup * 64 + first_row(thread);
     return {item.batch(), row, first_key(n, entry) + first_column(thread)};
-  }
-
-  // Lets the products of a step be added to its bias.
-  template <bool kPartial>
-  __device__ void start_from_bias(const Item &item, int n, int entry, int stage,
-                                  float (&logits)[kLogits]) const {
-    BiasTile tile{params.args.bias, team.bias[stage], place_of(item, n, entry)};
-    tile.load<kPartial>(logits, params.inverse_scale);
-    Product::begin_onto(logits);
   }
 
   __device__ Mask test_elements(const Item &item, int n, int entry) const {

@@ -14,7 +14,7 @@ template <class Element, BackwardConfig kConfig>
 struct DqByKey {
   using Thread = BackwardThread<Element, kConfig>;
   using T = typename Thread::T;
-  using Product = DqProduct<Element, kConfig.head_dim>;
+  using Product = DqProduct<Element, kConfig.head_dim, kConfig.bias>;
   using Sums = float[Product::kSums];
 
   Position<2> step = {};  // of ds; of dq: the one before
@@ -22,8 +22,13 @@ struct DqByKey {
   bool stored = false;    // whether there is a dq that is not sent
   bool bad_keys = false;  // whether the step before has keys to clear
 
-  // Part `part` of a step's ds. The step before it must be complete: see await_before.
+  // Part `part` of a step's ds. The step before it must be complete: see await_before; and what was there
+  // sent to the gradient of a bias.
   __device__ void store_ds(const Thread &me, int part, uint32_t (&ds)[16]) const {
+    if constexpr (kConfig.bias) {
+      const bool sent = part > 0 || me.params.bias_gradient == nullptr;
+      if (!sent) me.team.bias.ds_free[step.stage()].wait(step.parity() ^ 1);
+    }
     Product::store_ds(me.team.dq.ds[step.stage()][part][me.warpgroup], ds, me.thread);
   }
 
@@ -67,8 +72,10 @@ struct DqByKey {
   // After it was waited for: stores it for the thread that sends it to its sum.
   __device__ void finish(const Thread &me, const Item &item, int row_stage, const Sums &dq) {
     if (bad_keys) write_bad_keys(me, item, row_stage, Restore{});
-    me.team.dq_free[sent.stage()][me.warpgroup].wait(sent.parity() ^ 1);
-    auto *to = reinterpret_cast<float4 *>(me.team.dq.dq[sent.stage()][me.warpgroup]) + me.thread;
+    const auto before = sent.plus(-kConfig.num_dq_stages);  // what was there
+    me.team.dq_free[before.stage()].wait(before.parity());
+    const int place = sent.count % kConfig.num_dq_stages;
+    auto *to = reinterpret_cast<float4 *>(me.team.dq.dq[place][me.warpgroup]) + me.thread;
     CUTE_UNROLL
     for (int i = 0; i < Product::kSums; i += 4) {
       to[128 * (i / 4)] = make_float4(dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
@@ -78,7 +85,7 @@ struct DqByKey {
 
  private:
   __device__ void send(const Thread &me) {
-    me.release(me.team.dq_full[sent.stage()][me.warpgroup]);
+    me.release(me.team.dq_full[sent.stage()]);
     sent = sent.plus(1);
     stored = false;
   }
@@ -113,12 +120,13 @@ struct DqByKey {
   }
 };
 
-// The thread that sends dq of one compute warpgroup to its sums, each step in its turn.
+// One of two threads that send dq to its sums, each step in its turn: every second step, so that the other
+// has begun before what this one sent is there.
 template <class Element, BackwardConfig kConfig>
 struct SendDq {
   const BackwardParams &params;
   BackwardStorage<Element, kConfig> &team;
-  int warpgroup;
+  int which;
 
   // All items of one worker.
   __device__ void run(int worker) const {
@@ -131,7 +139,7 @@ struct SendDq {
       Item item{fields};
       const int32_t *turn = params.turns.turns + 2 * int64_t(item.first_turn());
       for (int n = item.num_blocks() * steps_per_block; n > 0; --n) {
-        send(turn[0], turn[1], at);
+        if (at.stage() == which) send(turn[0], turn[1], at);
         at = at.plus(1);
         turn += 2;
       }
@@ -142,21 +150,67 @@ struct SendDq {
  private:
   // The first part of a sum is what it starts from.
   __device__ void send(int sum, int turn, Position<2> at) const {
-    constexpr int kCount = DqProduct<Element, kConfig.head_dim>::kSums * 128;
-    int64_t half = int64_t(sum) * 2 + warpgroup;
-    float *to = params.turns.sums + half * kCount;
-    const float *dq = team.dq.dq[at.stage()][warpgroup];
-    team.dq_full[at.stage()][warpgroup].wait(at.parity());
-    await_turn(&params.turns.taken[half], turn);
+    constexpr int kCount = 2 * DqProduct<Element, kConfig.head_dim>::kSums * 128;
+    float *to = params.turns.sums + int64_t(sum) * kCount;
+    const float *dq = team.dq.dq[at.count % kConfig.num_dq_stages][0];
+    team.dq_full[at.stage()].wait(at.parity());
+    await_turn(&params.turns.taken[sum], turn);
     if (turn == 0) {
       copy_back(to, dq, kCount * sizeof(float));
     } else {
       add_back(to, dq, kCount * sizeof(float));
     }
     await_read();
-    team.dq_free[at.stage()][warpgroup].arrive();
+    team.dq_free[at.stage()].arrive();
     await_written();
-    pass_turn(&params.turns.taken[half], turn);
+    pass_turn(&params.turns.taken[sum], turn);
+  }
+};
+
+// The thread that sends ds of both warpgroups to the gradient of the bias, which has queries as rows.
+template <class Element, BackwardConfig kConfig>
+struct SendDs {
+  const BackwardParams &params;
+  BackwardStorage<Element, kConfig> &team;
+
+  // All items of one worker.
+  __device__ void run(int worker) const {
+    const jsparse_schedule &schedule = params.args.schedule;
+    const int32_t *fields =
+        schedule.items + int64_t(worker) * schedule.items_per_worker * JSPARSE_ITEM_FIELDS;
+    const int steps_per_block = params.sizes.block_columns / kConfig.tile;
+    Position<2> at;
+    for (int count = schedule.item_count[worker]; count > 0; --count) {
+      Item item{fields};
+      const int of_item = bias_of(params.args.bias, item), total = item.num_blocks() * steps_per_block;
+      for (int n = 0; n < total; ++n) {
+        const int nth = round_of(item, n / steps_per_block);
+        const int block = block_of(entry_round(schedule, item, n / steps_per_block));
+        const int array = bias_array(params.args.bias, item, of_item, nth);
+        send(array, block * params.sizes.block_columns + n % steps_per_block * kConfig.tile,
+             item.row() * kConfig.block_rows, at);
+        at = at.plus(1);
+      }
+      fields += JSPARSE_ITEM_FIELDS;
+    }
+  }
+
+ private:
+  __device__ void send(int array, int query, int key, Position<2> at) const {
+    const jsparse_bias &bias = params.args.bias;
+    if (bias.num_blocks > 0) {  // whose sizes are powers of two
+      query &= bias.rows - 1;
+      key &= bias.columns - 1;
+    }
+    team.ds_full[at.stage()].wait(at.parity());
+    for (int part = 0; part < kConfig.tile / 64; ++part) {
+      for (int w = 0; w < 2; ++w) {
+        copy_box_back(params.bias_gradient_map, team.dq.ds[at.stage()][part][w], key + w * 64,
+                      query + part * 64, array);
+      }
+    }
+    await_read();
+    team.bias.ds_free[at.stage()].arrive();
   }
 };
 

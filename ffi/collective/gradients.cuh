@@ -23,7 +23,8 @@ struct ComputeGradients : ComputeDkv<Element, kConfig> {
 
   Dq dq_by_key = {};
 
-  __device__ void run(int worker) {
+  // No calls, here and below: at them ptxas would wait for products.
+  __device__ __forceinline__ void run(int worker) {
     auto &team = me.team;
     const int group = me.params.args.num_heads / me.params.args.num_kv_heads;
     float dk[kSums] = {}, dv[kSums] = {};
@@ -47,7 +48,7 @@ struct ComputeGradients : ComputeDkv<Element, kConfig> {
   }
 
  private:
-  // Partial blocks come first, then full ones. No calls: at them ptxas would wait for products.
+  // Partial blocks come first, then full ones.
   __device__ __forceinline__ void attend(const Item &item, float (&dk)[kSums], float (&dv)[kSums]) {
     const int per_block = me.steps_per_block();
     const int partial = item.num_partial() * per_block;
@@ -97,6 +98,7 @@ struct ComputeGradients : ComputeDkv<Element, kConfig> {
     Statistics lse2[kParts], delta[kParts];
     if constexpr (kReadAhead) this->read_statistics(lse2[0], 0, 0, now);
     Product::template wait<1>(p);
+    if constexpr (kConfig.bias) add_bias(p);
     const bool loaded = kAskEarly && me.loaded(n + 1 < total, tile.plus(1));
     CUTE_UNROLL
     for (int part = 0; part < kParts; ++part) {
@@ -139,6 +141,16 @@ struct ComputeGradients : ComputeDkv<Element, kConfig> {
     }
     dq_by_key.template end_step<kPartial>(entry);
     tile = tile.plus(1);
+  }
+
+  // To the logits of a step; its tile is free then.
+  __device__ __forceinline__ void add_bias(float (&logits)[kLogits]) const {
+    auto &bias = me.team.bias;
+    bias.full.wait(tile.count % 2);
+    const SharedBiasByKey<Element, kConfig.tile> values{me.team.dq.bias[me.warpgroup], me.thread / 32 * 16,
+                                                        me.thread % 32};
+    values.add_to(logits, me.params.inverse_scale);
+    me.release(bias.free);
   }
 };
 

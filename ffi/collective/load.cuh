@@ -17,14 +17,6 @@ __device__ void copy_tile(const CUtensorMap &map, Barrier &full, Element *to, in
   }
 }
 
-// List entry of the n-th block of an item: partial blocks first, then full ones.
-__device__ inline int entry_of(const jsparse_schedule &schedule, const Item &item, int n) {
-  if (n < item.num_partial()) return schedule.partial[item.first_partial() + n];
-  // A full block has no flag, so that the item itself tells the first one.
-  if (n == 0) return item.first_column();
-  return schedule.full[item.first_full() + n - item.num_partial()];
-}
-
 template <class Element, TileConfig kConfig>
 struct Load {
   using T = Tiles<Element, kConfig.head_dim, kConfig.tile_kv>;
@@ -39,10 +31,11 @@ struct Load {
     prefetch_map(params.q);
     prefetch_map(params.k);
     prefetch_map(params.v);
+    if constexpr (kConfig.bias_size > 0) prefetch_map(params.bias);
     const jsparse_schedule &schedule = params.args.schedule;
     const int32_t *fields =
         schedule.items + int64_t(worker) * schedule.items_per_worker * JSPARSE_ITEM_FIELDS;
-    Position<kConfig.num_q_stages()> at;
+    Position<kConfig.num_q_stages> at;
     Position<kConfig.num_stages> tile;
     for (int count = schedule.item_count[worker]; count > 0; --count) {
       team.q_free[at.stage()].wait(at.parity() ^ 1);
@@ -79,6 +72,7 @@ struct Load {
     const int halves = args.block_kv > kConfig.tile_kv;  // a block is one step, or two
     const int steps = item.num_blocks() << halves, first = kConfig.first_step(team_index);
     if (first >= steps) return;
+    const int bias = kConfig.bias_size > 0 ? bias_of(args.bias, item) : 0;
     int token = 0;
     bool keys = true;
     for (int n = first; keys; n += kConfig.stride(), tile = tile.plus(1)) {
@@ -92,13 +86,33 @@ struct Load {
         token = block_of(entry) * args.block_kv + (n & halves) * kConfig.tile_kv;
       }
       team.free[stage].wait(tile.parity() ^ 1);
-      if (keys) {
-        team.entry[stage] = entry;
-        if constexpr (kConfig.bias) team.bias[stage] = bias_array(args.bias, item, n >> halves);
-      }
-      full.arrive_and_expect((keys + values) * T::kColumnBytes);
+      if (keys) team.entry[stage] = entry;
+      full.arrive_and_expect((keys + values) * T::kColumnBytes + keys * bias_bytes());
       if (keys) load(params.k, full, team.k[stage], item, kv_head, token);
       if (values) load(params.v, full, team.v[stage], item, kv_head, values_from);
+      if constexpr (kConfig.bias_size > 0) {
+        if (keys) load_bias(full, stage, item, bias_array(args.bias, item, bias, n >> halves), token);
+      }
+    }
+  }
+
+  // Of a step; a bias by key has one row.
+  __device__ uint32_t bias_bytes() const {
+    const int rows = params.args.bias.rows == 1 ? 1 : kConfig.tile_q;
+    return rows * kConfig.tile_kv * kConfig.bias_size;
+  }
+
+  __device__ void load_bias(Barrier &full, int stage, const Item &item, int array, int token) {
+    const jsparse_bias &bias = params.args.bias;
+    constexpr int kBoxColumns = 128 / kConfig.bias_size;
+    int row = bias.rows == 1 ? 0 : item.row() * kConfig.tile_q;
+    if (bias.num_blocks > 0) {  // whose sizes are powers of two
+      row &= bias.rows - 1;
+      token &= bias.columns - 1;
+    }
+    for (int column = 0; column < kConfig.tile_kv; column += kBoxColumns) {
+      char *to = team.bias.tile[stage] + column * kConfig.tile_q * kConfig.bias_size;
+      copy_box(params.bias, full, to, token + column, row, array);
     }
   }
 

@@ -8,6 +8,19 @@
 
 namespace jsparse {
 
+// Four matrices of 8 x 8 elements of 16 bits, whose rows the lanes of a warp name: each gets two elements of
+// a row of each.
+__device__ inline void load_matrices(uint32_t *to, const void *row) {
+  auto *words = static_cast<const cute::uint128_t *>(row);
+  cute::SM75_U32x4_LDSM_N::copy(*words, to[0], to[1], to[2], to[3]);
+}
+
+// The same of matrices that are transposed: two elements of a column of each.
+__device__ inline void load_transposed_matrices(uint32_t *to, const void *row) {
+  auto *words = static_cast<const cute::uint128_t *>(row);
+  cute::SM75_U16x8_LDSM_T::copy(*words, to[0], to[1], to[2], to[3]);
+}
+
 template <class Element, int kDim, int kColumns>
 struct Products {
   using T = Tiles<Element, kDim, kColumns>;
@@ -54,7 +67,7 @@ struct Products {
     row += thread / 32 * 16;
     CUTE_UNROLL
     for (int i = 0; i < kRowWords; i += 4) {
-      load_matrices(rows + i, &elements(row, column + 4 * i));
+      load_matrices(rows + i, raw_pointer_cast(&elements(row, column + 4 * i)));
     }
   }
 
@@ -87,10 +100,10 @@ struct Products {
     CUTE_NO_UNROLL
     for (int k = 0; k < kDim; k += 16) {
       uint32_t a[4], b[4];
-      load_matrices(a, &queries(thread / 32 * 16 + left.row, k + left.column));
+      load_matrices(a, raw_pointer_cast(&queries(thread / 32 * 16 + left.row, k + left.column)));
       CUTE_UNROLL
       for (int n = 0; n < kColumns; n += 16) {
-        load_matrices(b, &keys(n + right.row, k + right.column));
+        load_matrices(b, raw_pointer_cast(&keys(n + right.row, k + right.column)));
         CUTE_UNROLL
         for (int half = 0; half < 2; ++half) {
           float *c = &logits[n / 2 + 4 * half];
@@ -124,12 +137,6 @@ struct Products {
   }
 
  private:
-  template <class Pointer>
-  __device__ static void load_matrices(uint32_t *to, Pointer from) {
-    auto *word = reinterpret_cast<cute::uint128_t *>(cute::raw_pointer_cast(from));
-    cute::SM75_U32x4_LDSM_N::copy(*word, to[0], to[1], to[2], to[3]);
-  }
-
   // c += a b, or = in the first step if `mma` says so.
   template <class Mma, class A, class B, class C>
   __device__ static void start(Mma &mma, const A &a, const B &b, C &c) {
@@ -151,31 +158,35 @@ struct Products {
 };
 
 // dq of a step from ds, whose rows are keys, by one of two warpgroups: 64 queries, or where a step has no
-// more of them, half of their columns. Both operands are transposed, and in shared memory.
-template <class Element, int kDim>
+// more of them, half of their columns. Both operands are in shared memory, the keys transposed; so is ds,
+// unless it is the gradient of a bias too, which has queries as rows.
+template <class Element, int kDim, bool kRowsOfQueries = false>
 struct DqProduct {
   static constexpr int kColumns = kDim < 64 ? kDim : 64;
   static constexpr int kSums = kColumns / 2;
   static constexpr int kTile = 64 * 64;  // elements of ds, of 64 keys and queries
   using T = Tiles<Element, 64, 64>;
   using Keys = Tiles<Element, kColumns, 64>;
-  using LayoutDs = typename T::LayoutTransposed;  // [query, key]
+  using LayoutDs =  // [query, key]
+      cute::conditional_t<kRowsOfQueries, typename T::LayoutRows, typename T::LayoutTransposed>;
+  static constexpr auto kMajor = kRowsOfQueries ? cute::GMMA::Major::K : cute::GMMA::Major::MN;
   using Mma = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float,
                                  cute::Shape<cute::Int<64>, cute::Int<kColumns>, cute::Int<64>>,
-                                 cute::GMMA::Major::MN, cute::GMMA::Major::MN>()));
+                                 kMajor, cute::GMMA::Major::MN>()));
 
   // Writes ds of 64 queries, packed as the left operand of ds q, to its tile.
   __device__ static void store_ds(Element *tile, uint32_t (&ds)[32 / 2], int thread) {
     using namespace cute;
+    using Store = conditional_t<kRowsOfQueries, SM90_U16x8_STSM_T, SM90_U32x4_STSM_N>;
     auto elements = make_tensor(make_smem_ptr(tile), typename T::LayoutRows{});
-    auto [row, column] = left_row(thread % 32);
-    row += thread / 32 * 16;
+    auto [row, column] = kRowsOfQueries ? right_row(thread % 32) : left_row(thread % 32);
+    const int first_key = thread / 32 * 16;
     CUTE_UNROLL
     for (int i = 0; i < 16; i += 4) {
-      auto *to = raw_pointer_cast(&elements(row, column + 4 * i));
-      SM90_U32x4_STSM_N::copy(ds[i], ds[i + 1], ds[i + 2], ds[i + 3],
-                              *reinterpret_cast<uint128_t *>(to));
+      auto *to = kRowsOfQueries ? raw_pointer_cast(&elements(row + 4 * i, first_key + column))
+                                : raw_pointer_cast(&elements(first_key + row, column + 4 * i));
+      Store::copy(ds[i], ds[i + 1], ds[i + 2], ds[i + 3], *reinterpret_cast<uint128_t *>(to));
     }
   }
 

@@ -81,27 +81,33 @@ __device__ uint4 *place_in_box(Element *box, int token, int n) {
   return reinterpret_cast<uint4 *>(box) + (at ^ (at / 8 % kUnits));
 }
 
+// What a step adds to its logits.
+template <TileConfig kConfig>
+struct BiasTiles {
+  alignas(1024) char tile[kConfig.num_stages][kConfig.tile_q * kConfig.tile_kv * kConfig.bias_size];
+};
+struct NoBiasTiles {};
+
 // Of one team. A stage has the keys of a step and the values of the step before. Barriers named full are
 // completed by the load warp and its copies, those named free by every warp that computes; q_free by
 // every thread of theirs.
 template <class Element, TileConfig kConfig>
 struct alignas(1024) TeamStorage {
-  alignas(1024) Element q[kConfig.num_q_stages()][kConfig.warpgroups()][64 * kConfig.head_dim];
+  alignas(1024) Element q[kConfig.num_q_stages][kConfig.warpgroups()][64 * kConfig.head_dim];
   alignas(1024) Element k[kConfig.num_stages][kConfig.tile_kv * kConfig.head_dim];
   alignas(1024) Element v[kConfig.num_stages][kConfig.tile_kv * kConfig.head_dim];
   // The item of each query tile and the list entry of each key tile, put there by the load warp.
-  alignas(16) int32_t item[kConfig.num_q_stages()][JSPARSE_ITEM_FIELDS];
+  alignas(16) int32_t item[kConfig.num_q_stages][JSPARSE_ITEM_FIELDS];
   int32_t entry[kConfig.num_stages];
-  Barrier q_full[kConfig.num_q_stages()];
+  Barrier q_full[kConfig.num_q_stages];
   Barrier full[kConfig.num_stages];
-  Barrier q_free[kConfig.num_q_stages()];
+  Barrier q_free[kConfig.num_q_stages];
   Barrier free[kConfig.num_stages];
-  // Where what each key tile has as a bias begins, in bytes: see bias_array.
-  int64_t bias[kConfig.bias ? kConfig.num_stages : 1];
+  cute::conditional_t<(kConfig.bias_size > 0), BiasTiles<kConfig>, NoBiasTiles> bias;
 
   __device__ void init_barriers() {
     constexpr int kWarps = 4 * kConfig.warpgroups();
-    for (int i = 0; i < kConfig.num_q_stages(); ++i) {
+    for (int i = 0; i < kConfig.num_q_stages; ++i) {
       q_full[i].init(1);
       q_free[i].init(32 * kWarps);
     }
@@ -154,5 +160,25 @@ struct Item {
     return at < count ? at : at - count;
   }
 };
+
+// List entry of the n-th block of an item: partial blocks first, then full ones.
+__device__ inline int entry_of(const jsparse_schedule &schedule, const Item &item, int n) {
+  if (n < item.num_partial()) return schedule.partial[item.first_partial() + n];
+  // A full block has no flag, so that the item itself tells the first one.
+  if (n == 0) return item.first_column();
+  return schedule.full[item.first_full() + n - item.num_partial()];
+}
+
+// The same of lists that are walked round: which block is the n-th, and its entry.
+__device__ inline int round_of(const Item &item, int n) {
+  int partial = item.num_partial();
+  if (n < partial) return item.round(n, partial);
+  return partial + item.round(n - partial, item.num_blocks() - partial);
+}
+__device__ inline int entry_round(const jsparse_schedule &schedule, const Item &item, int n) {
+  n = round_of(item, n);
+  if (n < item.num_partial()) return schedule.partial[item.first_partial() + n];
+  return schedule.full[item.first_full() + n - item.num_partial()];
+}
 
 }  // namespace jsparse

@@ -28,6 +28,26 @@ __device__ inline void copy_box(const CUtensorMap &map, Barrier &full, void *to,
                                token, batch);
 }
 
+// Whether the L2 cache keeps what others read too, or gives it up first.
+constexpr uint64_t kKeep = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+constexpr uint64_t kStream = uint64_t(cute::TMA::CacheHintSm90::EVICT_FIRST);
+
+// One box of an array [arrays, rows, columns].
+__device__ inline void copy_box(const CUtensorMap &map, Barrier &full, void *to, int column, int row,
+                                int array, uint64_t hint = kKeep) {
+  cute::SM90_TMA_LOAD_3D::copy(&map, full.pointer(), hint, to, column, row, array);
+}
+
+// A box back to such an array, of the thread that waits for it below.
+__device__ inline void copy_box_back(const CUtensorMap &map, const void *from, int column, int row, int array) {
+  uint32_t shared = cute::cast_smem_ptr_to_uint(from);
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%1, %2, %3}], [%4], %5;" ::"l"(
+          &map),
+      "r"(column), "r"(row), "r"(array), "r"(shared), "l"(kStream)
+      : "memory");
+}
+
 // `bytes` back to global memory, or added there to float32; of the thread that waits for them below.
 __device__ inline void copy_back(float *to, const float *from, uint32_t bytes) {
   cute::SM90_BULK_COPY_S2G::copy(from, to, int32_t(bytes));

@@ -30,13 +30,16 @@ cudaError_t launch_of_dtype(const BackwardParams &params, bool keys, cudaStream_
 
 template <jsparse_dtype kDtype>
 cudaError_t launch_all(const BackwardParams &params, cudaStream_t stream) {
+  const bool bias = params.args.bias.values != nullptr;
   switch (params.args.head_dim) {
     case 32:
-      return launch_gradients<kDtype, 32>(params, stream);
+      return bias ? launch_gradients<kDtype, 32, true>(params, stream)
+                  : launch_gradients<kDtype, 32, false>(params, stream);
     case 64:
-      return launch_gradients<kDtype, 64>(params, stream);
+      return bias ? launch_gradients<kDtype, 64, true>(params, stream)
+                  : launch_gradients<kDtype, 64, false>(params, stream);
     default:
-      return launch_gradients<kDtype, 128>(params, stream);
+      return launch_gradients<kDtype, 128, false>(params, stream);
   }
 }
 
@@ -56,7 +59,12 @@ struct Outputs {
 void check_turns(const jsparse_backward_args &a, const jsparse_turns &turns) {
   expect(has_all_kernel(a.head_dim, a.block_q, a.block_kv), "block_q * block_kv", a.block_q * a.block_kv,
          "blocks of 128 x 128 for all gradients in one launch");
-  if (a.bias.values != nullptr) throw Failure("bias is given; expected none for all gradients in one launch");
+  if (a.bias.values != nullptr) {
+    expect(a.head_dim <= 64, "head_dim", a.head_dim, "32 or 64 for all gradients beside a bias");
+    expect(a.bias.dtype == a.dtype, "bias.dtype", a.bias.dtype, "dtype for all gradients in one launch");
+    expect(a.bias.num_blocks > 0 || a.bias.rows == a.q_len, "bias.rows", a.bias.rows,
+           "q_len for all gradients in one launch");
+  }
   expect_array(turns.turns, "turns");
   expect_array(turns.sums_of, "sums_of");
   expect_array(turns.sums, "sums");
@@ -66,7 +74,7 @@ void check_turns(const jsparse_backward_args &a, const jsparse_turns &turns) {
 
 // No part is added yet.
 void clear_turns(const jsparse_turns &turns, cudaStream_t stream) {
-  check(cudaMemsetAsync(turns.taken, 0, 2 * sizeof(int32_t) * turns.num_sums, stream),
+  check(cudaMemsetAsync(turns.taken, 0, sizeof(int32_t) * turns.num_sums, stream),
         "clearing the turns");
 }
 
@@ -126,6 +134,12 @@ void backward(const jsparse_backward_args &a, const Outputs &to, cudaStream_t st
     params.columns[i] = to.keys ? queries : keys;
   }
   if (to.all()) {
+    if (a.bias.values != nullptr) params.bias = bias_map(a.bias, config.tile);
+    if (to.bias_gradient != nullptr) {
+      jsparse_bias gradient = a.bias;
+      gradient.values = to.bias_gradient;
+      params.bias_gradient_map = bias_map(gradient, 64);
+    }
     clear_turns(to.turns, stream);
     check(a.dtype == JSPARSE_FLOAT16 ? launch_all<JSPARSE_FLOAT16>(params, stream)
                                      : launch_all<JSPARSE_BFLOAT16>(params, stream),
@@ -183,13 +197,13 @@ extern "C" int32_t jsparse_backward_tile(int32_t head_dim, int32_t block_q, int3
 }
 
 extern "C" int jsparse_backward(const jsparse_backward_args *args, const jsparse_turns *turns, void *dq,
-                                void *dk, void *dv, float *part_dk, float *part_dv, void *stream,
-                                char *message, size_t message_size) {
+                                void *dk, void *dv, float *part_dk, float *part_dv, void *dbias,
+                                void *stream, char *message, size_t message_size) {
   auto launch = [&] {
     auto of_keys = jsparse::gradient_of(*args, dk, part_dk, args->scale);
     auto of_values = jsparse::gradient_of(*args, dv, part_dv, 1.0f);
     if (turns->turns == nullptr) throw jsparse::Failure("turns is NULL; expected an array");
-    jsparse::backward(*args, {true, {of_keys, of_values}, nullptr, {}, *turns, dq},
+    jsparse::backward(*args, {true, {of_keys, of_values}, dbias, {}, *turns, dq},
                       static_cast<cudaStream_t>(stream));
   };
   return jsparse::report(launch, message, message_size);

@@ -16,6 +16,7 @@ struct BackwardConfig {
   bool turns;          // whether a team's two warpgroups take turns on the tensor core
   bool bias;           // whether logits have a bias
   bool all;            // whether a kernel for dk and dv computes dq too
+  int num_dq_stages;   // then, dq on their way to their sums
 
   constexpr int warpgroups() const { return block_rows / 64; }
   constexpr int compute_warpgroups() const { return teams * warpgroups(); }
@@ -33,9 +34,10 @@ constexpr bool has_backward_kernel(int head_dim, int block_rows, int block_colum
          (block_rows == 64 || block_rows == 128) && (block_columns == 64 || block_columns == 128);
 }
 
-// Whether one kernel computes all gradients.
-constexpr bool has_all_kernel(int head_dim, int block_q, int block_kv) {
-  return has_backward_kernel(head_dim, block_kv, block_q) && block_q == 128 && block_kv == 128;
+// Whether one kernel computes all gradients; beside a bias, of 16 bits.
+constexpr bool has_all_kernel(int head_dim, int block_q, int block_kv, bool bias = false) {
+  return has_backward_kernel(head_dim, block_kv, block_q) && block_q == 128 && block_kv == 128 &&
+         (!bias || head_dim <= 64);
 }
 
 // The config for sizes that have a kernel: tiles, teams and turns of the Mosaic kernels' winners
@@ -49,7 +51,10 @@ constexpr BackwardConfig choose_backward(bool keys, int head_dim, int block_rows
   int stages = high && !narrow ? 3 : 4, teams = narrow && !high ? 2 : 1;
   bool turns = !keys && head_dim == 32 && high;
   const bool full = all && head_dim > 32;  // the shared memory
-  return {keys, head_dim, block_rows, tile, full ? 2 : stages, full ? 1 : 2, teams, turns, bias, all};
+  if (all && bias) {
+    return {keys, head_dim, block_rows, tile, full ? 2 : 3, full ? 1 : 2, teams, turns, bias, all, full ? 1 : 2};
+  }
+  return {keys, head_dim, block_rows, tile, full ? 2 : stages, full ? 1 : 2, teams, turns, bias, all, 2};
 }
 
 }  // namespace jsparse

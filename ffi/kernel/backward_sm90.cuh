@@ -46,6 +46,11 @@ __global__ void __launch_bounds__(
       if (sends && threadIdx.x % 32 == 0) {
         SendDq<Element, kConfig>{params, shared[0], warp - 1}.run(blockIdx.x);
       }
+      if constexpr (kConfig.bias) {
+        if (warp == 3 && threadIdx.x % 32 == 0 && params.bias_gradient != nullptr) {
+          SendDs<Element, kConfig>{params, shared[0]}.run(blockIdx.x);
+        }
+      }
     }
   } else {
     if constexpr (kMove) cutlass::arch::warpgroup_reg_alloc<kConfig.compute_registers()>();
@@ -102,9 +107,9 @@ cudaError_t launch_backward(const BackwardParams &params, bool keys, cudaStream_
               : launch_backward_of<kDtype, false, kHeadDim, kBias>(params, stream);
 }
 
-template <jsparse_dtype kDtype, int kHeadDim>
+template <jsparse_dtype kDtype, int kHeadDim, bool kBias>
 cudaError_t launch_gradients(const BackwardParams &params, cudaStream_t stream) {
-  return launch_backward_of<kDtype, true, kHeadDim, false, 128, 128, true>(params, stream);
+  return launch_backward_of<kDtype, true, kHeadDim, kBias, 128, 128, true>(params, stream);
 }
 
 }  // namespace jsparse

@@ -8,11 +8,11 @@
 
 namespace jsparse {
 
-template <jsparse_dtype kDtype, int kHeadDim, int kTileQ, int kBlockKv, bool kShare, bool kBias>
-__global__ void __launch_bounds__(choose(kHeadDim, kTileQ, kBlockKv, kShare, kBias).threads(), 1)
+template <jsparse_dtype kDtype, int kHeadDim, int kTileQ, int kBlockKv, bool kShare, int kBiasSize>
+__global__ void __launch_bounds__(choose(kHeadDim, kTileQ, kBlockKv, kShare, kBiasSize).threads(), 1)
     forward_sm90(const __grid_constant__ ForwardParams params) {
   using Element = ElementOf<kDtype>;
-  constexpr TileConfig kConfig = choose(kHeadDim, kTileQ, kBlockKv, kShare, kBias);
+  constexpr TileConfig kConfig = choose(kHeadDim, kTileQ, kBlockKv, kShare, kBiasSize);
   extern __shared__ __align__(1024) char memory[];
   auto &shared = *reinterpret_cast<SharedStorage<Element, kConfig> *>(memory);
   constexpr int kComputeWarpgroups = kConfig.compute_warpgroups();
@@ -38,12 +38,12 @@ __global__ void __launch_bounds__(choose(kHeadDim, kTileQ, kBlockKv, kShare, kBi
   }
 }
 
-template <jsparse_dtype kDtype, int kHeadDim, bool kBias, int kTileQ, int kBlockKv, bool kShare = false>
+template <jsparse_dtype kDtype, int kHeadDim, int kBiasSize, int kTileQ, int kBlockKv, bool kShare = false>
 cudaError_t launch(const ForwardParams &params, cudaStream_t stream) {
-  constexpr TileConfig kConfig = choose(kHeadDim, kTileQ, kBlockKv, kShare, kBias);
+  constexpr TileConfig kConfig = choose(kHeadDim, kTileQ, kBlockKv, kShare, kBiasSize);
   constexpr int kBytes = sizeof(SharedStorage<ElementOf<kDtype>, kConfig>);
   static_assert(kBytes <= 227 * 1024, "a multiprocessor has 227 KB of shared memory");
-  auto *kernel = &forward_sm90<kDtype, kHeadDim, kTileQ, kBlockKv, kShare, kBias>;
+  auto *kernel = &forward_sm90<kDtype, kHeadDim, kTileQ, kBlockKv, kShare, kBiasSize>;
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
@@ -52,15 +52,20 @@ cudaError_t launch(const ForwardParams &params, cudaStream_t stream) {
 }
 
 // Key blocks of 64 have a kernel of their own only where those of 128 are computed in one step.
-template <jsparse_dtype kDtype, int kHeadDim, bool kBias>
+template <jsparse_dtype kDtype, int kHeadDim, int kBiasSize>
 cudaError_t launch_forward(const ForwardParams &params, cudaStream_t stream) {
   const jsparse_forward_args &args = params.args;
-  if (args.share) return launch<kDtype, kHeadDim, kBias, 64, 128, true>(params, stream);
-  if (args.tile_q == 64) return launch<kDtype, kHeadDim, kBias, 64, 128>(params, stream);
-  if constexpr (choose(kHeadDim, 128, 128, false, kBias).tile_kv > 64) {
-    if (args.block_kv == 64) return launch<kDtype, kHeadDim, kBias, 128, 64>(params, stream);
+  if constexpr (kBiasSize == 0) {
+    if (args.share) return launch<kDtype, kHeadDim, kBiasSize, 64, 128, true>(params, stream);
   }
-  return launch<kDtype, kHeadDim, kBias, 128, 128>(params, stream);
+  if (args.tile_q == 64) return launch<kDtype, kHeadDim, kBiasSize, 64, 128>(params, stream);
+  if constexpr (has_kernel(kHeadDim, 256, 128, false, kBiasSize)) {
+    if (args.tile_q == 256) return launch<kDtype, kHeadDim, kBiasSize, 256, 128>(params, stream);
+  }
+  if constexpr (choose(kHeadDim, 128, 128, false, kBiasSize).tile_kv > 64) {
+    if (args.block_kv == 64) return launch<kDtype, kHeadDim, kBiasSize, 128, 64>(params, stream);
+  }
+  return launch<kDtype, kHeadDim, kBiasSize, 128, 128>(params, stream);
 }
 
 }  // namespace jsparse

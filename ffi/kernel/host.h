@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <stdexcept>
@@ -105,15 +106,17 @@ void check_bias(const Args &a) {
     }
     return;
   }
-  expect(b.rows == 1 || b.rows == a.q_len, "bias.rows", b.rows, "1 or q_len");
-  expect(b.columns >= a.kv_len && b.columns % 2 == 0, "bias.columns", b.columns,
-         "an even number, at least kv_len");
+  expect(b.rows == a.q_len || (b.rows == 1 && b.dtype == JSPARSE_FLOAT32), "bias.rows", b.rows,
+         "q_len, or 1 of a bias in float32");
+  expect(b.columns >= a.kv_len && b.columns % (b.dtype == JSPARSE_FLOAT32 ? 4 : 8) == 0,
+         "bias.columns", b.columns, "whole 16 bytes, at least kv_len");
 }
 
-// A 4-D array [B, tokens, heads, dim] whose boxes are `box_tokens` tokens of one head, swizzled as the
-// layouts of collective/tiles.cuh.
-template <class Args>
-CUtensorMap tensor_map(const Args &a, const void *array, int tokens, int heads, int box_tokens) {
+// An array whose sizes and strides, in bytes, are told from the last axis on; boxes lie in shared memory in
+// rows of `row` bytes, swizzled.
+template <size_t kAxes>
+CUtensorMap tensor_map(jsparse_dtype dtype, const void *array, const cuuint64_t (&sizes)[kAxes],
+                       const cuuint64_t (&strides)[kAxes - 1], const cuuint32_t (&box)[kAxes], int row) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const auto encode = [] {
     void *function = nullptr;
@@ -126,25 +129,44 @@ CUtensorMap tensor_map(const Args &a, const void *array, int tokens, int heads, 
     }
     return reinterpret_cast<Encode>(function);
   }();
-  uint64_t dim = a.head_dim, row = 2 * dim;
-  cuuint64_t sizes[] = {dim, uint64_t(heads), uint64_t(tokens), uint64_t(a.batch)};
-  cuuint64_t strides[] = {row, row * heads, row * heads * tokens};
-  cuuint32_t box[] = {a.head_dim < 64 ? 32u : 64u, 1, cuuint32_t(box_tokens), 1};
-  cuuint32_t steps[] = {1, 1, 1, 1};
-  auto type = a.dtype == JSPARSE_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                         : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  auto swizzle = a.head_dim < 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
+  constexpr CUtensorMapDataType kTypes[] = {CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                                            CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                                            CU_TENSOR_MAP_DATA_TYPE_FLOAT32};
+  cuuint32_t steps[kAxes];
+  std::fill_n(steps, kAxes, 1);
   CUtensorMap map;
   CUresult status =
-      encode(&map, type, 4, const_cast<void *>(array), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) {
-    throw Failure("cuTensorMapEncodeTiled failed with CUresult " + std::to_string(status) +
-                  " for an array of " + std::to_string(a.batch) + " x " + std::to_string(tokens) +
-                  " x " + std::to_string(heads) + " x " + std::to_string(dim));
-  }
-  return map;
+      encode(&map, kTypes[dtype], kAxes, const_cast<void *>(array), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE,
+             row == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status == CUDA_SUCCESS) return map;
+  std::string shape;
+  for (size_t i = kAxes; i-- > 0;) shape += std::to_string(sizes[i]) + (i > 0 ? " x " : "");
+  throw Failure("cuTensorMapEncodeTiled failed with CUresult " + std::to_string(status) +
+                " for an array of " + shape);
+}
+
+// An array [B, tokens, heads, dim] of the dtype of `a`, whose boxes are `box_tokens` tokens of one head, as
+// the layouts of collective/tiles.cuh.
+template <class Args>
+CUtensorMap tensor_map(const Args &a, const void *array, int tokens, int heads, int box_tokens) {
+  cuuint64_t dim = a.head_dim, row = 2 * dim;
+  cuuint64_t sizes[] = {dim, cuuint64_t(heads), cuuint64_t(tokens), cuuint64_t(a.batch)};
+  cuuint64_t strides[] = {row, row * heads, row * heads * tokens};
+  cuuint32_t columns = a.head_dim < 64 ? 32 : 64;
+  cuuint32_t box[] = {columns, 1, cuuint32_t(box_tokens), 1};
+  return tensor_map(a.dtype, array, sizes, strides, box, 2 * columns);
+}
+
+// A bias as [arrays, rows, columns], whose boxes are `box_rows` rows of 128 bytes.
+inline CUtensorMap bias_map(const jsparse_bias &b, int box_rows) {
+  cuuint64_t size = b.dtype == JSPARSE_FLOAT32 ? 4 : 2, row = b.columns * size;
+  cuuint64_t arrays = cuuint64_t(b.entries) * b.heads * (b.num_blocks > 0 ? b.num_blocks : 1);
+  cuuint64_t sizes[] = {cuuint64_t(b.columns), cuuint64_t(b.rows), arrays};
+  cuuint64_t strides[] = {row, row * b.rows};
+  cuuint32_t box[] = {cuuint32_t(128 / size), cuuint32_t(box_rows), 1};
+  return tensor_map(b.dtype, b.values, sizes, strides, box, 128);
 }
 
 // Returns 0, or 1 after writing to `message` what `launch` threw.

@@ -26,6 +26,7 @@ struct ForwardParams {
   float scale_log2;  // args.scale / ln 2: the softmax is in base 2
   BlockSizes sizes;
   float inverse_scale;  // what a bias is multiplied by
+  CUtensorMap bias;
 };
 
 // An output of a backward kernel: rows of blocks, or parts of split ones in the workspace. NULL if it
@@ -50,6 +51,7 @@ struct BackwardParams {
   void *bias_gradient;     // of dq: like the bias, or NULL
   Gradient by_key;         // of dk and dv: the gradient of a bias by key, of each batch entry and head
   jsparse_turns turns;     // of all gradients: where a step adds its part of dq
+  CUtensorMap bias, bias_gradient_map;  // of all gradients
 };
 
 // dq, dk or dv, and its parts; and the gradient of a bias by key.
@@ -60,15 +62,15 @@ inline Gradient by_key_of(float *whole, float *part) {
   return {whole, part, 1.0f, JSPARSE_FLOAT32, 1};
 }
 
-// Launches the kernel of one head size and dtype, with or without a bias; instantiate/ has one file for
-// each.
-template <jsparse_dtype kDtype, int kHeadDim, bool kBias>
+// Launches the kernel of one head size and dtype, and of values of a bias of so many bytes, or 0, or with or
+// without a bias; instantiate/ has the files.
+template <jsparse_dtype kDtype, int kHeadDim, int kBiasSize>
 cudaError_t launch_forward(const ForwardParams &params, cudaStream_t stream);
 template <jsparse_dtype kDtype, int kHeadDim, bool kBias>
 cudaError_t launch_backward(const BackwardParams &params, bool keys, cudaStream_t stream);
 
 // Launches the kernel of all gradients, and the one that finishes dq.
-template <jsparse_dtype kDtype, int kHeadDim>
+template <jsparse_dtype kDtype, int kHeadDim, bool kBias>
 cudaError_t launch_gradients(const BackwardParams &params, cudaStream_t stream);
 cudaError_t launch_finish_dq(const BackwardParams &params, void *dq, cudaStream_t stream);
 

@@ -58,7 +58,7 @@ def num_multiprocessors() -> int:
     return int(jax.devices("gpu")[0].core_count)
 
 
-class _Lists(NamedTuple):
+class Lists(NamedTuple):
     """Block lists of a launch by row, ``[B or 1, H or 1, n, ...]``, and on the host."""
 
     partial: Blocks
@@ -179,16 +179,16 @@ class Call:
     # -------------------------------------------------------------- lists, schedules
 
     @property
-    def rows(self) -> _Lists:
+    def rows(self) -> Lists:
         """Lists by query block."""
         return self._lists("kv")
 
     @property
-    def columns(self) -> _Lists:
+    def columns(self) -> Lists:
         """Lists by key block."""
         return self._lists("q")
 
-    def _lists(self, side: str) -> _Lists:
+    def _lists(self, side: str) -> Lists:
         def blocks(mask, kind):
             names = f"{kind}{side}_num_blocks", f"{kind}{side}_indices"
             return Blocks(*(getattr(mask, name) for name in names))
@@ -196,11 +196,11 @@ class Call:
         known = None
         if self.known is not None:
             known = blocks(self.known, ""), blocks(self.known, "full_")
-        return _Lists(blocks(self.mask, ""), blocks(self.mask, "full_"), known)
+        return Lists(blocks(self.mask, ""), blocks(self.mask, "full_"), known)
 
     def schedule(
         self,
-        lists: _Lists,
+        lists: Lists,
         workers: int,
         group: int = 1,
         tiles: int = 1,
@@ -228,7 +228,7 @@ class Call:
         bad = jnp.moveaxis(_not_finite(x), 1, 2).astype(jnp.int32)
         return _pad_last(bad, self.mask.num_kv_blocks * self.mask.block_kv, 0)
 
-    def entries(self, lists: _Lists, bad: Array, block: int) -> tuple[Array, Array]:
+    def entries(self, lists: Lists, bad: Array, block: int) -> tuple[Array, Array]:
         """The lists for a kernel: blocks with a bad column are flagged in the partial.
 
         One flag stands for all batch entries and heads that may list the block.

@@ -30,6 +30,8 @@ MIN_PARTS = 4
 """Parts that a sum may always have."""
 SHARE = 3
 """A sum has at most a third as many parts as a worker has steps of a head."""
+SUMS_BESIDE_A_BIAS = 4
+"""Most sums of a tile beside a bias, whose way through the L2 cache drives them out."""
 GOLDEN = (math.sqrt(5) - 1) / 2
 """Rows begin at multiples of it: evenly spread, whichever rows run side by side."""
 
@@ -60,6 +62,7 @@ def with_turns(
     full: Blocks,
     shape: tuple[int, int, int],
     split: int,
+    most_sums: int | None = None,
 ) -> tuple[Schedule, Turns]:
     """A schedule made on the host, whose items know their turns, and those.
 
@@ -72,6 +75,7 @@ def with_turns(
         full: the lists that it was made of.
         shape: batch entries, query heads and tiles of queries.
         split: tiles of a block, each a step.
+        most_sums: of a tile.
     """
     used = np.arange(schedule.items.shape[1]) < schedule.count[:, None]
     worker = np.nonzero(used)[0]
@@ -104,6 +108,8 @@ def with_turns(
     rank[order] = np.arange(len(place)) - (np.cumsum(count) - count)[place[order]]
     of_head = -(-len(place) // (shape[0] * shape[1] * len(schedule.count)))
     sums = -(-count // max(MIN_PARTS, of_head // SHARE))
+    if most_sums is not None:
+        sums = np.minimum(sums, most_sums)
     first_sum = np.cumsum(sums) - sums
     turn, nth_sum = np.divmod(rank, sums[place])
 

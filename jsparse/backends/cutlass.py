@@ -34,7 +34,7 @@ from jsparse.pallas_kernels.mosaic_gpu._elements import (
     Within,
 )
 from jsparse.pallas_kernels.mosaic_gpu._manual_axes import per_device
-from jsparse.pallas_kernels.mosaic_gpu._schedule import Schedule
+from jsparse.pallas_kernels.mosaic_gpu._schedule import Blocks, Schedule
 
 Array = Any
 
@@ -106,15 +106,19 @@ def forward(
     call = _hopper.Call.of(operands, scale, pattern)
     q, k, v = _pad_heads(call.q, call.k, call.v)
     lists, bad = call.rows, call.bad_keys(v)
-    items = _Items.of(call)
-    walkers = _walkers(q.shape[-1], items, call.blocks[1])
+    items, bias = _Items.of(call), _BiasOperands.of(call, "kv")
+    if bias.values.size and bias.values.dtype != q.dtype:
+        bias = bias._replace(values=bias.values.astype(jnp.float32))
+    walkers = _walkers(q.shape[-1], items, call.blocks[1], bias)
+    if items.tile_q > call.mask.block_q:
+        lists = _paired(lists, call.mask.num_kv_blocks)
     schedule = call.schedule(
         lists,
         _hopper.num_multiprocessors() * walkers,
-        tiles=call.mask.block_q // items.tile_q,
+        tiles=max(call.mask.block_q // items.tile_q, 1),
     )
     batch, q_len, heads, dim = q.shape
-    parts, bias = _parts(schedule, items.tile_q, dim), _BiasOperands.of(call, "kv")
+    parts = _parts(schedule, items.tile_q, dim)
     out, lse, *_ = _launch(
         "jsparse_forward",
         (q, k, v),
@@ -154,8 +158,8 @@ def backward(
     dim = arrays[0].shape[-1]
     bias: Any = call.bias if bias_gradient else None
     if split := _one_launch(call, dim):
-        dq, dk, dv = _all_gradients(call, arrays, of_queries.bad, split)
-        by_key = own = None
+        dq, dk, dv, own = _all_gradients(call, arrays, of_queries.bad, bias, split)
+        by_key = None
     else:
         dq, dk, dv, by_key, own = _two_launches(call, arrays, of_queries.bad, bias)
     if call.sign != 1:
@@ -182,7 +186,7 @@ def _one_launch(call: _hopper.Call, dim: int) -> int:
     block_q, block_kv = call.blocks
     tile = _loaded().jsparse_backward_tile(dim, block_q, block_kv)
     known = call.columns.known
-    if call.bias is not None or known is None or tile == 0:
+    if known is None or tile == 0 or not _joins_gradients(call, dim):
         return 0
     split = block_q // tile
     batch, _, heads, _ = call.q.shape
@@ -191,11 +195,22 @@ def _one_launch(call: _hopper.Call, dim: int) -> int:
     return split if fewest <= steps <= _turns.MOST_STEPS else 0
 
 
+def _joins_gradients(call: _hopper.Call, dim: int) -> bool:
+    """Whether the kernel of all gradients takes the bias, if there is one."""
+    bias: Any = call.bias
+    if bias is None:
+        return True
+    streamed = isinstance(bias, _bias.DenseBias | _bias.BlockBias)
+    return streamed and dim <= 64 and bias.values.dtype == call.q.dtype
+
+
 def _all_gradients(
-    call: _hopper.Call, arrays: tuple[Array, ...], bad: Array, split: int
-) -> tuple[Array, Array, Array]:
-    """dq, dk and dv."""
+    call: _hopper.Call, arrays: tuple[Array, ...], bad: Array, bias: Any, split: int
+) -> tuple[Array, Array, Array, Array | None]:
+    """dq, dk and dv; and the gradient of ``bias``, if nobody shares it."""
     q, k, v = arrays[:3]
+    own = _bias.own_gradient(bias, *q.shape[:3:2])
+    operands = _BiasOperands.of(call, "q")
     (block_q, block_kv), dim, lists = call.blocks, q.shape[-1], call.columns
     assert lists.known is not None
     batch, _, heads, _ = q.shape
@@ -204,6 +219,7 @@ def _all_gradients(
         *lists.known,
         (batch, heads, call.mask.num_q_blocks * split),
         split,
+        None if call.bias is None else _turns.SUMS_BESIDE_A_BIAS,
     )
     partial, full = call.entries(lists, bad, block_q)
     bad_keys = np.zeros(0, np.int32)
@@ -214,16 +230,17 @@ def _all_gradients(
     parts = _parts(schedule, block_kv, dim)
     most = max(turns.num_sums, 1)
     sums = jax.ShapeDtypeStruct((most, block_q // split, dim), jnp.float32)
-    taken = jax.ShapeDtypeStruct((most, 2), jnp.int32)
-    dq, dk, dv, *_ = _launch(
+    taken = jax.ShapeDtypeStruct((most,), jnp.int32)
+    dq, dk, dv, *_, dbias = _launch(
         "jsparse_backward",
         arrays,
         (partial, full, call.transposed_elements(bad), schedule),
-        (turns.turns, turns.sums_of, bad_keys),
-        [q, k, v, parts, parts, sums, taken],
+        (*operands[:3], turns.turns, turns.sums_of, bad_keys),
+        [q, k, v, parts, parts, sums, taken, _NOTHING if own is None else own],
         **_attributes(call),
+        bias_inner=np.int32(operands.inner),
     )
-    return dq, dk, dv
+    return dq, dk, dv, None if own is None else dbias
 
 
 def _two_launches(
@@ -286,12 +303,57 @@ class _Items(NamedTuple):
         """Whole rows of blocks, each by its own team.
 
         Unless, halved to 64 rows, they are no more than the multiprocessors: then all
-        warpgroups of one compute each together.
+        warpgroups of one compute each together, if there is no bias.
         """
         tiles = call.mask.num_q_blocks * call.mask.block_q // 64
-        if math.prod(call.q.shape[::2]) * tiles <= _hopper.num_multiprocessors():
+        few = math.prod(call.q.shape[::2]) * tiles <= _hopper.num_multiprocessors()
+        if few and call.bias is None:
             return cls(64, share=True)
+        if (
+            _all_blocks(call)
+            and isinstance(call.bias, _bias.DenseBias)
+            and max(call.dims) <= 32
+        ):
+            return cls(256, share=False)
         return cls(call.mask.block_q, share=False)
+
+
+def _all_blocks(call: _hopper.Call) -> bool:
+    """Whether every row is known to list all blocks, tested for lengths at most."""
+    mask, known = call.mask, call.rows.known
+    if known is None or mask.bits is not None or mask.rules or mask.block_q != 128:
+        return False
+    counts = sum(np.asarray(blocks.count) for blocks in known)
+    return mask.num_q_blocks > 1 and bool((counts == mask.num_kv_blocks).all())
+
+
+def _paired(lists: _hopper.Lists, num_columns: int) -> _hopper.Lists:
+    """Lists of every two rows together, which list all blocks each.
+
+    A block is partial where it is in either.
+    """
+    assert lists.known is not None
+    count, column = map(np.asarray, lists.known[0])
+    valid = np.arange(column.shape[-1]) < count[..., None]
+    partial = np.zeros(
+        (*count.shape[:-1], count.shape[-1] + count.shape[-1] % 2, num_columns + 1),
+        bool,
+    )
+    np.put_along_axis(
+        partial[..., : count.shape[-1], :],
+        np.where(valid, column, num_columns),
+        True,
+        -1,
+    )
+    partial = partial[..., ::2, :-1] | partial[..., 1::2, :-1]
+
+    def blocks(listed: np.ndarray) -> Blocks:
+        count = listed.sum(-1, dtype=np.int32)
+        order = np.argsort(~listed, axis=-1, kind="stable")[..., : count.max()]
+        return Blocks(count, order.astype(np.int32))
+
+    both = blocks(partial), blocks(~partial)
+    return _hopper.Lists(*both, both)
 
 
 class _BiasOperands(NamedTuple):
@@ -442,9 +504,10 @@ def _numbers(version: str) -> list[int]:
     return [int(x) for x in re.findall(r"\d+", version)[:3]]
 
 
-def _walkers(head_dim: int, items: _Items, block_kv: int) -> int:
+def _walkers(head_dim: int, items: _Items, block_kv: int, bias: _BiasOperands) -> int:
     """Walkers of a forward schedule on one multiprocessor."""
-    sizes = (head_dim, items.tile_q, block_kv, items.share)
+    size = bias.values.dtype.itemsize if bias.values.size else 0
+    sizes = (head_dim, items.tile_q, block_kv, items.share, size)
     return _loaded().jsparse_forward_walkers(*sizes)
 
 

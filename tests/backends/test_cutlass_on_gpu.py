@@ -27,6 +27,7 @@ from tests.support.cases import (
     make_case,
     pair,
     random_mask,
+    of_all_blocks,
     uneven_rows,
     with_bias,
 )
@@ -170,12 +171,14 @@ def test_the_same_bits_a_thousand_times(dim, kind):
     check_the_same_bits(dim, kind, static=False)
 
 
-def check_the_same_bits(dim: int, kind: str | None, *, static: bool) -> None:
+def check_the_same_bits(
+    dim: int, kind: str | None, *, static: bool, bias_dtype: str = "float32"
+) -> None:
     """Of a thousand runs, by two threads."""
     rng = np.random.default_rng(2)
     mask = random_mask(rng, (2000, 3000, 128, 128), 150)
     case = make_case(rng, mask, heads=(4, 2), dims=(dim, dim)).cast("bfloat16")
-    case = case if kind is None else with_bias(case, kind)
+    case = case if kind is None else with_bias(case, kind, bias_dtype)
     arrays = {field.name: getattr(case, field.name) for field in fields(case)}
     known = {"mask": arrays.pop("mask")} if static else {}
     args = jax.device_put(arrays)
@@ -204,6 +207,34 @@ def test_every_bias(kind, bias_dtype):
 def test_every_bias_without_batch_axes(kind, bias_dtype):
     case = pair((503, 647, 128, 128), batch=())
     check(with_bias(case, kind, bias_dtype), "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", cutlass.DTYPES)
+@pytest.mark.parametrize("dim", [32, 48, 64])
+@pytest.mark.parametrize(
+    "kind", ["dense", "dense_2d", "dense_shared_batch", "block", "block_shared_heads"]
+)
+def test_all_gradients_beside_a_bias(one_launch, kind, dim, dtype):
+    rng = np.random.default_rng(dim)
+    mask = random_mask(rng, (1900, 2600, 128, 128), 200)
+    case = make_case(rng, mask, heads=(4, 2), dims=(dim, dim))
+    check(with_bias(case, kind, dtype), dtype, static=True)
+
+
+@pytest.mark.parametrize("dim", [32, 64])
+@pytest.mark.parametrize("kind", ["dense", "block"])
+def test_the_same_bits_of_all_gradients_beside_a_bias(one_launch, dim, kind):
+    check_the_same_bits(dim, kind, static=True, bias_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("sizes", [(1000, 900), (2048, 1280), (640, 300)], ids=str)
+@pytest.mark.parametrize("bias_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dim", [32, 64])
+def test_bias_where_rows_have_all_blocks(dim, bias_dtype, sizes):
+    case = make_case(
+        np.random.default_rng(dim), of_all_blocks(*sizes), dims=(dim, dim)
+    )
+    check(with_bias(case, "dense", bias_dtype), "bfloat16", static=True)
 
 
 @pytest.mark.parametrize("block_kv", cutlass.BLOCKS["block_kv"])

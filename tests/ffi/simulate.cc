@@ -71,9 +71,9 @@ void run(const BackwardParams &params) {
 }
 
 // As backward_sm90, of all gradients: its CTAs wait for one another.
-template <class Element, int kDim>
+template <class Element, int kDim, bool kBias = false>
 void run_all(const BackwardParams &params, void *dq) {
-  constexpr BackwardConfig kConfig = choose_backward(true, kDim, 128, 128, false, true);
+  constexpr BackwardConfig kConfig = choose_backward(true, kDim, 128, 128, kBias, true);
   using Storage = BackwardStorage<Element, kConfig>;
   constexpr int kThreads = kConfig.threads();
   const int ctas = params.args.schedule.num_workers;
@@ -90,6 +90,11 @@ void run_all(const BackwardParams &params, void *dq) {
       add(288 + 32 * w, [&params, &team, w, block] {
         SendDq<Element, kConfig>{params, team, w}.run(block);
       });
+    }
+    if constexpr (kBias) {
+      if (params.bias_gradient != nullptr) {
+        add(352, [&params, &team, block] { SendDs<Element, kConfig>{params, team}.run(block); });
+      }
     }
     for (int thread = 0; thread < 256; ++thread) {
       add(thread, [&params, &team, thread, block] {
@@ -116,19 +121,25 @@ void run_all(const BackwardParams &params, void *dq) {
 template <class Element>
 void run_of_dtype(const ForwardParams &params) {
   const jsparse_forward_args &args = params.args;
-  auto of_block = [&]<int kDim, bool kBias>() {
-    if (args.share) return run<Element, choose(kDim, 64, 128, true, kBias)>(params);
-    if (args.tile_q == 64) return run<Element, choose(kDim, 64, 128, false, kBias)>(params);
-    if (args.block_kv == 64) return run<Element, choose(kDim, 128, 64, false, kBias)>(params);
-    return run<Element, choose(kDim, 128, 128, false, kBias)>(params);
+  auto of_block = [&]<int kDim, int kBiasSize>() {
+    if constexpr (kBiasSize == 0) {
+      if (args.share) return run<Element, choose(kDim, 64, 128, true)>(params);
+    }
+    if (args.tile_q == 64) return run<Element, choose(kDim, 64, 128, false, kBiasSize)>(params);
+    if constexpr (has_kernel(kDim, 256, 128, false, kBiasSize)) {
+      if (args.tile_q == 256) return run<Element, choose(kDim, 256, 128, false, kBiasSize)>(params);
+    }
+    if (args.block_kv == 64) return run<Element, choose(kDim, 128, 64, false, kBiasSize)>(params);
+    return run<Element, choose(kDim, 128, 128, false, kBiasSize)>(params);
   };
-  auto of_dim = [&]<bool kBias>() {
-    if (args.head_dim == 32) return of_block.template operator()<32, kBias>();
-    if (args.head_dim == 64) return of_block.template operator()<64, kBias>();
-    return of_block.template operator()<128, kBias>();
+  auto of_dim = [&]<int kBiasSize>() {
+    if (args.head_dim == 32) return of_block.template operator()<32, kBiasSize>();
+    if (args.head_dim == 64) return of_block.template operator()<64, kBiasSize>();
+    return of_block.template operator()<128, kBiasSize>();
   };
-  return args.bias.values == nullptr ? of_dim.template operator()<false>()
-                                     : of_dim.template operator()<true>();
+  if (args.bias.values == nullptr) return of_dim.template operator()<0>();
+  return args.bias.dtype == JSPARSE_FLOAT32 ? of_dim.template operator()<4>()
+                                            : of_dim.template operator()<2>();
 }
 
 template <class Element>
@@ -215,6 +226,14 @@ CUtensorMap map_of(const Args &args, const void *array, int tokens, int heads,
   return opaque;
 }
 
+CUtensorMap map_of_bias(const jsparse_bias &bias, const void *values, int box_rows) {
+  BiasMap map{static_cast<char *>(const_cast<void *>(values)), bias.dtype == JSPARSE_FLOAT32 ? 4 : 2,
+              bias.rows, bias.columns, box_rows};
+  CUtensorMap opaque = {};
+  std::memcpy(&opaque, &map, sizeof map);
+  return opaque;
+}
+
 // What `launch` returns, one launch at a time: 0, or 1 after what went wrong in a CTA.
 template <class Launch>
 int simulate(Launch launch, char *message, size_t message_size) {
@@ -253,6 +272,8 @@ void backward(const jsparse_backward_args &args, const Outputs &to) {
   params.bias_gradient = bias_gradient;
   params.by_key = by_key;
   params.turns = turns;
+  params.bias = map_of_bias(args.bias, args.bias.values, 128);
+  params.bias_gradient_map = map_of_bias(args.bias, bias_gradient, 64);
   int tile = choose_backward(keys, args.head_dim, params.sizes.block_rows,
                              params.sizes.block_columns, false, dq != nullptr).tile;
   const void *of_queries[] = {args.q, args.dout}, *of_keys[] = {args.k, args.v};
@@ -265,10 +286,11 @@ void backward(const jsparse_backward_args &args, const Outputs &to) {
   if (dq == nullptr) {
     run_of_dtype<Element>(params, keys);
   } else {
-    std::memset(turns.taken, 0, 2 * sizeof(int32_t) * turns.num_sums);
+    std::memset(turns.taken, 0, sizeof(int32_t) * turns.num_sums);
     std::fill_n(turns.sums, int64_t(turns.num_sums) * tile * args.head_dim, __builtin_nanf(""));
-    if (args.head_dim == 32) run_all<Element, 32>(params, dq);
-    if (args.head_dim == 64) run_all<Element, 64>(params, dq);
+    const bool bias = args.bias.values != nullptr;
+    if (args.head_dim == 32) bias ? run_all<Element, 32, true>(params, dq) : run_all<Element, 32>(params, dq);
+    if (args.head_dim == 64) bias ? run_all<Element, 64, true>(params, dq) : run_all<Element, 64>(params, dq);
     if (args.head_dim == 128) run_all<Element, 128>(params, dq);
   }
   for (const Gradient &gradient : gradients) {
@@ -290,8 +312,9 @@ int backward(const jsparse_backward_args &args, const Outputs &to, char *message
 }  // namespace jsparse
 
 extern "C" JSPARSE_API int32_t jsparse_forward_walkers(int32_t head_dim, int32_t tile_q,
-                                                       int32_t block_kv, int32_t share) {
-  return jsparse::choose(head_dim, tile_q, block_kv, share).walkers();
+                                                       int32_t block_kv, int32_t share,
+                                                       int32_t bias_size) {
+  return jsparse::choose(head_dim, tile_q, block_kv, share, bias_size).walkers();
 }
 
 // Threads of the CTAs that follow run in another order.
@@ -305,7 +328,10 @@ extern "C" JSPARSE_API int jsparse_forward(const jsparse_forward_args *args, voi
   params.scale_log2 = args->scale * 1.4426950408889634f;
   params.sizes = block_sizes(args->block_q, args->q_len, args->block_kv, args->kv_len);
   params.inverse_scale = 1.0f / args->scale;
-  int tile = choose(args->head_dim, args->tile_q, args->block_kv, args->share).tile_kv;
+  const jsparse_bias &bias = args->bias;
+  const int size = bias.dtype == JSPARSE_FLOAT32 ? 4 : 2, bias_size = bias.values == nullptr ? 0 : size;
+  params.bias = map_of_bias(bias, bias.values, bias.rows == 1 ? 1 : args->tile_q);
+  int tile = choose(args->head_dim, args->tile_q, args->block_kv, args->share, bias_size).tile_kv;
   params.q = map_of(*args, args->q, args->q_len, args->num_heads, 64);
   params.k = map_of(*args, args->k, args->kv_len, args->num_kv_heads, tile);
   params.v = map_of(*args, args->v, args->kv_len, args->num_kv_heads, tile);
@@ -353,11 +379,11 @@ extern "C" JSPARSE_API int32_t jsparse_backward_tile(int32_t head_dim, int32_t b
 
 extern "C" JSPARSE_API int jsparse_backward(const jsparse_backward_args *args,
                                             const jsparse_turns *turns, void *dq, void *dk,
-                                            void *dv, float *part_dk, float *part_dv, void *,
-                                            char *message, size_t message_size) {
+                                            void *dv, float *part_dk, float *part_dv, void *dbias,
+                                            void *, char *message, size_t message_size) {
   auto of_keys = jsparse::gradient_of(*args, dk, part_dk, args->scale);
   auto of_values = jsparse::gradient_of(*args, dv, part_dv, 1.0f);
-  return jsparse::backward(*args, {true, {of_keys, of_values}, nullptr, {}, *turns, dq}, message,
+  return jsparse::backward(*args, {true, {of_keys, of_values}, dbias, {}, *turns, dq}, message,
                            message_size);
 }
 

@@ -18,12 +18,14 @@ from jsparse import BlockBias, block_sparse_attention
 from jsparse.backends import _hopper, cutlass
 from tests.backends import test_contract as contract
 from tests.backends.conftest import half_rows as half_rows
+from tests.backends.conftest import one_launch as one_launch
 from tests.ffi.test_simulated import check, run
 from tests.pallas_kernels.emulation import emulated
 from tests.support.cases import (
     CASES,
     Case,
     make_case,
+    of_all_blocks,
     random_mask,
     uneven_rows,
     with_bias,
@@ -83,12 +85,25 @@ def test_every_kernel(on_cpu, dim, block_q, block_kv):
     check_gradients(with_bias(case, kind, "bfloat16"), "float16")
 
 
+@pytest.mark.parametrize("half_rows", ["halves"], indirect=True)
 @pytest.mark.parametrize("dim", cutlass.HEAD_SIZES)
 def test_every_kernel_of_half_rows(on_cpu, half_rows, dim):
     rng = np.random.default_rng(dim)
     mask = random_mask(rng, (247, 1159, 128, 128), 14)
     case = make_case(rng, mask, heads=(2, 1), dims=(dim, dim))
     check(with_bias(case, "dense" if dim == 64 else "block"))
+
+
+@pytest.mark.parametrize("sizes", [(512, 256), (390, 333), (600, 150)], ids=str)
+@pytest.mark.parametrize("bias_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dim", [32, 64])
+def test_rows_of_all_blocks_are_computed_two_by_two(on_cpu, dim, bias_dtype, sizes):
+    rng = np.random.default_rng(dim)
+    mask = of_all_blocks(*sizes, block_kv=64)
+    case = make_case(rng, mask, heads=(2, 1), dims=(dim, dim))
+    case = with_bias(case, "dense", bias_dtype).cast("bfloat16")
+    found = jax.block_until_ready(contract.run_known("cutlass", case))
+    contract.check_sixteen_bit(found, case, contract.LIMITS["bfloat16"])
 
 
 @pytest.mark.parametrize(
@@ -119,6 +134,53 @@ def test_split_rows(on_cpu, monkeypatch, known, side, kind):
         mask = mask.transpose()
     case = with_bias(make_case(rng, mask, heads=(1, 1)), kind)
     check_gradients(case, known=known)
+
+
+# ---------------------------------------------------------- all gradients in one launch
+
+
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        *(("dense", "bfloat16"), ("dense", "float16"), ("block", "bfloat16")),
+        *(("dense_2d", "bfloat16"), ("block_shared_heads", "bfloat16")),
+    ],
+)
+@pytest.mark.parametrize("dim", [32, 64])
+def test_all_gradients_in_one_launch(on_cpu, one_launch, dim, kind, dtype):
+    # Many steps an item, of few tiles: each has several sums.
+    rng = np.random.default_rng(dim)
+    mask = random_mask(rng, (500, 469, 128, 128), 13)
+    case = make_case(rng, mask, heads=(2, 1), dims=(dim, dim))
+    with emulated():
+        check_gradients(with_bias(case, kind, dtype), dtype, known=True)
+
+
+@pytest.mark.parametrize("kind", ["dense", "block"])
+def test_split_rows_in_one_launch(on_cpu, one_launch, monkeypatch, kind):
+    monkeypatch.setattr(_hopper, "num_multiprocessors", lambda: 8)
+    rng = np.random.default_rng(7)
+    mask = uneven_rows(rng, (9, 12), (200, 1600, 128, 128)).transpose()
+    case = with_bias(make_case(rng, mask, heads=(1, 1)), kind, "bfloat16")
+    check_gradients(case, known=True)
+
+
+@pytest.mark.parametrize("dim", [32, 64])
+@pytest.mark.parametrize("seed", range(2))
+def test_the_order_of_threads_changes_no_gradient(on_cpu, one_launch, dim, seed):
+    rng = np.random.default_rng(5)
+    mask = random_mask(rng, (380, 500, 128, 128), 9)
+    case = make_case(rng, mask, heads=(2, 1), dims=(dim, dim)).cast("bfloat16")
+    case = with_bias(case, "dense", "bfloat16")
+    expected = jax.block_until_ready(contract.run_known("cutlass", case))
+    on_cpu.set_seed(1000 * (seed + 1))
+    try:
+        found = jax.block_until_ready(contract.run_known("cutlass", case))
+    finally:
+        on_cpu.set_seed(0)
+    leaves = map(jax.tree_util.tree_leaves, (found, expected))
+    for x, y in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("lead", [(3, 1), (1, 2), (1, 1)], ids=str)

@@ -61,6 +61,15 @@ def random_mask(
     )
 
 
+def of_all_blocks(q_len: int, kv_len: int, block_kv: int = 128) -> BlockMask:
+    """A mask whose rows list every block, partial only where tokens end."""
+    shape = -(-q_len // 128), -(-kv_len // block_kv)
+    rows, cols = (x.reshape(-1) for x in np.indices(shape))
+    return BlockMask.from_blocks(
+        rows, cols, q_len=q_len, kv_len=kv_len, block_kv=block_kv
+    )
+
+
 def uneven_rows(
     rng: np.random.Generator,
     counts: tuple[int, int],

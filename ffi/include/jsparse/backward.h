@@ -43,7 +43,7 @@ typedef struct jsparse_turns {
   const int32_t *sums_of; /* [B, H, tiles of R, 2]: the first sum of a tile, and how many it has */
   int32_t num_sums;
   float *sums;             /* [num_sums, tile, D]: workspace */
-  int32_t *taken;          /* [num_sums, 2]: workspace */
+  int32_t *taken;          /* [num_sums]: workspace */
   /* [B, K, S in whole blocks]: not 0 where a key is not finite; NULL if no entry is JSPARSE_FLAGGED_ROW. */
   const int32_t *bad_keys;
 } jsparse_turns;
@@ -78,11 +78,12 @@ JSPARSE_API int jsparse_backward_dkv(const jsparse_backward_args *args, void *dk
                                      float *part_by_key, void *stream, char *message,
                                      size_t message_size);
 
-/* Launches dq, dk and dv: as jsparse_backward_dkv, without a bias, and with no more workers than the GPU
- * has multiprocessors, all of which run at a time. */
+/* Launches dq, dk and dv: as jsparse_backward_dkv, and with no more workers than the GPU has
+ * multiprocessors, all of which run at a time. A bias is of dtype, not by key, and for head sizes up to
+ * 64; `dbias` is as in jsparse_backward_dq. */
 JSPARSE_API int jsparse_backward(const jsparse_backward_args *args, const jsparse_turns *turns,
                                  void *dq, void *dk, void *dv, float *part_dk, float *part_dv,
-                                 void *stream, char *message, size_t message_size);
+                                 void *dbias, void *stream, char *message, size_t message_size);
 
 #ifdef __cplusplus
 }

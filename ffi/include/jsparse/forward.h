@@ -17,7 +17,8 @@ typedef struct jsparse_forward_args {
   int32_t batch, q_len, kv_len, num_heads, num_kv_heads;
   int32_t head_dim;          /* of q, k, v and out: 32, 64 or 128 */
   int32_t block_q, block_kv; /* 64 or 128 */
-  int32_t tile_q;            /* query rows of an item: 64 or block_q */
+  int32_t tile_q;            /* query rows of an item: 64, block_q, or 256: beside a bias, with head size 32,
+                              * where no element is tested but for lengths */
   int32_t share;             /* with tile_q 64, whether the warpgroups of a multiprocessor compute
                               * each item together: for fewer items than multiprocessors */
   float scale;               /* of the logits, above 0 */
@@ -32,12 +33,13 @@ typedef struct jsparse_forward_args {
 
   jsparse_schedule schedule; /* rows are of tile_q queries, columns of block_kv keys */
   jsparse_elements elements; /* bad: where v[b, s, k, :] is not finite */
-  jsparse_bias bias;
+  jsparse_bias bias; /* of dtype or float32, and not with share; rows fill whole 16 bytes */
 } jsparse_forward_args;
 
-/* Walkers of a schedule that share one multiprocessor, or 0 if there is no kernel for the sizes. */
+/* Walkers of a schedule that share one multiprocessor, or 0 if there is no kernel for the sizes. Of a bias
+ * the size is that of a value in bytes, 2 or 4; 0 for none. */
 JSPARSE_API int32_t jsparse_forward_walkers(int32_t head_dim, int32_t tile_q, int32_t block_kv,
-                                            int32_t share);
+                                            int32_t share, int32_t bias_size);
 
 /* Launches the forward pass on `stream` (a cudaStream_t).
  *

@@ -23,6 +23,27 @@ Element &element_of(Element *tile, int rows, int row, int column) {
   return *reinterpret_cast<Element *>(box + swizzled(row, column % kBox, kBox));
 }
 
+// Two elements of a row of each of four matrices, or of a column.
+template <bool kTransposed>
+void read_matrices(uint32_t *to, const void *row) {
+  auto *cta = simulated::cta;
+  cta->shown[cta->index()] = row;
+  cta->meet_warp();
+  int lane = cta->index() % 32, first = cta->index() - lane;
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      int row = lane / 4, column = lane % 4 * 2 + j;
+      if (kTransposed) std::swap(row, column);
+      auto *elements = static_cast<const char *>(cta->shown[first + 8 * i + row]);
+      std::memcpy(reinterpret_cast<char *>(&to[i]) + 2 * j, elements + 2 * column, 2);
+    }
+  }
+  cta->meet_warp();
+}
+
+inline void load_matrices(uint32_t *to, const void *row) { read_matrices<false>(to, row); }
+inline void load_transposed_matrices(uint32_t *to, const void *row) { read_matrices<true>(to, row); }
+
 template <class Element, int kDim, int kColumns>
 struct Products {
   using T = Tiles<Element, kDim, kColumns>;
@@ -142,7 +163,7 @@ struct Products {
   }
 };
 
-template <class Element, int kDim>
+template <class Element, int kDim, bool kRowsOfQueries = false>
 struct DqProduct {
   static constexpr int kColumns = kDim < 64 ? kDim : 64, kSums = kColumns / 2, kTile = 64 * 64;
   using T = Tiles<Element, 64, 64>;
@@ -153,13 +174,17 @@ struct DqProduct {
       Element both[2];
       std::memcpy(both, &ds[i], 4);
       for (int j = 0; j < 2; ++j) {
-        int row = first_row(thread) + i % 2 * 8, column = first_column(thread) + i / 2 * 8 + j;
-        element_of<T>(tile, 64, row, column) = both[j];
+        int key = first_row(thread) + i % 2 * 8, query = first_column(thread) + i / 2 * 8 + j;
+        element(tile, key, query) = both[j];
       }
     }
   }
 
-  static void start(float (&dq)[kSums], Element *ds, Element *k, int k_stride) {
+  static Element &element(Element *tile, int key, int query) {
+    return kRowsOfQueries ? element_of<T>(tile, 64, query, key) : element_of<T>(tile, 64, key, query);
+  }
+
+  static void start(float (&dq)[kSums], Element *tiles, Element *k, int k_stride) {
     float *to = dq;
     for (int i = 0; i < kSums; ++i) to[i] = __builtin_nanf("");
     in_flight[simulated::cta->index()].push_back([=] {
@@ -168,7 +193,7 @@ struct DqProduct {
         int query = first_row(thread) + 8 * (i >> 1 & 1), dim = first_column(thread) + i / 4 * 8 + i % 2;
         to[i] = 0;
         for (int key = 0; key < 128; ++key) {
-          to[i] += float(element_of<T>(ds + key / 64 * kTile, 64, key % 64, query)) *
+          to[i] += float(element(tiles + key / 64 * kTile, key % 64, query)) *
                    float(element_of<Keys>(k + key / 64 * k_stride, 64, key % 64, dim));
         }
       }

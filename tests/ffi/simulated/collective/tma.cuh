@@ -50,6 +50,52 @@ inline void copy_box(const CUtensorMap &opaque, Barrier &full, void *to, int col
   });
 }
 
+// As Map, of a bias.
+struct BiasMap {
+  char *array;
+  int size, rows, columns, box_rows;
+};
+static_assert(sizeof(BiasMap) <= sizeof(CUtensorMap));
+
+// Calls `use(place, in_array)` for the elements of a box: where they are in shared memory, and in the array,
+// or NULL if they are not there.
+template <class Use>
+void for_box(const BiasMap &map, int column, int row, int array, Use use) {
+  for (int i = 0; i < map.box_rows; ++i) {
+    for (int j = 0; j < 128; j += map.size) {
+      int at_row = row + i, at_column = column + j / map.size;
+      bool exists = at_row < map.rows && at_column < map.columns;
+      int64_t at = (int64_t(array) * map.rows + at_row) * map.columns + at_column;
+      use(i * 128 + (j ^ i % 8 * 16), exists ? map.array + at * map.size : nullptr);
+    }
+  }
+}
+
+constexpr uint64_t kKeep = 0, kStream = 1;
+
+inline void copy_box(const CUtensorMap &opaque, Barrier &full, void *to, int column, int row, int array,
+                     uint64_t = kKeep) {
+  BiasMap map;
+  std::memcpy(&map, &opaque, sizeof map);
+  simulated::cta->copy_later([=, &full] {
+    for_box(map, column, row, array, [&](int place, char *in_array) {
+      char *at = static_cast<char *>(to) + place;
+      in_array ? (void)std::memcpy(at, in_array, map.size) : (void)std::memset(at, 0, map.size);
+    });
+    full.arrive_bytes(map.box_rows * 128);
+  });
+}
+
+inline void copy_box_back(const CUtensorMap &opaque, const void *from, int column, int row, int array) {
+  BiasMap map;
+  std::memcpy(&map, &opaque, sizeof map);
+  simulated::cta->copy_later([=] {
+    for_box(map, column, row, array, [&](int place, char *in_array) {
+      if (in_array) std::memcpy(in_array, static_cast<const char *>(from) + place, map.size);
+    });
+  });
+}
+
 inline void copy_back(float *to, const float *from, uint32_t bytes) {
   simulated::cta->copy_later([=] { std::memcpy(to, from, bytes); });
 }
