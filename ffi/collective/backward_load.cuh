@@ -88,36 +88,23 @@ struct BackwardLoad {
       }
       if constexpr (kConfig.bias && kConfig.all) {
         static_assert(kConfig.tile == 128, "a step is a block");
-        load_bias(item, bias, n, step.count);
+        const int array = bias_array(params.args.bias, item, bias, round_of(item, n));
+        load_bias(item, array, token, step.count);
       }
       step = step.plus(1);
     }
   }
 
-  // Where a block of an item has its bias. A step is a block: a tile of 128 queries.
-  struct Box {
-    int key, query, array;
-  };
-  __device__ Box bias_box(const Item &item, int of_item, int n) const {
-    const jsparse_bias &bias = params.args.bias;
-    int query = block_of(entry_round(params.args.schedule, item, n)) * params.sizes.block_columns;
-    int key = item.row() * kConfig.block_rows;
-    if (bias.num_blocks > 0) {  // whose sizes are those of a block
-      query = key = 0;
-    }
-    return {key, query, bias_array(bias, item, of_item, round_of(item, n))};
-  }
-
-  // A bias that nobody shares is read once.
-  __device__ uint64_t bias_hint() const { return params.bias_gradient != nullptr ? kStream : kKeep; }
-
-  // That of a step, when that of the step before has been read.
-  __device__ void load_bias(const Item &item, int of_item, int n, uint32_t step) {
-    const Box box = bias_box(item, of_item, n);
+  // The bias of a step, when that of the step before has been read: of a whole block.
+  __device__ void load_bias(const Item &item, int array, int query, uint32_t step) {
+    const bool dense = params.args.bias.num_blocks == 0;
+    const int key = dense ? item.row() * kConfig.block_rows : 0;
+    // One that nobody shares is read once.
+    const uint64_t hint = params.bias_gradient != nullptr ? kStream : kKeep;
     team.bias.free.wait(step % 2 ^ 1);
     team.bias.full.arrive_and_expect(sizeof team.dq.bias);
     for (int w = 0; w < 2; ++w) {
-      copy_box(params.bias, team.bias.full, team.dq.bias[w], box.key + w * 64, box.query, box.array, bias_hint());
+      copy_box(params.bias, team.bias.full, team.dq.bias[w], key + w * 64, dense ? query : 0, array, hint);
     }
   }
 

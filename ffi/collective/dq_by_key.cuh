@@ -167,7 +167,8 @@ struct SendDq {
   }
 };
 
-// The thread that sends ds of both warpgroups to the gradient of the bias, which has queries as rows.
+// The thread that sends ds of both warpgroups to the gradient of the bias, which has queries as rows. A step
+// is a block.
 template <class Element, BackwardConfig kConfig>
 struct SendDs {
   const BackwardParams &params;
@@ -178,17 +179,13 @@ struct SendDs {
     const jsparse_schedule &schedule = params.args.schedule;
     const int32_t *fields =
         schedule.items + int64_t(worker) * schedule.items_per_worker * JSPARSE_ITEM_FIELDS;
-    const int steps_per_block = params.sizes.block_columns / kConfig.tile;
     Position<2> at;
     for (int count = schedule.item_count[worker]; count > 0; --count) {
       Item item{fields};
-      const int of_item = bias_of(params.args.bias, item), total = item.num_blocks() * steps_per_block;
-      for (int n = 0; n < total; ++n) {
-        const int nth = round_of(item, n / steps_per_block);
-        const int block = block_of(entry_round(schedule, item, n / steps_per_block));
-        const int array = bias_array(params.args.bias, item, of_item, nth);
-        send(array, block * params.sizes.block_columns + n % steps_per_block * kConfig.tile,
-             item.row() * kConfig.block_rows, at);
+      const int of_item = bias_of(params.args.bias, item);
+      for (int n = 0; n < item.num_blocks(); ++n) {
+        const int array = bias_array(params.args.bias, item, of_item, round_of(item, n));
+        send(item, array, block_of(entry_round(schedule, item, n)), at);
         at = at.plus(1);
       }
       fields += JSPARSE_ITEM_FIELDS;
@@ -196,12 +193,9 @@ struct SendDs {
   }
 
  private:
-  __device__ void send(int array, int query, int key, Position<2> at) const {
-    const jsparse_bias &bias = params.args.bias;
-    if (bias.num_blocks > 0) {  // whose sizes are powers of two
-      query &= bias.rows - 1;
-      key &= bias.columns - 1;
-    }
+  __device__ void send(const Item &item, int array, int block, Position<2> at) const {
+    const bool dense = params.args.bias.num_blocks == 0;
+    const int key = dense ? item.row() * kConfig.block_rows : 0, query = dense ? block * kConfig.tile : 0;
     team.ds_full[at.stage()].wait(at.parity());
     for (int part = 0; part < kConfig.tile / 64; ++part) {
       for (int w = 0; w < 2; ++w) {

@@ -39,11 +39,12 @@ __device__ inline void copy_box(const CUtensorMap &map, Barrier &full, void *to,
 }
 
 // A box back to such an array, of the thread that waits for it below.
-__device__ inline void copy_box_back(const CUtensorMap &map, const void *from, int column, int row, int array) {
+__device__ inline void copy_box_back(const CUtensorMap &map, const void *from, int column, int row,
+                                     int array) {
   uint32_t shared = cute::cast_smem_ptr_to_uint(from);
   asm volatile(
-      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%1, %2, %3}], [%4], %5;" ::"l"(
-          &map),
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint "
+      "[%0, {%1, %2, %3}], [%4], %5;" ::"l"(&map),
       "r"(column), "r"(row), "r"(array), "r"(shared), "l"(kStream)
       : "memory");
 }

@@ -60,7 +60,8 @@ void check_turns(const jsparse_backward_args &a, const jsparse_turns &turns) {
   expect(has_all_kernel(a.head_dim, a.block_q, a.block_kv), "block_q * block_kv", a.block_q * a.block_kv,
          "blocks of 128 x 128 for all gradients in one launch");
   if (a.bias.values != nullptr) {
-    expect(a.head_dim <= 64, "head_dim", a.head_dim, "32 or 64 for all gradients beside a bias");
+    expect(has_all_kernel(a.head_dim, a.block_q, a.block_kv, true), "head_dim", a.head_dim,
+           "32 or 64 for all gradients beside a bias");
     expect(a.bias.dtype == a.dtype, "bias.dtype", a.bias.dtype, "dtype for all gradients in one launch");
     expect(a.bias.num_blocks > 0 || a.bias.rows == a.q_len, "bias.rows", a.bias.rows,
            "q_len for all gradients in one launch");

@@ -34,7 +34,7 @@ constexpr bool has_backward_kernel(int head_dim, int block_rows, int block_colum
          (block_rows == 64 || block_rows == 128) && (block_columns == 64 || block_columns == 128);
 }
 
-// Whether one kernel computes all gradients; beside a bias, of 16 bits.
+// Whether one kernel computes all gradients; beside a bias, up to D 64.
 constexpr bool has_all_kernel(int head_dim, int block_q, int block_kv, bool bias = false) {
   return has_backward_kernel(head_dim, block_kv, block_q) && block_q == 128 && block_kv == 128 &&
          (!bias || head_dim <= 64);
@@ -50,11 +50,12 @@ constexpr BackwardConfig choose_backward(bool keys, int head_dim, int block_rows
   int tile = narrow && high && block_columns == 128 ? 128 : 64;
   int stages = high && !narrow ? 3 : 4, teams = narrow && !high ? 2 : 1;
   bool turns = !keys && head_dim == 32 && high;
-  const bool full = all && head_dim > 32;  // the shared memory
-  if (all && bias) {
-    return {keys, head_dim, block_rows, tile, full ? 2 : 3, full ? 1 : 2, teams, turns, bias, all, full ? 1 : 2};
-  }
-  return {keys, head_dim, block_rows, tile, full ? 2 : stages, full ? 1 : 2, teams, turns, bias, all, 2};
+  // All gradients fill the shared memory above D 32; a bias's tile takes a stage or a dq.
+  const bool full = all && head_dim > 32;
+  if (full) stages = 2;
+  if (all && bias && !full) stages = 3;
+  const int row_stages = full ? 1 : 2, dq_stages = full && bias ? 1 : 2;
+  return {keys, head_dim, block_rows, tile, stages, row_stages, teams, turns, bias, all, dq_stages};
 }
 
 }  // namespace jsparse

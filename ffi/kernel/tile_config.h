@@ -59,7 +59,8 @@ constexpr bool has_kernel(int head_dim, int tile_q, int block_kv, bool share, in
 constexpr TileConfig choose_with_bias(int head_dim, int tile_q, int block_kv, int bias_size) {
   const bool small = bias_size == 2;
   auto config = [&](int tile_kv, int stages, int teams, int q_stages, bool turns = false) {
-    return TileConfig{head_dim, tile_q, tile_kv, stages, teams, false, turns, 8.0f, true, 0, q_stages, bias_size};
+    return TileConfig{head_dim, tile_q, tile_kv, stages, teams,    false,
+                      turns,    8.0f,   true,    0,      q_stages, bias_size};
   };
   if (tile_q == 64) {
     if (head_dim == 32) return config(64, small ? 3 : 2, 4, 1);

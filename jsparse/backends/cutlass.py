@@ -323,8 +323,8 @@ def _all_blocks(call: _hopper.Call) -> bool:
     mask, known = call.mask, call.rows.known
     if known is None or mask.bits is not None or mask.rules or mask.block_q != 128:
         return False
-    counts = sum(np.asarray(blocks.count) for blocks in known)
-    return mask.num_q_blocks > 1 and bool((counts == mask.num_kv_blocks).all())
+    partial, full = (np.asarray(blocks.count) for blocks in known)
+    return mask.num_q_blocks > 1 and bool(np.all(partial + full == mask.num_kv_blocks))
 
 
 def _paired(lists: _hopper.Lists, num_columns: int) -> _hopper.Lists:

@@ -18,10 +18,18 @@ from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 import jsparse
 from jsparse import BlockMask, block_sparse_attention
 from jsparse.backends import _hopper, cutlass
-from jsparse.backends._contract import Operands
+from jsparse.backends._contract import HostPattern, Operands
 from tests.backends.test_mosaic_gpu import TAKEN
 from tests.pallas_kernels.launches import H100
-from tests.support.cases import CASES, MOVES, biases, make_case, random_mask
+from tests.support.cases import (
+    CASES,
+    MOVES,
+    biases,
+    make_case,
+    of_all_blocks,
+    random_mask,
+    with_bias,
+)
 
 REFUSED = {
     "it needs an H100 or H200, and JAX computes on cpu": {"platform": "cpu"},
@@ -297,10 +305,49 @@ def test_few_rows_are_computed_together(batch, items):
     assert cutlass._Items.of(call) == items
 
 
+@pytest.mark.parametrize(
+    "sizes, dim, bias, tile_q",
+    [
+        ((1000, 700), 32, "dense", 256),
+        ((1000, 700), 24, "dense", 256),
+        ((1000, 700), 64, "dense", 128),
+        ((1000, 700), 32, "block", 128),
+        ((100, 700), 32, "dense", 128),
+    ],
+)
+def test_rows_of_all_blocks_are_computed_two_by_two(sizes, dim, bias, tile_q):
+    mask = of_all_blocks(*sizes)
+    case = make_case(np.random.default_rng(0), mask, batch=(4,), dims=(dim, dim))
+    case = with_bias(case, bias, "bfloat16")
+    operands = Operands(case.q, case.k, case.v, mask, case.bias)
+    known = _hopper.Call.of(operands, 1.0, HostPattern.of(mask))
+    assert cutlass._Items.of(known) == (tile_q, False)
+    traced = _hopper.Call.of(operands, 1.0, None)
+    assert cutlass._Items.of(traced) == (128, False)
+
+
+@pytest.mark.parametrize("q_len", [512, 600, 640])
+def test_lists_of_two_rows(q_len):
+    mask = of_all_blocks(q_len, 700)
+    case = make_case(np.random.default_rng(0), mask)
+    operands = Operands(case.q, case.k, case.v, mask, None)
+    lists = _hopper.Call.of(operands, 1.0, HostPattern.of(mask)).rows
+    partial, full = cutlass._paired(lists, mask.num_kv_blocks)[:2]
+    ends = -(-q_len // 256) - 1, mask.num_kv_blocks - 1
+    for row in range(ends[0] + 1):
+        n, m = partial.count[0, 0, row], full.count[0, 0, row]
+        found = *partial.column[0, 0, row, :n], *full.column[0, 0, row, :m]
+        assert sorted(found) == list(range(ends[1] + 1))
+        is_last = row == ends[0] and q_len % 128 != 0
+        expected = range(ends[1] + 1) if is_last else [ends[1]]
+        assert list(partial.column[0, 0, row, :n]) == list(expected)
+
+
 def test_not_loading_is_not_silent(monkeypatch):
     monkeypatch.setattr(cutlass, "_library", lambda: "it will not load")
+    none = cutlass._BiasOperands(*[np.zeros(0)] * 3, inner=1)
     with pytest.raises(NotImplementedError, match="it will not load"):
-        cutlass._walkers(64, cutlass._Items(128, share=False), 128)
+        cutlass._walkers(64, cutlass._Items(128, share=False), 128, none)
 
 
 def test_library_is_a_ctypes_library_where_it_is_built():

@@ -25,9 +25,9 @@ from tests.support.cases import (
     Case,
     growing_logits,
     make_case,
+    of_all_blocks,
     pair,
     random_mask,
-    of_all_blocks,
     uneven_rows,
     with_bias,
 )
@@ -231,9 +231,7 @@ def test_the_same_bits_of_all_gradients_beside_a_bias(one_launch, dim, kind):
 @pytest.mark.parametrize("bias_dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("dim", [32, 64])
 def test_bias_where_rows_have_all_blocks(dim, bias_dtype, sizes):
-    case = make_case(
-        np.random.default_rng(dim), of_all_blocks(*sizes), dims=(dim, dim)
-    )
+    case = make_case(np.random.default_rng(dim), of_all_blocks(*sizes), dims=(dim, dim))
     check(with_bias(case, "dense", bias_dtype), "bfloat16", static=True)
 
 

@@ -30,12 +30,12 @@ def random_lists(rng, rows: int = 9, hub: int | None = None) -> tuple[Blocks, Bl
     return made[0], made[1]
 
 
-def made(lists, workers: int, split: int = 1, group: int = 1):
+def made(lists, workers: int, split: int = 1, group: int = 1, most_sums=None):
     partial, full = lists
     launch: Any = {"batch": BATCH, "heads": HEADS, "workers": workers, "group": group}
     schedule = schedule_on_host(partial, full, **launch)
     shape = BATCH, HEADS, QUERY_BLOCKS * split
-    return _turns.with_turns(schedule, partial, full, shape, split)
+    return _turns.with_turns(schedule, partial, full, shape, split, most_sums)
 
 
 def steps_of(schedule, lists, split: int) -> list[list[tuple[int, tuple[int, ...]]]]:
@@ -100,6 +100,13 @@ def test_no_worker_waits_for_ever(seed):
 
 def own(turns, steps) -> int:
     return int(turns.turns[steps[-1][0], 0])
+
+
+def test_no_tile_has_more_sums_than_it_may():
+    lists = random_lists(np.random.default_rng(0), rows=60, hub=6)
+    _, turns = made(lists, 12, most_sums=2)
+    assert turns.sums_of[..., 1].max() == 2
+    assert len(np.unique(turns.turns, axis=0)) == len(turns.turns)
 
 
 def test_a_tile_with_many_parts_has_several_sums():

@@ -81,6 +81,19 @@ class Args(ctypes.Structure):
     ]
 
 
+class Turns(ctypes.Structure):
+    """``jsparse_turns``."""
+
+    _fields_ = (
+        ("turns", _POINTER),
+        ("sums_of", _POINTER),
+        ("num_sums", _INT),
+        ("sums", _POINTER),
+        ("taken", _POINTER),
+        ("bad_keys", _POINTER),
+    )
+
+
 class BackwardArgs(ctypes.Structure):
     """``jsparse_backward_args``."""
 

@@ -88,7 +88,10 @@ int dq_mismatches() {
   auto keys = as_position_independent_swizzle_layout(typename Keys::LayoutTransposed{});
   int wrong = 0;
   for (int key = 0; key < 64; ++key) {
-    for (int i = 0; i < 64; ++i) wrong += ds(i, key) != stored(key, i);
+    for (int i = 0; i < 64; ++i) {
+      wrong += ds(i, key) != stored(key, i);
+      wrong += stored(i, key) != i * 64 + ((key / 8) ^ (i % 8)) * 8 + key % 8;  // a box of a bias
+    }
     for (int i = 0; i < kColumns; ++i) wrong += keys(i, key) != tma_offset<Keys>(64, key, i);
   }
   return wrong;
@@ -124,11 +127,24 @@ int warp_mismatches() {
   return wrong;
 }
 
+// Whether transposed matrices, of queries by keys, are registers of a thread whose rows are keys.
+int transposed_mismatches() {
+  int wrong = 0;
+  for (int thread = 0; thread < 32; ++thread) {
+    for (int i = 0; i < 8; ++i) {
+      auto [query, key] = right_row(i / 2 * 8 + thread % 4 * 2 + i % 2);
+      wrong += query != first_column(thread) + i / 4 * 8 + i % 2;
+      wrong += key + thread / 4 != first_row(thread) + 8 * (i >> 1 & 1);
+    }
+  }
+  return wrong;
+}
+
 template <int kDim, int kColumns>
 int mismatches() {
   using T = Tiles<cutlass::half_t, kDim, kColumns>;
   int wrong = tile_mismatches<T, kColumns>() + register_mismatches<T>();
-  wrong += dq_mismatches<kDim>() + warp_mismatches();
+  wrong += dq_mismatches<kDim>() + warp_mismatches() + transposed_mismatches();
   if constexpr (kDim <= 64) wrong += part_mismatches<kDim, kColumns>();
   return wrong;
 }

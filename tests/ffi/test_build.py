@@ -13,7 +13,7 @@ import pytest
 from jsparse.backends import cutlass
 from jsparse.pallas_kernels._common import NUM_FIELDS
 from jsparse.pallas_kernels.mosaic_gpu._persistent import FLAGGED
-from tests.ffi.c_interface import Args, BackwardArgs, Bias, Schedule
+from tests.ffi.c_interface import Args, BackwardArgs, Bias, Schedule, Turns
 from tests.ffi.conftest import FFI
 
 PYPROJECT = FFI.parent / "pyproject.toml"
@@ -79,13 +79,19 @@ def library() -> ctypes.CDLL:
 
 def test_the_library_loads_without_a_gpu(library):
     for sizes in itertools.product((32, 64, 128), (64, 128), (64, 128)):
-        assert library.jsparse_forward_walkers(*sizes, False) in (1, 2, 4)
+        for bias_size in (0, 2, 4):
+            walkers = library.jsparse_forward_walkers(*sizes, False, bias_size)
+            assert walkers in (1, 2, 3, 4)
     for dim, tile in ((32, 128), (64, 128), (128, 64)):
-        assert library.jsparse_forward_walkers(dim, 64, 128, True) == 1
+        assert library.jsparse_forward_walkers(dim, 64, 128, True, 0) == 1
+        assert library.jsparse_forward_walkers(dim, 64, 128, True, 2) == 0
         assert library.jsparse_backward_tile(dim, 128, 128) == tile
         assert library.jsparse_backward_tile(dim, 128, 64) == 0
+    assert library.jsparse_forward_walkers(32, 256, 128, False, 2) == 1
+    assert library.jsparse_forward_walkers(32, 256, 128, False, 0) == 0
+    assert library.jsparse_forward_walkers(64, 128, 128, False, 3) == 0
     for sizes in [(48, 64, 64, False), (64, 32, 64, False), (64, 128, 64, True)]:
-        assert library.jsparse_forward_walkers(*sizes) == 0
+        assert library.jsparse_forward_walkers(*sizes, 0) == 0
     for sizes in itertools.product((0, 1), (32, 64, 128), (64, 128), (64, 128)):
         assert library.jsparse_backward_walkers(*sizes) in (1, 2)
     assert library.jsparse_backward_walkers(0, 48, 64, 64) == 0
@@ -124,6 +130,16 @@ def test_the_c_interface_says_what_is_wrong(library):
         ({"scale": float("nan")}, "scale=nan; expected a positive number"),
         ({"scale": float("inf")}, "scale=inf; expected a positive number"),
         ({"share": 1}, "share=1; expected 0 unless tile_q is 64"),
+        ({"share": 1, "tile_q": 64}, "share=1; expected 0 beside a bias"),
+        ({"tile_q": 256}, "tile_q=256; expected 64, block_q, or 256 beside a bias"),
+        (
+            {"tile_q": 256, "head_dim": 32, "values": None},
+            "tile_q=256; expected 64, block_q, or 256 beside a bias",
+        ),
+        (
+            {"tile_q": 256, "head_dim": 32, "num_rules": 1},
+            "tile_q=256; expected 64, block_q, or 256 beside a bias",
+        ),
         ({"num_workers": 0}, "num_workers=0; expected a multiple of"),
         ({"num_split_rows": -1}, "num_split_rows=-1; expected at least 0"),
         ({"num_rules": 5}, "num_rules=5; expected at most JSPARSE_MAX_RULES"),
@@ -148,14 +164,14 @@ def test_the_c_interface_says_what_is_wrong(library):
         ({"heads": 3}, "bias.heads=3; expected 1 or num_heads"),
         ({"num_blocks": -1}, "bias.num_blocks=-1; expected at least 0"),
         ({"num_blocks": 4}, "bias.rows=100; expected block_q"),
-        ({"rows": 128}, "bias.rows=128; expected 1 or q_len"),
+        ({"rows": 128}, "bias.rows=128; expected q_len, or 1 of a bias in float32"),
         (
             {"columns": 201},
-            "bias.columns=201; expected an even number, at least kv_len",
+            "bias.columns=201; expected whole 16 bytes, at least kv_len",
         ),
         (
             {"columns": 198},
-            "bias.columns=198; expected an even number, at least kv_len",
+            "bias.columns=198; expected whole 16 bytes, at least kv_len",
         ),
         ({"values": 1 << 20 | 8}, "bias.values is not aligned; expected"),
     ],
@@ -166,7 +182,7 @@ def test_the_c_interface_refuses(library, change, reason):
         *(0, 1, 100, 200, 2, 1, 64, 128, 128, 128, 0),
         **dict.fromkeys(("q", "k", "v", "out", "lse"), 1 << 20),
         scale=1.0,
-        schedule=_one_item(library.jsparse_forward_walkers(64, 128, 128, 0)),
+        schedule=_one_item(library.jsparse_forward_walkers(64, 128, 128, 0, 0)),
         bias=Bias(1 << 20, 2, 1, 1, 2, 0, 100, 200),
     )
     for name, value in change.items():
@@ -175,6 +191,49 @@ def test_the_c_interface_refuses(library, change, reason):
     message = ctypes.create_string_buffer(200)
     assert library.jsparse_forward(ctypes.byref(args), None, message, len(message)) != 0
     assert message.value.decode().startswith(reason)
+
+
+@pytest.mark.parametrize(
+    "dtype, head_dim, rows, reason",
+    [
+        (1, 64, 100, "bias.dtype=1; expected dtype for all gradients in one launch"),
+        (2, 64, 100, "bias.dtype=2; expected dtype for all gradients in one launch"),
+        (
+            0,
+            128,
+            100,
+            "head_dim=128; expected 32 or 64 for all gradients beside a bias",
+        ),
+        (2, 64, 1, "bias.dtype=2; expected dtype for all gradients in one launch"),
+    ],
+)
+def test_all_gradients_refuse_another_bias(library, dtype, head_dim, rows, reason):
+    args = BackwardArgs(
+        *(0, 1, 100, 200, 2, 2, head_dim, 128, 128),
+        **dict.fromkeys(("q", "k", "v", "dout", "lse2", "delta"), 1 << 20),
+        scale=1.0,
+        schedule=_one_item(1),
+        bias=Bias(1 << 20, dtype, 1, 1, 2, 0, rows, 200),
+    )
+    message = ctypes.create_string_buffer(200)
+    turns = Turns(1 << 20, 1 << 20, 1, 1 << 20, 1 << 20, None)
+    results = (*[ctypes.c_void_p(1 << 20)] * 3, *[None] * 3)
+    call = ctypes.byref(args), ctypes.byref(turns), *results, None
+    assert library.jsparse_backward(*call, message, len(message)) != 0
+    assert message.value.decode() == reason
+
+
+def test_the_forward_pass_refuses_a_bias_of_another_dtype(library):
+    args = Args(
+        *(0, 1, 100, 200, 2, 1, 64, 128, 128, 128, 0),
+        **dict.fromkeys(("q", "k", "v", "out", "lse"), 1 << 20),
+        scale=1.0,
+        schedule=_one_item(2),
+        bias=Bias(1 << 20, 1, 1, 1, 2, 0, 100, 200),
+    )
+    message = ctypes.create_string_buffer(200)
+    assert library.jsparse_forward(ctypes.byref(args), None, message, len(message)) != 0
+    assert message.value.decode() == "bias.dtype=1; expected dtype or JSPARSE_FLOAT32"
 
 
 def _one_item(workers: int) -> Schedule:

@@ -100,7 +100,7 @@ REFUSED = {
     "lse has shape [1, 100, 2]; expected [1, 2, 100]": {"lse": (1, 100, 2)},
     "part_lse has shape [2, 128]; expected [1, 128]": {"part_lse": (2, 128)},
     "blocks of 0 x 128; expected 64 or 128 each": {"block_q": 0},
-    "tile_q=32; expected 64 or block_q": {"tile_q": 32},
+    "tile_q=32; expected 64, block_q or 256": {"tile_q": 32},
     "part_out has shape [1, 128, 64]; expected [any, 64, 64]": {"tile_q": 64},
     "attribute rules has kind 7; expected 0 to 3": {"kinds": (7,)},
     "5 rules; expected at most 4": {"kinds": (0,) * 5},
@@ -153,11 +153,18 @@ REFUSED = {
     "bias has shape [1, 2, 128, 200]; expected 1 or 100 at axis 2": {
         "bias": (1, 2, 128, 200)
     },
-    "bias has shape [1, 2, 100, 201]; expected an even last axis, at least 200": {
-        "bias": (1, 2, 100, 201)
+    "bias has shape [1, 2, 100, 202]; expected a multiple of 4 as the last axis, at "
+    "least 200": {"bias": (1, 2, 100, 202)},
+    "bias has shape [1, 2, 100, 204]; expected a multiple of 8 as the last axis, at "
+    "least 200": {"bias": np.zeros((1, 2, 100, 204), BF16)},
+    "bias has shape [1, 2, 1, 196]; expected a multiple of 4 as the last axis, at "
+    "least 200": {"bias": (1, 2, 1, 196)},
+    "bias is float16; expected bfloat16 or float32": {
+        "bias": np.zeros((1, 2, 100, 200), np.float16)
     },
-    "bias has shape [1, 2, 1, 198]; expected an even last axis, at least 200": {
-        "bias": (1, 2, 1, 198)
+    "share=1; expected 0 beside a bias": {
+        "bias": (1, 2, 100, 200),
+        "attributes": {"share": True},
     },
     "bias has shape [1, 1, 3, 128, 64]; expected blocks of 128 x 128": {
         "bias": (1, 1, 3, 128, 64)
@@ -184,7 +191,7 @@ def test_takes_what_it_describes(simulated):
     Call().run()
     Call(kinds=(0, 1), rules=((1, 128), (1, 256), (1, 128), (1, 128))).run()
     Call(bias=(3, 2, 1, 200)).run()
-    blocks = np.zeros((1, 1, 3, 128, 128), np.float16)
+    blocks = np.zeros((1, 1, 3, 128, 128), BF16)
     Call(bias=blocks, partial=(4,), partial_numbers=(4,)).run()
 
 
@@ -355,9 +362,8 @@ REFUSED_KEYS = {
     "part_by_key has shape [2, 128]; expected [1, 128]": of_keys(
         by_key=((1, 200, 2), (2, 128))
     ),
-    "bias has shape [1, 2, 100, 128]; expected an even last axis, at least 200": {
-        "bias": (1, 2, 100, 128)
-    },
+    "bias has shape [1, 2, 100, 128]; expected a multiple of 4 as the last axis, at "
+    "least 200": {"bias": (1, 2, 100, 128)},
 }
 
 
@@ -373,12 +379,15 @@ class CallOfAll(BackwardCall):
     dv: Any = (1, 200, 1, 64)
     parts: Any = (1, 128, 64)
     sums: Any = (2, 128, 64)
-    taken: Any = (2, 2)
+    taken: Any = (2,)
+    dbias: Any = (0,)
 
     def run(self) -> Any:
         names = [field.name for field in dataclasses.fields(BackwardCall)[1:16]]
+        names += ["bias", "partial_numbers", "full_numbers"]
         names += ["turns", "sums_of", "bad_keys"]
-        dtypes = [BF16] * 4 + [np.float32] * 2 + [np.int32] * 12
+        dtypes = [BF16] * 4 + [np.float32] * 2 + [np.int32] * 9 + [BF16]
+        dtypes += [np.int32] * 5
         arrays = [
             _zeros(getattr(self, name), dtype)
             for name, dtype in zip(names, dtypes, strict=True)
@@ -386,13 +395,14 @@ class CallOfAll(BackwardCall):
         shapes = (self.dq, self.dk, self.dv, self.parts, self.parts, self.sums)
         dtypes = [BF16] * 3 + ["float32"] * 3
         results = list(map(jax.ShapeDtypeStruct, shapes, dtypes))
-        return jax.ffi.ffi_call(
-            "jsparse_backward", [*results, jax.ShapeDtypeStruct(self.taken, "int32")]
-        )(
+        results.append(jax.ShapeDtypeStruct(self.taken, "int32"))
+        results.append(jax.ShapeDtypeStruct(self.dbias, BF16))
+        return jax.ffi.ffi_call("jsparse_backward", results)(
             *arrays,
             block_q=np.int32(self.blocks[0]),
             block_kv=np.int32(self.blocks[1]),
             scale=np.float32(1),
+            bias_inner=np.int32(1),
             rules=np.array(self.kinds, np.int32),
         )
 
@@ -409,7 +419,13 @@ REFUSED_ALL = {
     "sums_of has shape [1, 2, 2, 2]; expected [1, 2, 1, 2]": {"sums_of": (1, 2, 2, 2)},
     "bad_keys has shape [1, 2, 256]; expected [1, 1, 256]": {"bad_keys": (1, 2, 256)},
     "sums has shape [2, 64, 64]; expected [any, 128, 64]": {"sums": (2, 64, 64)},
-    "taken has shape [3, 2]; expected [2, 2]": {"taken": (3, 2)},
+    "taken has shape [3]; expected [2]": {"taken": (3,)},
+    "bias has shape [1, 2, 100, 204]; expected a multiple of 8 as the last axis, at "
+    "least 200": {"bias": (1, 2, 100, 204)},
+    "dbias has shape [1, 1, 100, 200]; expected [1, 2, 100, 200]": {
+        "bias": (1, 2, 100, 200),
+        "dbias": (1, 1, 100, 200),
+    },
     "head size 64 with blocks of 128 x 64; expected 32, 64 or 128 with blocks of 128 x "
     "128": {"blocks": (128, 64), "parts": (1, 64, 64)},
 }
@@ -418,6 +434,7 @@ REFUSED_ALL = {
 def test_all_gradients_take_what_they_describe(simulated):
     CallOfAll().run()
     CallOfAll(bad_keys=(1, 1, 256)).run()
+    CallOfAll(bias=(1, 2, 100, 200), dbias=(1, 2, 100, 200)).run()
 
 
 @pytest.mark.parametrize("reason", REFUSED_ALL)

@@ -20,6 +20,7 @@ from tests.backends import test_contract as contract
 from tests.backends.conftest import half_rows as half_rows
 from tests.backends.conftest import one_launch as one_launch
 from tests.ffi.test_simulated import check, run
+from tests.ffi.test_simulated_backward import launches_of
 from tests.pallas_kernels.emulation import emulated
 from tests.support.cases import (
     CASES,
@@ -152,8 +153,10 @@ def test_all_gradients_in_one_launch(on_cpu, one_launch, dim, kind, dtype):
     rng = np.random.default_rng(dim)
     mask = random_mask(rng, (500, 469, 128, 128), 13)
     case = make_case(rng, mask, heads=(2, 1), dims=(dim, dim))
+    case = with_bias(case, kind, dtype)
     with emulated():
-        check_gradients(with_bias(case, kind, dtype), dtype, known=True)
+        check_gradients(case, dtype, known=True)
+        assert launches_of(with_bias(case, kind, "bfloat16")) == 1
 
 
 @pytest.mark.parametrize("kind", ["dense", "block"])
