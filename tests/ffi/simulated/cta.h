@@ -75,10 +75,12 @@ class Cta {
         if (!trouble.empty()) throw Failure(trouble);
         left -= thread->done;
       }
-      any |= copy_one();
+      any |= copy_one(copies_);
+      if (!stores_.empty() && random_() % 32 == 0) stores_held_until_ = round + 400;
+      any |= round < stores_held_until_ ? !stores_.empty() : copy_one(stores_);
       if (!any) throw Failure("all threads wait");
     }
-    if (!copies_.empty()) throw Failure("a copy was not waited for");
+    if (!copies_.empty() || !stores_.empty()) throw Failure("a copy was not waited for");
   }
 
   void wait_until(std::function<bool()> ready) {
@@ -100,18 +102,20 @@ class Cta {
     return meeting;
   }
 
-  // Copies happen in their order, but late.
-  void copy_later(std::function<void()> copy) {
+  // Copies to shared memory happen in their order, but late.
+  void copy_later(std::function<void()> copy) { copies_.push_back(std::move(copy)); }
+  // So do copies from there, some of them much later.
+  void store_later(std::function<void()> copy) {
     int by = index();
-    ++copies_of_[by];
-    copies_.push_back([this, by, copy = std::move(copy)] {
+    ++stores_of_[by];
+    stores_.push_back([this, by, copy = std::move(copy)] {
       copy();
-      --copies_of_[by];
+      --stores_of_[by];
     });
   }
   // Until the thread's are done.
-  void await_copies() {
-    wait_until([this, by = index()] { return copies_of_[by] == 0; });
+  void await_stores() {
+    wait_until([this, by = index()] { return stores_of_[by] == 0; });
   }
 
   int index() const { return running_->index; }
@@ -136,11 +140,11 @@ class Cta {
     cta->running_->done = true;
   }
 
-  bool copy_one() {
-    if (copies_.empty()) return false;
+  bool copy_one(std::deque<std::function<void()>> &copies) {
+    if (copies.empty()) return false;
     if (random_() % 4 != 0) return true;
-    copies_.front()();
-    copies_.pop_front();
+    copies.front()();
+    copies.pop_front();
     return true;
   }
 
@@ -149,9 +153,10 @@ class Cta {
   std::vector<std::unique_ptr<Thread>> threads_;
   std::map<int, Meeting> quads_, warps_;
   std::map<std::pair<int, int>, Meeting> named_;  // by CTA and number
-  std::map<int, int> copies_of_;                  // by thread
+  std::map<int, int> stores_of_;                  // by thread
   int threads_of_cta_;
-  std::deque<std::function<void()>> copies_;
+  std::deque<std::function<void()>> copies_, stores_;
+  unsigned stores_held_until_ = 0;  // round
   Thread *running_ = nullptr;
   ucontext_t scheduler_;
 };

@@ -89,7 +89,7 @@ inline void copy_box(const CUtensorMap &opaque, Barrier &full, void *to, int col
 inline void copy_box_back(const CUtensorMap &opaque, const void *from, int column, int row, int array) {
   BiasMap map;
   std::memcpy(&map, &opaque, sizeof map);
-  simulated::cta->copy_later([=] {
+  simulated::cta->store_later([=] {
     for_box(map, column, row, array, [&](int place, char *in_array) {
       if (in_array) std::memcpy(in_array, static_cast<const char *>(from) + place, map.size);
     });
@@ -97,17 +97,17 @@ inline void copy_box_back(const CUtensorMap &opaque, const void *from, int colum
 }
 
 inline void copy_back(float *to, const float *from, uint32_t bytes) {
-  simulated::cta->copy_later([=] { std::memcpy(to, from, bytes); });
+  simulated::cta->store_later([=] { std::memcpy(to, from, bytes); });
 }
 
 inline void add_back(float *to, const float *from, uint32_t bytes) {
-  simulated::cta->copy_later([=] {
+  simulated::cta->store_later([=] {
     for (uint32_t i = 0; i < bytes / 4; ++i) to[i] += from[i];
   });
 }
 
-inline void await_read() { simulated::cta->await_copies(); }
-inline void await_written() { simulated::cta->await_copies(); }
+inline void await_read() { simulated::cta->await_stores(); }
+inline void await_written() { simulated::cta->await_stores(); }
 
 inline void await_turn(const int32_t *taken, int turn) {
   simulated::cta->wait_until([=] { return *taken == turn; });
