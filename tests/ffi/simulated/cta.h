@@ -76,7 +76,7 @@ class Cta {
         left -= thread->done;
       }
       any |= copy_one(copies_);
-      if (!stores_.empty() && random_() % 32 == 0) stores_held_until_ = round + 400;
+      if (!stores_.empty() && random_() % 256 == 0) stores_held_until_ = round + 200;
       any |= round < stores_held_until_ ? !stores_.empty() : copy_one(stores_);
       if (!any) throw Failure("all threads wait");
     }
