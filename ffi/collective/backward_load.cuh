@@ -63,7 +63,7 @@ struct BackwardLoad {
     const int block_columns = params.sizes.block_columns;
     const int halves = block_columns > kConfig.tile;  // a block is one step, or two
     const int steps = item.num_blocks() << halves;
-    const int bias = kConfig.bias ? bias_of(params.args.bias, item) : 0;
+    const int bias = kConfig.bias ? bias_of_item(params.args.bias, item) : 0;
     for (int n = 0; n < steps; ++n) {
       int entry = kConfig.all ? entry_round(params.args.schedule, item, n >> halves)
                               : entry_of(params.args.schedule, item, n >> halves);
@@ -97,14 +97,14 @@ struct BackwardLoad {
 
   // The bias of a step, when that of the step before has been read: of a whole block.
   __device__ void load_bias(const Item &item, int array, int query, uint32_t step) {
-    const bool dense = params.args.bias.num_blocks == 0;
-    const int key = dense ? item.row() * kConfig.block_rows : 0;
+    int key = item.row() * kConfig.block_rows;
+    enter_array(params.args.bias, query, key);
     // One that nobody shares is read once.
     const uint64_t hint = params.bias_gradient != nullptr ? kStream : kKeep;
     team.bias.free.wait(step % 2 ^ 1);
     team.bias.full.arrive_and_expect(sizeof team.dq.bias);
     for (int w = 0; w < 2; ++w) {
-      copy_box(params.bias, team.bias.full, team.dq.bias[w], key + w * 64, dense ? query : 0, array, hint);
+      copy_box(params.bias, team.bias.full, team.dq.bias[w], key + w * 64, query, array, hint);
     }
   }
 

@@ -1,6 +1,6 @@
-// The bias of one step's logits: in the forward kernel a tile in shared memory; in the backward kernels,
-// over the scale, what the accumulator of q k^T starts from, so that it takes no registers of its own, no
-// place in shared memory and no additions.
+// The bias of one step's logits: in the forward kernel and in that of all gradients a tile in shared memory;
+// in the other backward kernels, over the scale, what the accumulator of q k^T starts from, so that it
+// takes no registers of its own, no place in shared memory and no additions.
 #pragma once
 
 #include <bit>
@@ -15,7 +15,7 @@
 namespace jsparse {
 
 // Which of a bias's arrays an item has, of its batch entry and head: of rows and columns, or of blocks.
-__device__ inline int bias_of(const jsparse_bias &bias, const Item &item) {
+__device__ inline int bias_of_item(const jsparse_bias &bias, const Item &item) {
   int array = item.batch() / bias.inner % bias.entries * bias.heads;
   return bias.heads > 1 ? array + item.head() : array;
 }
@@ -27,6 +27,14 @@ __device__ inline int bias_array(const jsparse_bias &bias, const Item &item, int
                    ? bias.partial_numbers[item.first_partial() + n]
                    : bias.full_numbers[item.first_full() + n - item.num_partial()];
   return of_item * bias.num_blocks + number;
+}
+
+// From a row and a column of all to those of their array: of a block, whose sizes are powers of two, or of all.
+__device__ inline void enter_array(const jsparse_bias &bias, int &row, int &column) {
+  if (bias.num_blocks > 0) {
+    row &= bias.rows - 1;
+    column &= bias.columns - 1;
+  }
 }
 
 // Two values of 16 bits as float32.
@@ -269,7 +277,7 @@ struct BiasTile {
     return static_cast<Value *>(to) + int64_t(array) * bias.rows * bias.columns;
   }
 
-  // A row or column of a block, whose sizes are powers of two, or of all.
+  // A row or column of a block, or of all, as above.
   __device__ int in_array(int at, int size) const {
     return bias.num_blocks > 0 ? at & (size - 1) : at;
   }

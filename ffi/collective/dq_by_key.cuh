@@ -182,7 +182,7 @@ struct SendDs {
     Position<2> at;
     for (int count = schedule.item_count[worker]; count > 0; --count) {
       Item item{fields};
-      const int of_item = bias_of(params.args.bias, item);
+      const int of_item = bias_of_item(params.args.bias, item);
       for (int n = 0; n < item.num_blocks(); ++n) {
         const int array = bias_array(params.args.bias, item, of_item, round_of(item, n));
         send(item, array, block_of(entry_round(schedule, item, n)), at);
@@ -194,8 +194,8 @@ struct SendDs {
 
  private:
   __device__ void send(const Item &item, int array, int block, Position<2> at) const {
-    const bool dense = params.args.bias.num_blocks == 0;
-    const int key = dense ? item.row() * kConfig.block_rows : 0, query = dense ? block * kConfig.tile : 0;
+    int key = item.row() * kConfig.block_rows, query = block * kConfig.tile;
+    enter_array(params.args.bias, query, key);
     team.ds_full[at.stage()].wait(at.parity());
     for (int part = 0; part < kConfig.tile / 64; ++part) {
       for (int w = 0; w < 2; ++w) {

@@ -72,7 +72,7 @@ struct Load {
     const int halves = args.block_kv > kConfig.tile_kv;  // a block is one step, or two
     const int steps = item.num_blocks() << halves, first = kConfig.first_step(team_index);
     if (first >= steps) return;
-    const int bias = kConfig.bias_size > 0 ? bias_of(args.bias, item) : 0;
+    const int bias = kConfig.bias_size > 0 ? bias_of_item(args.bias, item) : 0;
     int token = 0;
     bool keys = true;
     for (int n = first; keys; n += kConfig.stride(), tile = tile.plus(1)) {
@@ -106,10 +106,7 @@ struct Load {
     const jsparse_bias &bias = params.args.bias;
     constexpr int kBoxColumns = 128 / kConfig.bias_size;
     int row = bias.rows == 1 ? 0 : item.row() * kConfig.tile_q;
-    if (bias.num_blocks > 0) {  // whose sizes are powers of two
-      row &= bias.rows - 1;
-      token &= bias.columns - 1;
-    }
+    enter_array(bias, row, token);
     for (int column = 0; column < kConfig.tile_kv; column += kBoxColumns) {
       char *to = team.bias.tile[stage] + column * kConfig.tile_q * kConfig.bias_size;
       copy_box(params.bias, full, to, token + column, row, array);

@@ -335,17 +335,10 @@ def _paired(lists: _hopper.Lists, num_columns: int) -> _hopper.Lists:
     assert lists.known is not None
     count, column = map(np.asarray, lists.known[0])
     valid = np.arange(column.shape[-1]) < count[..., None]
-    partial = np.zeros(
-        (*count.shape[:-1], count.shape[-1] + count.shape[-1] % 2, num_columns + 1),
-        bool,
-    )
-    np.put_along_axis(
-        partial[..., : count.shape[-1], :],
-        np.where(valid, column, num_columns),
-        True,
-        -1,
-    )
-    partial = partial[..., ::2, :-1] | partial[..., 1::2, :-1]
+    listed = np.zeros((*count.shape, num_columns + 1), bool)
+    np.put_along_axis(listed, np.where(valid, column, num_columns), True, -1)
+    firsts = np.arange(0, count.shape[-1], 2)
+    partial = np.logical_or.reduceat(listed[..., :-1], firsts, axis=-2)
 
     def blocks(listed: np.ndarray) -> Blocks:
         count = listed.sum(-1, dtype=np.int32)

@@ -17,6 +17,7 @@ from jsparse import BlockMask
 from jsparse.backends import _hopper, _turns, cutlass
 from tests.backends import test_contract as contract
 from tests.backends.conftest import one_launch as one_launch
+from tests.ffi.test_simulated import check_the_order_of_threads
 from tests.support.cases import CASES, Case, make_case, random_mask, uneven_rows
 
 
@@ -57,15 +58,7 @@ def test_the_order_of_threads_changes_nothing(
     mask = random_mask(rng, (250, kv_len, 128, 128), blocks)
     case = make_case(rng, mask, heads=heads, dims=(dim, dim)).cast("bfloat16")
     run = contract.run_known if static else contract.run_case
-    expected = jax.block_until_ready(run("cutlass", case))
-    on_cpu.set_seed(1000 * (seed + 1))
-    try:
-        found = run("cutlass", case)
-        jax.block_until_ready(found)
-    finally:
-        on_cpu.set_seed(0)
-    for x, y in zip(found[2:5], expected[2:5], strict=True):
-        np.testing.assert_array_equal(x, y)
+    check_the_order_of_threads(on_cpu, lambda: run("cutlass", case), seed)
 
 
 @pytest.mark.parametrize("side", ["rows", "columns"])

@@ -19,7 +19,7 @@ from jsparse.backends import _hopper, cutlass
 from tests.backends import test_contract as contract
 from tests.backends.conftest import half_rows as half_rows
 from tests.backends.conftest import one_launch as one_launch
-from tests.ffi.test_simulated import check, run
+from tests.ffi.test_simulated import check, check_the_order_of_threads, run
 from tests.ffi.test_simulated_backward import launches_of
 from tests.pallas_kernels.emulation import emulated
 from tests.support.cases import (
@@ -175,15 +175,8 @@ def test_the_order_of_threads_changes_no_gradient(on_cpu, one_launch, dim, seed)
     mask = random_mask(rng, (380, 500, 128, 128), 9)
     case = make_case(rng, mask, heads=(2, 1), dims=(dim, dim)).cast("bfloat16")
     case = with_bias(case, "dense", "bfloat16")
-    expected = jax.block_until_ready(contract.run_known("cutlass", case))
-    on_cpu.set_seed(1000 * (seed + 1))
-    try:
-        found = jax.block_until_ready(contract.run_known("cutlass", case))
-    finally:
-        on_cpu.set_seed(0)
-    leaves = map(jax.tree_util.tree_leaves, (found, expected))
-    for x, y in zip(*leaves, strict=True):
-        np.testing.assert_array_equal(x, y)
+    call = functools.partial(contract.run_known, "cutlass", case)
+    check_the_order_of_threads(on_cpu, call, seed)
 
 
 @pytest.mark.parametrize("lead", [(3, 1), (1, 2), (1, 1)], ids=str)
@@ -225,15 +218,8 @@ def test_the_order_of_threads_changes_nothing(on_cpu, monkeypatch, seed):
     mask = random_mask(rng, (250, 380, 128, 128), 5)
     case = make_case(rng, mask, heads=(4, 2), dims=(64, 64)).cast("bfloat16")
     case = with_bias(case, "block")
-    expected = jax.block_until_ready(contract.run_case("cutlass", case))
-    on_cpu.set_seed(1000 * (seed + 1))
-    try:
-        found = jax.block_until_ready(contract.run_case("cutlass", case))
-    finally:
-        on_cpu.set_seed(0)
-    leaves = map(jax.tree_util.tree_leaves, (found, expected))
-    for x, y in zip(*leaves, strict=True):
-        np.testing.assert_array_equal(x, y)
+    call = functools.partial(contract.run_case, "cutlass", case)
+    check_the_order_of_threads(on_cpu, call, seed)
 
 
 # ---------------------------------------------------------------------- bad values

@@ -91,7 +91,7 @@ typedef struct jsparse_bias {
   int32_t heads;      /* 1, for all query heads, or their number */
   int32_t num_blocks; /* 0 unless values are those of blocks */
   int32_t rows;       /* queries, or 1 for all of them; of a block: block_q */
-  int32_t columns;    /* keys, or more, an even number; of a block: block_kv */
+  int32_t columns;    /* keys, or more: a row fills whole 16 bytes; of a block: block_kv */
   /* Which of num_blocks each entry of the schedule's lists is. */
   const int32_t *partial_numbers;
   const int32_t *full_numbers;
