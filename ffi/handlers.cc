@@ -11,6 +11,7 @@
 
 #include "jsparse/backward.h"
 #include "jsparse/forward.h"
+#include "kernel/head_dim.h"
 #include "operands.h"
 
 namespace jsparse {
@@ -191,14 +192,14 @@ ffi::Error backward(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer v, 
     if (tile == 0) {
       throw Refusal("head size " + std::to_string(a.head_dim) + " with blocks of " +
                     std::to_string(block_q) + " x " + std::to_string(block_kv) +
-                    "; expected 32, 64 or 128 with blocks of 128 x 128");
+                    "; expected a multiple of 8 up to 128 with blocks of 128 x 128");
     }
     constexpr DataType kInt = DataType::S32;
     jsparse_turns t = {};
     t.turns = data<kInt>("turns", turns, {kAny, 2});
     std::vector<int64_t> shape = {a.batch, a.num_heads, whole(a.q_len, block_q) / tile, 2};
     t.sums_of = data<kInt>("sums_of", sums_of, shape);
-    t.sums = data<DataType::F32>("sums", *sums, {kAny, tile, a.head_dim});
+    t.sums = data<DataType::F32>("sums", *sums, {kAny, tile, kernel_head_dim(a.head_dim)});
     t.num_sums = int32_t(sums->dimensions()[0]);
     t.taken = data<kInt>("taken", *taken, {t.num_sums});
     shape = {a.batch, a.num_kv_heads, whole(a.kv_len, block_kv)};

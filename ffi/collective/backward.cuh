@@ -161,12 +161,12 @@ struct BackwardThread {
       int in_block = row_in_block() + 8 * half;
       if (item.slot() >= 0) {
         int64_t at = int64_t(item.slot()) * kConfig.block_rows + in_block;
-        store_part_row(to.part + at * kConfig.head_dim, half, thread, sums, to.scale);
+        store_part_row(to.part + at * to.size, half, thread, sums, to.scale, to.size);
       } else {
         int token = item.row() * kConfig.block_rows + in_block;
         int64_t at = (int64_t(item.batch()) * tokens + token) * heads + head;
-        store_row(static_cast<Element *>(to.whole) + at * kConfig.head_dim, half, thread, sums,
-                  to.scale, token < tokens);
+        store_row(static_cast<Element *>(to.whole) + at * to.size, half, thread, sums, to.scale,
+                  token < tokens ? to.size : 0);
       }
     }
   }

@@ -108,8 +108,8 @@ struct DqByKey {
     int64_t row = int64_t(item.batch()) * args.num_kv_heads + head;
     if (me.thread < 64 && me.params.turns.bad_keys[row * me.params.sizes.rows + token] != 0) {
       int64_t at = (int64_t(item.batch()) * args.kv_len + token) * args.num_kv_heads + head;
-      auto *from = static_cast<const Element *>(args.k) + at * kConfig.head_dim;
-      for (int i = 0; i < kConfig.head_dim; i += 8) {
+      auto *from = static_cast<const Element *>(args.k) + at * args.head_dim;
+      for (int i = 0; i < args.head_dim; i += 8) {
         Element *box = me.team.rows[0][row_stage][me.warpgroup] + i / T::kBoxColumns * 64 * T::kBoxColumns;
         *place_in_box<T>(box, me.thread, i % T::kBoxColumns / 8) =
             value(reinterpret_cast<const uint4 *>(from + i));
@@ -236,12 +236,13 @@ struct FinishDq {
     }
     int64_t head = place / num_tiles % args.num_heads, batch = place / num_tiles / args.num_heads;
     int first = int(place % num_tiles) * kTile + (kHalves ? 0 : warpgroup * 64) + first_row(thread);
+    int column = kHalves ? warpgroup * 64 : 0;
     CUTE_UNROLL
     for (int half = 0; half < 2; ++half) {
       int token = first + 8 * half;
-      int64_t at = ((batch * args.q_len + token) * args.num_heads + head) * kHeadDim;
-      store_row(static_cast<Element *>(dq) + at + (kHalves ? warpgroup * 64 : 0), half, thread, total,
-                args.scale, token < args.q_len);
+      int64_t at = ((batch * args.q_len + token) * args.num_heads + head) * args.head_dim;
+      store_row(static_cast<Element *>(dq) + at + column, half, thread, total, args.scale,
+                token < args.q_len ? args.head_dim - column : 0);
     }
   }
 };

@@ -22,11 +22,11 @@ __device__ inline void transpose_quad(uint32_t (&w)[4], int lane) {
   }
 }
 
-// One row of the output in 16 bits. A lane holds two of each eight columns; four lanes together
-// exchange them, so that each writes 16 bytes of the 64 that stand together.
+// The first `size` columns of a row of the output in 16 bits. A lane holds two of each eight columns; four
+// lanes together exchange them, so that each writes 16 bytes of the 64 that stand together.
 template <class Element, int kSums>
 __device__ void store_row(Element *row, int half, int lane, const float (&sums)[kSums],
-                          float factor, bool exists) {
+                          float factor, int size) {
   CUTE_UNROLL
   for (int group = 0; group < kSums / 16; ++group) {
     uint32_t words[4];
@@ -36,9 +36,9 @@ __device__ void store_row(Element *row, int half, int lane, const float (&sums)[
       words[j] = pack<Element>(sums[i] * factor, sums[i + 1] * factor);
     }
     transpose_quad(words, lane);
-    if (exists) {
-      auto *place = reinterpret_cast<uint4 *>(row + group * 32) + lane % 4;
-      *place = make_uint4(words[0], words[1], words[2], words[3]);
+    int column = group * 32 + lane % 4 * 8;
+    if (column < size) {
+      *reinterpret_cast<uint4 *>(row + column) = make_uint4(words[0], words[1], words[2], words[3]);
     }
   }
 }
@@ -46,12 +46,12 @@ __device__ void store_row(Element *row, int half, int lane, const float (&sums)[
 // The same of a part, in 32 bits.
 template <int kSums>
 __device__ void store_part_row(float *row, int half, int lane, const float (&sums)[kSums],
-                               float factor) {
+                               float factor, int size) {
   auto *pairs = reinterpret_cast<float2 *>(row) + lane % 4;
   CUTE_UNROLL
   for (int j = 0; j < kSums / 4; ++j) {
     int i = 4 * j + 2 * half;
-    pairs[4 * j] = make_float2(sums[i] * factor, sums[i + 1] * factor);
+    if (8 * j < size) pairs[4 * j] = make_float2(sums[i] * factor, sums[i + 1] * factor);
   }
 }
 
@@ -67,7 +67,8 @@ __device__ void store(const jsparse_forward_args &args, const Item &item, int wa
     if (item.slot() >= 0) {
       int64_t at = int64_t(item.slot()) * args.tile_q + in_tile;
       if (thread % 4 == 0) args.part_lse[at] = lse[half];
-      store_part_row(args.part_out + at * args.head_dim, half, thread, sums, inverse[half]);
+      store_part_row(args.part_out + at * args.head_dim, half, thread, sums, inverse[half],
+                     args.head_dim);
     } else {
       int token = item.row() * args.tile_q + in_tile;
       bool exists = token < args.q_len;
@@ -75,7 +76,7 @@ __device__ void store(const jsparse_forward_args &args, const Item &item, int wa
       if (exists && thread % 4 == 0) args.lse[head * args.q_len + token] = lse[half];
       int64_t at = (int64_t(item.batch()) * args.q_len + token) * args.num_heads + item.head();
       store_row(static_cast<Element *>(args.out) + at * args.head_dim, half, thread, sums,
-                inverse[half], exists);
+                inverse[half], exists ? args.head_dim : 0);
     }
   }
 }

@@ -12,7 +12,7 @@ namespace {
 
 template <jsparse_dtype kDtype, bool kBias>
 cudaError_t launch_of(const BackwardParams &params, bool keys, cudaStream_t stream) {
-  switch (params.args.head_dim) {
+  switch (kernel_head_dim(params.args.head_dim)) {
     case 32:
       return launch_backward<kDtype, 32, kBias>(params, keys, stream);
     case 64:
@@ -31,7 +31,7 @@ cudaError_t launch_of_dtype(const BackwardParams &params, bool keys, cudaStream_
 template <jsparse_dtype kDtype>
 cudaError_t launch_all(const BackwardParams &params, cudaStream_t stream) {
   const bool bias = params.args.bias.values != nullptr;
-  switch (params.args.head_dim) {
+  switch (kernel_head_dim(params.args.head_dim)) {
     case 32:
       return bias ? launch_gradients<kDtype, 32, true>(params, stream)
                   : launch_gradients<kDtype, 32, false>(params, stream);
@@ -57,11 +57,12 @@ struct Outputs {
 };
 
 void check_turns(const jsparse_backward_args &a, const jsparse_turns &turns) {
-  expect(has_all_kernel(a.head_dim, a.block_q, a.block_kv), "block_q * block_kv", a.block_q * a.block_kv,
+  const int dim = kernel_head_dim(a.head_dim);
+  expect(has_all_kernel(dim, a.block_q, a.block_kv), "block_q * block_kv", a.block_q * a.block_kv,
          "blocks of 128 x 128 for all gradients in one launch");
   if (a.bias.values != nullptr) {
-    expect(has_all_kernel(a.head_dim, a.block_q, a.block_kv, true), "head_dim", a.head_dim,
-           "32 or 64 for all gradients beside a bias");
+    expect(has_all_kernel(dim, a.block_q, a.block_kv, true), "head_dim", a.head_dim,
+           "at most 64 for all gradients beside a bias");
     expect(a.bias.dtype == a.dtype, "bias.dtype", a.bias.dtype, "dtype for all gradients in one launch");
     expect(a.bias.num_blocks > 0 || a.bias.rows == a.q_len, "bias.rows", a.bias.rows,
            "q_len for all gradients in one launch");
@@ -98,8 +99,8 @@ void backward(const jsparse_backward_args &a, const Outputs &to, cudaStream_t st
   check_sizes(a);
   const BlockSizes sizes = to.keys ? block_sizes(a.block_kv, a.kv_len, a.block_q, a.q_len)
                                    : block_sizes(a.block_q, a.q_len, a.block_kv, a.kv_len);
-  const BackwardConfig config =
-      choose_backward(to.keys, a.head_dim, sizes.block_rows, sizes.block_columns, false, to.all());
+  const BackwardConfig config = choose_backward(to.keys, kernel_head_dim(a.head_dim), sizes.block_rows,
+                                                sizes.block_columns, false, to.all());
   check_schedule(a.schedule, config.teams);
   expect(!to.keys || a.num_heads == a.num_kv_heads || a.schedule.num_split_rows == 0,
          "num_split_rows", a.schedule.num_split_rows, "0 where query heads share key heads");
@@ -165,8 +166,9 @@ void backward(const jsparse_backward_args &a, const Outputs &to, cudaStream_t st
 
 extern "C" int32_t jsparse_backward_walkers(int32_t keys, int32_t head_dim, int32_t block_rows,
                                             int32_t block_columns) {
-  if (!jsparse::has_backward_kernel(head_dim, block_rows, block_columns)) return 0;
-  return jsparse::choose_backward(keys, head_dim, block_rows, block_columns).teams;
+  int dim = jsparse::kernel_head_dim(head_dim);
+  if (!jsparse::has_backward_kernel(dim, block_rows, block_columns)) return 0;
+  return jsparse::choose_backward(keys, dim, block_rows, block_columns).teams;
 }
 
 extern "C" int jsparse_backward_dq(const jsparse_backward_args *args, void *dq, float *part,
@@ -193,8 +195,9 @@ extern "C" int jsparse_backward_dkv(const jsparse_backward_args *args, void *dk,
 }
 
 extern "C" int32_t jsparse_backward_tile(int32_t head_dim, int32_t block_q, int32_t block_kv) {
-  if (!jsparse::has_all_kernel(head_dim, block_q, block_kv)) return 0;
-  return jsparse::choose_backward(true, head_dim, block_kv, block_q, false, true).tile;
+  int dim = jsparse::kernel_head_dim(head_dim);
+  if (!jsparse::has_all_kernel(dim, block_q, block_kv)) return 0;
+  return jsparse::choose_backward(true, dim, block_kv, block_q, false, true).tile;
 }
 
 extern "C" int jsparse_backward(const jsparse_backward_args *args, const jsparse_turns *turns, void *dq,

@@ -13,15 +13,15 @@ int bias_size(const jsparse_forward_args &a) {
 }
 
 TileConfig config_of(const jsparse_forward_args &a) {
-  return choose(a.head_dim, a.tile_q, a.block_kv, a.share, bias_size(a));
+  return choose(kernel_head_dim(a.head_dim), a.tile_q, a.block_kv, a.share, bias_size(a));
 }
 
 void check_args(const jsparse_forward_args &a) {
   check_sizes(a);
   const bool whole = a.elements.bits == nullptr && a.elements.num_rules == 0;
-  const bool high = a.tile_q == 256 && whole && a.bias.values != nullptr && a.head_dim == 32;
+  const bool high = a.tile_q == 256 && whole && a.bias.values != nullptr && a.head_dim <= 32;
   expect(a.tile_q == 64 || a.tile_q == a.block_q || high, "tile_q", a.tile_q,
-         "64, block_q, or 256 beside a bias, with head size 32 and no test but that of lengths");
+         "64, block_q, or 256 beside a bias, with head sizes up to 32 and no test but that of lengths");
   expect(!a.share || a.tile_q == 64, "share", a.share, "0 unless tile_q is 64");
   check_bias(a);
   if (a.bias.values != nullptr) {
@@ -40,7 +40,7 @@ void check_args(const jsparse_forward_args &a) {
 
 template <jsparse_dtype kDtype, int kBiasSize>
 cudaError_t launch_of(const ForwardParams &params, cudaStream_t stream) {
-  switch (params.args.head_dim) {
+  switch (kernel_head_dim(params.args.head_dim)) {
     case 32:
       return launch_forward<kDtype, 32, kBiasSize>(params, stream);
     case 64:
@@ -85,8 +85,9 @@ void forward(const jsparse_forward_args &a, cudaStream_t stream) {
 
 extern "C" int32_t jsparse_forward_walkers(int32_t head_dim, int32_t tile_q, int32_t block_kv,
                                            int32_t share, int32_t bias_size) {
-  if (!jsparse::has_kernel(head_dim, tile_q, block_kv, share, bias_size)) return 0;
-  return jsparse::choose(head_dim, tile_q, block_kv, share, bias_size).walkers();
+  int dim = jsparse::kernel_head_dim(head_dim);
+  if (!jsparse::has_kernel(dim, tile_q, block_kv, share, bias_size)) return 0;
+  return jsparse::choose(dim, tile_q, block_kv, share, bias_size).walkers();
 }
 
 extern "C" int jsparse_forward(const jsparse_forward_args *args, void *stream, char *message,

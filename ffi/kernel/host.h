@@ -11,6 +11,7 @@
 #include <string>
 
 #include "jsparse/types.h"
+#include "kernel/head_dim.h"
 
 namespace jsparse {
 
@@ -48,8 +49,7 @@ void check_sizes(const Args &a) {
   expect(a.num_kv_heads > 0, "num_kv_heads", a.num_kv_heads, "at least 1");
   expect(a.num_heads > 0 && a.num_heads % a.num_kv_heads == 0, "num_heads", a.num_heads,
          "a multiple of num_kv_heads");
-  expect(a.head_dim == 32 || a.head_dim == 64 || a.head_dim == 128, "head_dim", a.head_dim,
-         "32, 64 or 128");
+  expect(kernel_head_dim(a.head_dim) > 0, "head_dim", a.head_dim, "a multiple of 8 up to 128");
   expect(a.block_q == 64 || a.block_q == 128, "block_q", a.block_q, "64 or 128");
   expect(a.block_kv == 64 || a.block_kv == 128, "block_kv", a.block_kv, "64 or 128");
   if (!(a.scale > 0) || !std::isfinite(a.scale)) {
@@ -148,13 +148,13 @@ CUtensorMap tensor_map(jsparse_dtype dtype, const void *array, const cuuint64_t 
 }
 
 // An array [B, tokens, heads, dim] of the dtype of `a`, whose boxes are `box_tokens` tokens of one head, as
-// the layouts of collective/tiles.cuh.
+// the layouts of collective/tiles.cuh, with zeros beyond dim.
 template <class Args>
 CUtensorMap tensor_map(const Args &a, const void *array, int tokens, int heads, int box_tokens) {
   cuuint64_t dim = a.head_dim, row = 2 * dim;
   cuuint64_t sizes[] = {dim, cuuint64_t(heads), cuuint64_t(tokens), cuuint64_t(a.batch)};
   cuuint64_t strides[] = {row, row * heads, row * heads * tokens};
-  cuuint32_t columns = a.head_dim < 64 ? 32 : 64;
+  cuuint32_t columns = std::min(kernel_head_dim(a.head_dim), 64);
   cuuint32_t box[] = {columns, 1, cuuint32_t(box_tokens), 1};
   return tensor_map(a.dtype, array, sizes, strides, box, 2 * columns);
 }

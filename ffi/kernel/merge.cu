@@ -6,6 +6,7 @@
 #include <cutlass/half.h>
 
 #include "collective/dq_by_key.cuh"
+#include "kernel/head_dim.h"
 #include "kernel/params.h"
 
 namespace jsparse {
@@ -78,10 +79,11 @@ __global__ void __launch_bounds__(256) finish_dq(const jsparse_backward_args arg
 template <class Element>
 cudaError_t launch_finish_dq(const BackwardParams &params, void *dq, cudaStream_t stream) {
   const jsparse_backward_args &args = params.args;
-  auto *kernel = args.head_dim == 32   ? &finish_dq<Element, 32>
-                 : args.head_dim == 64 ? &finish_dq<Element, 64>
-                                       : &finish_dq<Element, 128>;
-  int num_tiles = params.sizes.columns / (args.head_dim > 64 ? 64 : 128);
+  const int dim = kernel_head_dim(args.head_dim);
+  auto *kernel = dim == 32   ? &finish_dq<Element, 32>
+                 : dim == 64 ? &finish_dq<Element, 64>
+                             : &finish_dq<Element, 128>;
+  int num_tiles = params.sizes.columns / (dim > 64 ? 64 : 128);
   int64_t places = int64_t(args.batch) * args.num_heads * num_tiles;
   kernel<<<places, 256, 0, stream>>>(args, params.turns, num_tiles, dq);
   return cudaGetLastError();

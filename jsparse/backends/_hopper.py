@@ -97,8 +97,17 @@ class Call:
     bias: _bias.Bias | None
 
     @classmethod
-    def of(cls, operands: Operands, scale: float, pattern: HostPattern | None) -> Call:
-        """The canonical form. The kernels want a positive scale: q takes the sign."""
+    def of(
+        cls,
+        operands: Operands,
+        scale: float,
+        pattern: HostPattern | None,
+        multiple: int = 16,
+    ) -> Call:
+        """The canonical form, head sizes rounded up to a multiple.
+
+        The kernels want a positive scale: q takes the sign.
+        """
         batch = operands.batch_shape
         rank, total = len(batch), math.prod(batch)
         sign = 1.0 if scale > 0 else float(np.sign(scale))
@@ -114,13 +123,13 @@ class Call:
         if pattern is not None:
             leads = jax.tree_util.tree_map(lambda x: x.shape[:rank], operands.mask)
             known = _known_lists(pattern.mask, leads, batch)
-        q = pad_dim(operands.q)
+        q = pad_dim(operands.q, multiple)
         if sign != 1:
             q = q * jnp.asarray(sign, q.dtype)
         return cls(
             full(q),
-            full(pad_dim(operands.k)),
-            full(pad_dim(operands.v)),
+            full(pad_dim(operands.k, multiple)),
+            full(pad_dim(operands.v, multiple)),
             mask,
             batch,
             abs(scale) or 1.0,
@@ -131,7 +140,7 @@ class Call:
 
     @property
     def dims(self) -> tuple[int, int]:
-        """Padded head sizes."""
+        """Rounded head sizes."""
         return self.q.shape[-1], self.v.shape[-1]
 
     @property
@@ -351,9 +360,9 @@ def _pad_last(x: Array, length: int, value: float) -> Array:
     return jnp.pad(x, width, constant_values=value)
 
 
-def pad_dim(x: Array) -> Array:
-    """Rounds the head size up to a multiple of 16."""
-    return _pad_last(x, -(-x.shape[-1] // 16) * 16, 0)
+def pad_dim(x: Array, multiple: int = 16) -> Array:
+    """Rounds the head size up, with zeros."""
+    return _pad_last(x, -(-x.shape[-1] // multiple) * multiple, 0)
 
 
 def _flatten(xp: Any, x: Array, lead: tuple[int, ...], batch: tuple[int, ...]) -> Array:

@@ -43,7 +43,8 @@ differentiable = False
 
 DTYPES = ("bfloat16", "float16")
 HEAD_SIZES = (32, 64, 128)
-"""Those of the kernels; arrays are padded to them."""
+"""Those of the kernels, whose arrays may have less: a multiple of the step."""
+HEAD_SIZE_STEP = 8
 BLOCKS = {"block_q": (64, 128), "block_kv": (64, 128)}
 RULES = (SameLabel, RowInterval, ColumnInterval, Within)
 """In the order of ``jsparse_rule_kind``."""
@@ -103,7 +104,7 @@ def forward(
     operands: Operands, scale: float, pattern: HostPattern | None
 ) -> tuple[Array, Array]:
     """See `Backend.forward`."""
-    call = _hopper.Call.of(operands, scale, pattern)
+    call = _hopper.Call.of(operands, scale, pattern, HEAD_SIZE_STEP)
     q, k, v = _pad_heads(call.q, call.k, call.v)
     lists, bad = call.rows, call.bad_keys(v)
     items, bias = _Items.of(call), _BiasOperands.of(call, "kv")
@@ -151,7 +152,7 @@ def backward(
     bias_gradient: bool,
 ) -> tuple[Array, Array, Array, Bias | None]:
     """See `Backend.backward`. From ``out`` and ``lse``, whoever computed them."""
-    call = _hopper.Call.of(operands, scale, pattern)
+    call = _hopper.Call.of(operands, scale, pattern, HEAD_SIZE_STEP)
     of_queries = call.statistics(out, lse, dout, dlse)
     dout = call.flat(dout)
     arrays = (*_pad_heads(call.q, call.k, call.v, dout), *of_queries[:2])
@@ -170,7 +171,8 @@ def backward(
     if bias is None:
         return dq, dk, dv, None
     # The gradient of a bias that is shared has one kernel, which is Mosaic's.
-    arrays = (call.q, call.k, call.v, _hopper.pad_dim(dout), *of_queries[:2])
+    padded = map(_hopper.pad_dim, (call.q, call.k, call.v, dout))
+    arrays = (*padded, *of_queries[:2])
     gradient = mosaic_gpu.streamed_bias_gradient
     return dq, dk, dv, gradient(call, arrays, by_key, own, operands.bias)
 
@@ -229,7 +231,8 @@ def _all_gradients(
         partial = partial + FLAGGED_ROW * rows.astype(jnp.int32)[:, None]
     parts = _parts(schedule, block_kv, dim)
     most = max(turns.num_sums, 1)
-    sums = jax.ShapeDtypeStruct((most, block_q // split, dim), jnp.float32)
+    columns = next(size for size in HEAD_SIZES if size >= dim)
+    sums = jax.ShapeDtypeStruct((most, block_q // split, columns), jnp.float32)
     taken = jax.ShapeDtypeStruct((most,), jnp.int32)
     dq, dk, dv, *_, dbias = _launch(
         "jsparse_backward",
@@ -381,9 +384,9 @@ class _BiasOperands(NamedTuple):
 
 
 def _pad_heads(*arrays: Array) -> list[Array]:
-    """Zeros up to the smallest head size of the kernels that holds all of them."""
+    """Zeros up to a head size that holds all of them, and that the kernels take."""
     widest = max(x.shape[-1] for x in arrays)
-    size = next(size for size in HEAD_SIZES if size >= widest)
+    size = -(-widest // HEAD_SIZE_STEP) * HEAD_SIZE_STEP
     return [
         jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])]) for x in arrays
     ]

@@ -253,7 +253,8 @@ def streamed_bias_gradient(
     if values is not None:
         values = zero_unlisted(values, bias, call.mask, call.rows.known)
         return like(values, primal, call.batch)
-    sizes = (*call.dims, *call.blocks, _hopper.num_multiprocessors())
+    dims = arrays[0].shape[-1], arrays[2].shape[-1]
+    sizes = (*dims, *call.blocks, _hopper.num_multiprocessors())
     config = bwd_dbias_sm90.choose(*sizes, bias.values.dtype)
     any_partial = call.rows.partial.column.shape[-1] > 0
     values = bwd_dbias_sm90.backward_dbias(

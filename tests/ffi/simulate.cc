@@ -133,8 +133,9 @@ void run_of_dtype(const ForwardParams &params) {
     return run<Element, choose(kDim, 128, 128, false, kBiasSize)>(params);
   };
   auto of_dim = [&]<int kBiasSize>() {
-    if (args.head_dim == 32) return of_block.template operator()<32, kBiasSize>();
-    if (args.head_dim == 64) return of_block.template operator()<64, kBiasSize>();
+    const int dim = kernel_head_dim(args.head_dim);
+    if (dim == 32) return of_block.template operator()<32, kBiasSize>();
+    if (dim == 64) return of_block.template operator()<64, kBiasSize>();
     return of_block.template operator()<128, kBiasSize>();
   };
   if (args.bias.values == nullptr) return of_dim.template operator()<0>();
@@ -158,8 +159,9 @@ void run_of_dtype(const BackwardParams &params, bool keys) {
     return params.args.bias.values == nullptr ? of_pass.template operator()<kDim, false>()
                                               : of_pass.template operator()<kDim, true>();
   };
-  if (params.args.head_dim == 32) return of_dim.template operator()<32>();
-  if (params.args.head_dim == 64) return of_dim.template operator()<64>();
+  const int dim = kernel_head_dim(params.args.head_dim);
+  if (dim == 32) return of_dim.template operator()<32>();
+  if (dim == 64) return of_dim.template operator()<64>();
   return of_dim.template operator()<128>();
 }
 
@@ -220,7 +222,7 @@ template <class Args>
 CUtensorMap map_of(const Args &args, const void *array, int tokens, int heads,
                    int rows) {
   Map map{static_cast<const char *>(array), args.batch, tokens, heads, args.head_dim, rows,
-          args.head_dim < 64 ? 32 : 64};
+          std::min(kernel_head_dim(args.head_dim), 64)};
   CUtensorMap opaque = {};
   std::memcpy(&opaque, &map, sizeof map);
   return opaque;
@@ -274,7 +276,8 @@ void backward(const jsparse_backward_args &args, const Outputs &to) {
   params.turns = turns;
   params.bias = map_of_bias(args.bias, args.bias.values, 128);
   params.bias_gradient_map = map_of_bias(args.bias, bias_gradient, 64);
-  int tile = choose_backward(keys, args.head_dim, params.sizes.block_rows,
+  const int dim = kernel_head_dim(args.head_dim);
+  int tile = choose_backward(keys, dim, params.sizes.block_rows,
                              params.sizes.block_columns, false, dq != nullptr).tile;
   const void *of_queries[] = {args.q, args.dout}, *of_keys[] = {args.k, args.v};
   for (int i = 0; i < 2; ++i) {
@@ -287,11 +290,11 @@ void backward(const jsparse_backward_args &args, const Outputs &to) {
     run_of_dtype<Element>(params, keys);
   } else {
     std::memset(turns.taken, 0, sizeof(int32_t) * turns.num_sums);
-    std::fill_n(turns.sums, int64_t(turns.num_sums) * tile * args.head_dim, __builtin_nanf(""));
+    std::fill_n(turns.sums, int64_t(turns.num_sums) * tile * dim, __builtin_nanf(""));
     const bool bias = args.bias.values != nullptr;
-    if (args.head_dim == 32) bias ? run_all<Element, 32, true>(params, dq) : run_all<Element, 32>(params, dq);
-    if (args.head_dim == 64) bias ? run_all<Element, 64, true>(params, dq) : run_all<Element, 64>(params, dq);
-    if (args.head_dim == 128) run_all<Element, 128>(params, dq);
+    if (dim == 32) bias ? run_all<Element, 32, true>(params, dq) : run_all<Element, 32>(params, dq);
+    if (dim == 64) bias ? run_all<Element, 64, true>(params, dq) : run_all<Element, 64>(params, dq);
+    if (dim == 128) run_all<Element, 128>(params, dq);
   }
   for (const Gradient &gradient : gradients) {
     sum_parts<Element>(params, gradient, keys ? args.kv_len : args.q_len);
@@ -314,7 +317,8 @@ int backward(const jsparse_backward_args &args, const Outputs &to, char *message
 extern "C" JSPARSE_API int32_t jsparse_forward_walkers(int32_t head_dim, int32_t tile_q,
                                                        int32_t block_kv, int32_t share,
                                                        int32_t bias_size) {
-  return jsparse::choose(head_dim, tile_q, block_kv, share, bias_size).walkers();
+  const int dim = jsparse::kernel_head_dim(head_dim);
+  return jsparse::choose(dim, tile_q, block_kv, share, bias_size).walkers();
 }
 
 // Threads of the CTAs that follow run in another order.
@@ -331,7 +335,8 @@ extern "C" JSPARSE_API int jsparse_forward(const jsparse_forward_args *args, voi
   const jsparse_bias &bias = args->bias;
   const int size = bias.dtype == JSPARSE_FLOAT32 ? 4 : 2, bias_size = bias.values == nullptr ? 0 : size;
   params.bias = map_of_bias(bias, bias.values, bias.rows == 1 ? 1 : args->tile_q);
-  int tile = choose(args->head_dim, args->tile_q, args->block_kv, args->share, bias_size).tile_kv;
+  const int dim = kernel_head_dim(args->head_dim);
+  int tile = choose(dim, args->tile_q, args->block_kv, args->share, bias_size).tile_kv;
   params.q = map_of(*args, args->q, args->q_len, args->num_heads, 64);
   params.k = map_of(*args, args->k, args->kv_len, args->num_kv_heads, tile);
   params.v = map_of(*args, args->v, args->kv_len, args->num_kv_heads, tile);
@@ -350,7 +355,8 @@ extern "C" JSPARSE_API int jsparse_forward(const jsparse_forward_args *args, voi
 extern "C" JSPARSE_API int32_t jsparse_backward_walkers(int32_t keys, int32_t head_dim,
                                                         int32_t block_rows,
                                                         int32_t block_columns) {
-  return jsparse::choose_backward(keys, head_dim, block_rows, block_columns).teams;
+  const int dim = jsparse::kernel_head_dim(head_dim);
+  return jsparse::choose_backward(keys, dim, block_rows, block_columns).teams;
 }
 
 extern "C" JSPARSE_API int jsparse_backward_dq(const jsparse_backward_args *args, void *dq,
@@ -373,8 +379,9 @@ extern "C" JSPARSE_API int jsparse_backward_dkv(const jsparse_backward_args *arg
 
 extern "C" JSPARSE_API int32_t jsparse_backward_tile(int32_t head_dim, int32_t block_q,
                                                      int32_t block_kv) {
-  if (!jsparse::has_all_kernel(head_dim, block_q, block_kv)) return 0;
-  return jsparse::choose_backward(true, head_dim, block_kv, block_q, false, true).tile;
+  const int dim = jsparse::kernel_head_dim(head_dim);
+  if (!jsparse::has_all_kernel(dim, block_q, block_kv)) return 0;
+  return jsparse::choose_backward(true, dim, block_kv, block_q, false, true).tile;
 }
 
 extern "C" JSPARSE_API int jsparse_backward(const jsparse_backward_args *args,

@@ -90,11 +90,23 @@ def test_the_library_loads_without_a_gpu(library):
     assert library.jsparse_forward_walkers(32, 256, 128, False, 2) == 1
     assert library.jsparse_forward_walkers(32, 256, 128, False, 0) == 0
     assert library.jsparse_forward_walkers(64, 128, 128, False, 3) == 0
-    for sizes in [(48, 64, 64, False), (64, 32, 64, False), (64, 128, 64, True)]:
+    for sizes in [(44, 64, 64, False), (64, 32, 64, False), (64, 128, 64, True)]:
         assert library.jsparse_forward_walkers(*sizes, 0) == 0
     for sizes in itertools.product((0, 1), (32, 64, 128), (64, 128), (64, 128)):
         assert library.jsparse_backward_walkers(*sizes) in (1, 2)
-    assert library.jsparse_backward_walkers(0, 48, 64, 64) == 0
+    assert library.jsparse_backward_walkers(0, 136, 64, 64) == 0
+
+
+@pytest.mark.parametrize("dim, kernel", [(8, 32), (40, 64), (48, 64), (72, 128)])
+def test_head_sizes_in_between_have_the_next_kernel(library, dim, kernel):
+    forward = library.jsparse_forward_walkers
+    backward = library.jsparse_backward_walkers
+    for rest in itertools.product((64, 128), (64, 128), (False,), (0, 2)):
+        assert forward(dim, *rest) == forward(kernel, *rest)
+    for keys, *rest in itertools.product((0, 1), (64, 128), (64, 128)):
+        assert backward(keys, dim, *rest) == backward(keys, kernel, *rest)
+    tile = library.jsparse_backward_tile
+    assert tile(dim, 128, 128) == tile(kernel, 128, 128) > 0
 
 
 def test_the_c_interface_says_what_is_wrong(library):
@@ -123,7 +135,9 @@ def test_the_c_interface_says_what_is_wrong(library):
         ({"dtype": 7}, "dtype=7; expected JSPARSE_FLOAT16 or JSPARSE_BFLOAT16"),
         ({"q_len": 0}, "q_len=0; expected at least 1"),
         ({"num_kv_heads": 3}, "num_heads=2; expected a multiple of num_kv_heads"),
-        ({"head_dim": 48}, "head_dim=48; expected 32, 64 or 128"),
+        ({"head_dim": 44}, "head_dim=44; expected a multiple of 8 up to 128"),
+        ({"head_dim": 136}, "head_dim=136; expected a multiple of 8 up to 128"),
+        ({"head_dim": 0}, "head_dim=0; expected a multiple of 8 up to 128"),
         ({"block_q": 32}, "block_q=32; expected 64 or 128"),
         ({"block_kv": 32}, "block_kv=32; expected 64 or 128"),
         ({"scale": -1.0}, "scale=-1.000000; expected a positive number"),
@@ -202,7 +216,7 @@ def test_the_c_interface_refuses(library, change, reason):
             0,
             128,
             100,
-            "head_dim=128; expected 32 or 64 for all gradients beside a bias",
+            "head_dim=128; expected at most 64 for all gradients beside a bias",
         ),
         (2, 64, 1, "bias.dtype=2; expected dtype for all gradients in one launch"),
     ],

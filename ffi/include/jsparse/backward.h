@@ -17,7 +17,7 @@ extern "C" {
 typedef struct jsparse_backward_args {
   jsparse_dtype dtype;
   int32_t batch, q_len, kv_len, num_heads, num_kv_heads;
-  int32_t head_dim;          /* 32, 64 or 128 */
+  int32_t head_dim;          /* a multiple of 8 up to 128 */
   int32_t block_q, block_kv; /* 64 or 128 */
   float scale;               /* of the logits, above 0 */
 
@@ -42,7 +42,7 @@ typedef struct jsparse_turns {
   const int32_t *turns; /* [steps, 2]: the sum, and how many parts are added to it before; NULL: no dq */
   const int32_t *sums_of; /* [B, H, tiles of R, 2]: the first sum of a tile, and how many it has */
   int32_t num_sums;
-  float *sums;             /* [num_sums, tile, D]: workspace */
+  float *sums;             /* [num_sums, tile, D as 32, 64 or 128]: workspace */
   int32_t *taken;          /* [num_sums]: workspace */
   /* [B, K, S in whole blocks]: not 0 where a key is not finite; NULL if no entry is JSPARSE_FLAGGED_ROW. */
   const int32_t *bad_keys;

@@ -15,10 +15,10 @@ extern "C" {
 typedef struct jsparse_forward_args {
   jsparse_dtype dtype;
   int32_t batch, q_len, kv_len, num_heads, num_kv_heads;
-  int32_t head_dim;          /* of q, k, v and out: 32, 64 or 128 */
+  int32_t head_dim;          /* of q, k, v and out: a multiple of 8 up to 128 */
   int32_t block_q, block_kv; /* 64 or 128 */
-  int32_t tile_q;            /* query rows of an item: 64, block_q, or 256: beside a bias, with head size 32,
-                              * where no element is tested but for lengths */
+  int32_t tile_q;            /* query rows of an item: 64, block_q, or 256: beside a bias, with head sizes up
+                              * to 32, where no element is tested but for lengths */
   int32_t share;             /* with tile_q 64, whether the warpgroups of a multiprocessor compute
                               * each item together: for fewer items than multiprocessors */
   float scale;               /* of the logits, above 0 */

@@ -40,8 +40,8 @@ inline void copy_box(const CUtensorMap &opaque, Barrier &full, void *to, int col
     for (int row = 0; row < map.box_rows; ++row) {
       int64_t at = int64_t(batch) * map.tokens + token + row;
       const char *from = map.array + ((at * map.heads + head) * map.dim + column) * 2;
-      bool exists = token + row < map.tokens;
       for (int i = 0; i < map.box_columns; ++i) {
+        bool exists = token + row < map.tokens && column + i < map.dim;
         auto *place = static_cast<char *>(to) + swizzled(row, i, map.box_columns);
         exists ? (void)std::memcpy(place, from + 2 * i, 2) : (void)std::memset(place, 0, 2);
       }
