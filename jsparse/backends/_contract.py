@@ -93,6 +93,12 @@ class Problem:
     bias_weights: int = 0
     """Of a head, of a bias by distance: entries of a table, or Gaussians. Of a list, of
     one by entry: entries. Of the largest array of a score function: elements."""
+    bias_dtype: str | None = None
+    """Of the values of a dense bias, or of one on blocks."""
+    bias_by_key: bool = False
+    """Whether a dense bias has one row for all queries."""
+    mean_blocks: float | None = None
+    """What the lists of a batch entry and head hold; None if that is traced."""
     score: Any = None
     """The `_score.Program` of a `ScoreFunction`."""
 

@@ -18,7 +18,7 @@ import jax
 from jsparse.backends._contract import Problem
 
 FILE = Path(__file__).with_name("measured.json")
-FORMAT = 1
+FORMAT = 2
 
 RIVALS = ("mosaic_gpu", "cutlass")
 """The first is taken where nothing was measured."""
@@ -38,7 +38,10 @@ class Key(NamedTuple):
         block_q: queries of a block.
         block_kv: keys of a block.
         launch: one of `fwd_sm90.LAUNCHES`.
-        bias: what kind, as `Problem` names it, or None.
+        bias: what kind, as `Problem` names it, ``"by_key"`` or None.
+        bias_bits: of a value, as the CUDA kernels read it; 0 for none.
+        gradient_launches: of the CUDA kernels, whose launch of all gradients is another
+            kernel than the two; 0 for the forward pass.
     """
 
     device: str
@@ -49,12 +52,14 @@ class Key(NamedTuple):
     block_kv: int
     launch: str
     bias: str | None = None
+    bias_bits: int = 0
+    gradient_launches: int = 0
 
     @classmethod
     def of(cls, problem: Problem, direction: str) -> Key:
         """The key of a pass of a problem on this machine's GPU."""
         # Only once a backend was asked: they import Pallas.
-        from jsparse.backends import _hopper
+        from jsparse.backends import _hopper, cutlass
         from jsparse.pallas_kernels.mosaic_gpu.fwd_sm90 import launch_of
 
         lists = problem.batch * problem.num_heads
@@ -71,7 +76,11 @@ class Key(NamedTuple):
             block_q=problem.block_q,
             block_kv=problem.block_kv,
             launch=launch,
-            bias=problem.bias,
+            bias="by_key" if problem.bias_by_key else problem.bias,
+            bias_bits=cutlass.bias_bits(problem),
+            gradient_launches=(
+                cutlass.gradient_launches(problem) if direction == "backward" else 0
+            ),
         )
 
 

@@ -50,6 +50,11 @@ class Turns(NamedTuple):
     num_sums: int
 
 
+def worth(steps: int, tiles: int) -> bool:
+    """Whether dq of so many tiles, of so many steps, is computed by key."""
+    return max(FEWEST * tiles, 1) <= steps <= MOST_STEPS
+
+
 def num_steps(partial: Blocks, full: Blocks, batch: int, heads: int, split: int) -> int:
     """Steps of a launch in which a block is ``split`` steps."""
     blocks = partial.count + full.count

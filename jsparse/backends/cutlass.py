@@ -97,6 +97,27 @@ def _not_taken(problem: Problem) -> str | None:
     return None
 
 
+def bias_bits(problem: Problem) -> int:
+    """Of a value of the problem's bias, as the kernels read it; 0 for none."""
+    if problem.bias not in BIASES:
+        return 0
+    short = problem.bias_dtype == problem.dtype and not problem.bias_by_key
+    return 16 if short else 32
+
+
+def gradient_launches(problem: Problem) -> int:
+    """Launches of the backward pass: one, or dq and then dk and dv."""
+    mean, blocks = problem.mean_blocks, (problem.block_q, problem.block_kv)
+    dim = max(problem.head_dim, problem.value_dim)
+    if mean is None or blocks != (128, 128) or dim > HEAD_SIZES[-1]:
+        return 2
+    if problem.bias is not None and not (dim <= 64 and bias_bits(problem) == 16):
+        return 2
+    split, lists = 1 if dim <= 64 else 2, problem.batch * problem.num_heads
+    tiles = lists * -(-problem.q_len // problem.block_q) * split
+    return 1 if _turns.worth(round(mean * lists) * split, tiles) else 2
+
+
 # ----------------------------------------------------------------------- entry points
 
 
@@ -193,8 +214,8 @@ def _one_launch(call: _hopper.Call, dim: int) -> int:
     split = block_q // tile
     batch, _, heads, _ = call.q.shape
     steps = _turns.num_steps(*known, batch, heads, split)
-    fewest = max(_turns.FEWEST * batch * heads * call.mask.num_q_blocks * split, 1)
-    return split if fewest <= steps <= _turns.MOST_STEPS else 0
+    tiles = batch * heads * call.mask.num_q_blocks * split
+    return split if _turns.worth(steps, tiles) else 0
 
 
 def _joins_gradients(call: _hopper.Call, dim: int) -> bool:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ from jsparse.bench._records import wrong
 from jsparse.bench._tuning import TUNED, tune
 from jsparse.measure import BadInput, Progress, Turns
 from jsparse.ops import choice, support
+from jsparse.ops._dispatch import choices
 from jsparse.patterns import BlockMask
 
 Array = Any
@@ -267,8 +268,12 @@ def _attend(
 ) -> None:
     """Tunes ours, or lets it compete with those of the known peers that can."""
     if options.kind == "tune":
+        rivals = {name: known[name] for name in RIVALS if name != ours.name}
         with turns.alone():
-            tune(record, task, ours, options.backward, options.repeats, progress)
+            tune(
+                *(record, task, ours, cast(dict[str, JaxPeer], rivals)),
+                *(options.backward, options.repeats, progress),
+            )
         return
     kernels = record["device"]["platform"] == "gpu"
     peers, strict = _peers(options, known, task.mask, record)
@@ -368,16 +373,18 @@ def _run_model(
 
 
 def _ours(options: Options, model: Model) -> ModelPeer:
-    """Ours with the implementation asked for, or with the first that can."""
-    reasons = {}
-    names = IMPLEMENTATIONS if options.implementation == "auto" else ()
-    for name in names or (options.implementation,):
-        ours = implemented(model, name)
-        reason = ours.available()
-        if reason is None:
-            return ours
-        reasons[name] = reason
-    raise BadInput(" ".join(reasons.values()))
+    """Ours with the implementation asked for, or with what ``auto`` chooses."""
+    name = options.implementation
+    if name == "auto":
+        with choices() as made:
+            implemented(model, name)
+        names = {found.implementation for _, found in made}
+        name = names.pop() if len(names) == 1 else "auto"
+    ours = implemented(model, name)
+    reason = ours.available()
+    if reason is not None:
+        raise BadInput(reason)
+    return ours
 
 
 def implemented(model: Model, name: str) -> ModelPeer:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,12 +21,12 @@ import numpy as np
 
 from jsparse import measure
 from jsparse.backends import _measured
+from jsparse.backends._contract import Problem
 from jsparse.bench._contest import reason_of, spread
 from jsparse.bench._contract import CALLS, Array, Task
-from jsparse.bench._jax_peers import JaxCall, JaxContender, JaxPeer, Ours
+from jsparse.bench._jax_peers import JaxCall, JaxContender, JaxPeer
 from jsparse.measure import BadInput, Progress
-from jsparse.ops import support
-from jsparse.ops._checks import canonical, describe
+from jsparse.ops._dispatch import choices
 from jsparse.report import to_json, write_file
 
 TUNED = "mosaic_gpu"
@@ -212,6 +212,7 @@ def tune(
     record: dict[str, Any],
     task: Task,
     ours: JaxPeer,
+    rivals: Mapping[str, JaxPeer],
     backward: bool,
     repeats: int,
     progress: Progress,
@@ -226,6 +227,7 @@ def tune(
         record: of the case.
         task: its mask and inputs.
         ours: with the implementation `TUNED`.
+        rivals: ours with the others that ``auto`` chooses from.
         backward: whether to search the configs of the backward kernels as well.
         repeats: timed rounds.
         progress: told about each stage.
@@ -250,9 +252,11 @@ def tune(
         measured = _measured_of(record, found)
         record["entries"].append(_tables.entry_of(key, best, measured))
     record["choices"] = []
-    if isinstance(ours, Ours):
+    ways = {ours.name: ours, **rivals}
+    # Nothing is to be chosen where one refuses the case.
+    if all(way.available() is None for way in ways.values()):
         with _tables.trying(fastest.get):
-            _compare(record, task, ours.traced, backward, repeats, progress)
+            _compare(record, task, ways, backward, repeats, progress)
 
 
 def _outcome(
@@ -296,24 +300,17 @@ def _measured_of(record: dict[str, Any], found: Found) -> dict[str, Any]:
 def _compare(
     record: dict[str, Any],
     task: Task,
-    traced: bool,
+    ways: Mapping[str, JaxPeer],
     backward: bool,
     repeats: int,
     progress: Progress,
 ) -> None:
-    """Times the implementations that ``auto`` chooses from, in each pass.
-
-    Nothing is to be chosen where one of them refuses the case.
-    """
-    q, k, v, _ = task.sets[0]
-    refused = support(q, k, v, task.mask)
-    if any(refused[name] is not None for name in _measured.RIVALS):
-        return
-    problem = describe(canonical(q, k, v, task.mask, None))
+    """Times ours with each implementation that ``auto`` chooses from, pass by pass."""
+    problem = _problem(task, ways[TUNED])
     for direction in _measured.PASSES[: 2 if backward else 1]:
         found = search(
             _measured.RIVALS,
-            functools.partial(build_pass, task, traced, direction),
+            functools.partial(build_pass, task, ways, direction),
             *(repeats, len(task.sets), progress),
             f"{record['case']}: implementations, {direction}",
         )
@@ -324,9 +321,23 @@ def _compare(
         record["choices"].append(_measured.entry_of(key, found.best(), measured))
 
 
-def build_pass(task: Task, traced: bool, direction: str, implementation: str) -> Trial:
+def build_pass(
+    task: Task, ways: Mapping[str, JaxPeer], direction: str, implementation: str
+) -> Trial:
     """Compiles a pass of an implementation."""
-    return KernelTrial(Ours(implementation, traced).enter(task).ready(direction))
+    return KernelTrial(ways[implementation].enter(task).ready(direction))
+
+
+def _problem(task: Task, ours: JaxPeer) -> Problem:
+    """What the case asks of a backend: once, or nothing is chosen by it."""
+    *inputs, _ = jax.eval_shape(ours.arrange, *task.sets[0])
+    with choices() as made:
+        if ours.static:
+            jax.eval_shape(lambda *x: ours.forward(*x, task.mask), *inputs)
+        else:
+            jax.eval_shape(ours.forward, *inputs, ours.describe(task.mask))
+    ((problem, _),) = made
+    return problem
 
 
 def _keys(task: Task, ours: JaxPeer, backward: bool) -> list[Any]:

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsparse._ranks import promotes_ranks
-from jsparse.backends._contract import Backend, HostPattern, Operands, vary_like
+from jsparse.backends._contract import (
+    Backend,
+    HostPattern,
+    Operands,
+    Problem,
+    vary_like,
+)
 from jsparse.bias import Bias
 from jsparse.ops import _dispatch, _sharding
 from jsparse.ops._checks import canonical, check_rows, check_scale, describe
@@ -126,11 +132,12 @@ def block_sparse_attention(
     """
     operands = canonical(q, k, v, _within_bits(mask), bias)
     scale = check_scale(scale, operands.q.shape[-1])
-    backend = choose(implementation, describe(operands))
+    pattern = HostPattern.of(mask)
+    backend = choose(implementation, describe(operands, pattern))
     if backend.differentiable:
         out, lse = _differentiable(backend, scale, operands)
     else:
-        result = attend(backend, scale, HostPattern.of(mask), operands)
+        result = attend(backend, scale, pattern, operands)
         out, lse = cast(tuple[Array, Array], result)
     if mask.needed_capacity is not None:
         out, lse = _poison_overflow(out, lse, mask)
@@ -205,7 +212,8 @@ def gradients(
     """
     operands = canonical(q, k, v, _within_bits(mask), bias)
     scale = check_scale(scale, operands.q.shape[-1])
-    backend = choose(implementation, describe(operands))
+    pattern = HostPattern.of(mask)
+    backend = choose(implementation, describe(operands, pattern))
     rows = check_rows(operands, out=out, lse=lse, dout=dout, dlse=dlse)
     if mask.needed_capacity is not None:
         rows = *rows[:2], *_poison_overflow(*rows[2:], mask)
@@ -213,7 +221,6 @@ def gradients(
     if backend.differentiable:
         grads = _differentiated(backend, scale, operands, *rows[2:])
     else:
-        pattern = HostPattern.of(mask)
         grads = _gradients(
             *(backend, scale, pattern, operands, *rows), bias_gradient=bias_gradient
         )
@@ -285,7 +292,7 @@ def support(
         >>> [name for name, reason in support(q, k, v, mask).items() if reason is None]
         ['xla', 'reference']
     """
-    return refusals(describe(canonical(q, k, v, mask, bias)))
+    return refusals(_describe(q, k, v, mask, bias))
 
 
 def choice(
@@ -316,7 +323,14 @@ def choice(
         >>> choice(q, k, v, mask)
         Choice(forward='xla', backward='xla', reason='xla comes first')
     """
-    return _dispatch.choice("auto", describe(canonical(q, k, v, mask, bias)))
+    return _dispatch.choice("auto", _describe(q, k, v, mask, bias))
+
+
+def _describe(
+    q: Array, k: Array, v: Array, mask: BlockMask, bias: Bias | None
+) -> Problem:
+    operands = canonical(q, k, v, mask, bias)
+    return describe(operands, HostPattern.of(mask))
 
 
 def _poison_overflow(out: Array, lse: Array, mask: BlockMask) -> tuple[Array, Array]:

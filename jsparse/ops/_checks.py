@@ -18,7 +18,12 @@ import numpy as np
 
 from jsparse import backends
 from jsparse.backends import _score
-from jsparse.backends._contract import Operands, Problem, accumulator_dtype
+from jsparse.backends._contract import (
+    HostPattern,
+    Operands,
+    Problem,
+    accumulator_dtype,
+)
 from jsparse.bias import Bias, BlockBias, DistanceBias, EntryBias, ScoreFunction
 from jsparse.pallas_kernels._common import platform
 from jsparse.patterns import BlockMask
@@ -55,7 +60,7 @@ def canonical(
     )
 
 
-def describe(operands: Operands) -> Problem:
+def describe(operands: Operands, pattern: HostPattern | None) -> Problem:
     """The static description that backends judge."""
     q, k, v, mask, bias = operands
     kinds = {
@@ -65,6 +70,9 @@ def describe(operands: Operands) -> Problem:
         type(None): None,
     }
     form = getattr(bias, "form", "dense")
+    kind = kinds.get(type(bias), form)
+    values: Any = getattr(bias, "values", bias)
+    streamed = kind in ("dense", "block")
     weights = 0
     if isinstance(bias, DistanceBias):
         weights = bias.weights.shape[-1]
@@ -87,11 +95,22 @@ def describe(operands: Operands) -> Problem:
         most_blocks=mask.num_q_blocks * (mask.capacity.kv + mask.capacity.full_kv),
         rules=tuple(type(r).__name__ for r in mask.rules),
         bits=mask.bits is not None,
-        bias=kinds.get(type(bias), form),
+        bias=kind,
         platform=platform(q),
         bias_weights=weights,
         score=bias.function if isinstance(bias, ScoreFunction) else None,
+        bias_dtype=str(values.dtype) if streamed else None,
+        bias_by_key=kind == "dense" and values.shape[-2] == 1,
+        mean_blocks=None if pattern is None else _mean_blocks(pattern.mask),
     )
+
+
+def _mean_blocks(mask: BlockMask) -> float | None:
+    counts = mask.kv_num_blocks, mask.full_kv_num_blocks
+    if not all(getattr(x, "is_fully_addressable", True) for x in counts):
+        return None  # other processes hold parts of them
+    partial, full = (np.asarray(x).sum(-1) for x in counts)
+    return float(np.mean(partial + full))
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
+
+import jax
 
 from jsparse import backends
 from jsparse.backends import _measured
@@ -128,9 +131,29 @@ def _faster(problem: Problem, table: Mapping[_measured.Key, _measured.Entry]) ->
     return Choice(names[0], names[1], "; ".join(reasons))
 
 
+_listeners: list[list[tuple[Problem, Choice]]] = []
+
+
+@contextlib.contextmanager
+def choices() -> Iterator[list[tuple[Problem, Choice]]]:
+    """Lists what calls are of and choose, in all threads; for whoever measures models.
+
+    What was traced before is traced anew.
+    """
+    jax.clear_caches()
+    made: list[tuple[Problem, Choice]] = []
+    _listeners.append(made)
+    try:
+        yield made
+    finally:
+        _listeners[:] = [x for x in _listeners if x is not made]
+
+
 def choose(implementation: str, problem: Problem) -> Backend:
     """The backend to use; see `choice`."""
     found = choice(implementation, problem)
+    for made in _listeners:
+        made.append((problem, found))
     forward, backward = (
         # Modules have what the protocol says; no type checker sees it.
         cast(Backend, backends.load(name))

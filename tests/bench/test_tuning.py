@@ -236,7 +236,7 @@ def test_only_the_forward_kernel_is_tuned_without_backward(hopper, monkeypatch):
 def test_configs_beside_a_bias(case, bias, hopper, monkeypatch):
     monkeypatch.setattr(_tuning, "build", lambda *_: Invented(1.0))
     record = run_case(case, Options(kind="tune", repeats=1), Progress())
-    assert record["choices"] == []  # of the attention of models none is made
+    assert record["choices"] == []  # one of the implementations refuses it here
     assert [(x["kernel"], x["bias"]) for x in record["entries"]] == [
         (kernel, bias) for kernel in ("forward", "dq", "dkv")
     ]
@@ -273,7 +273,7 @@ def rivals(hopper, monkeypatch) -> dict[str, Any]:
     monkeypatch.setattr(_measured, "device_kind", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(_tuning, "build", lambda *_: Invented(1.0))
 
-    def build_pass(task, traced, direction, implementation):
+    def build_pass(task, ways, direction, implementation):
         which = _measured.RIVALS.index(implementation)
         return Invented(seconds[direction][which])
 
@@ -288,6 +288,7 @@ def test_the_faster_implementation_of_each_pass(rivals, tmp_path: Path, monkeypa
     assert _measured.key_of(forward) == _measured.Key(
         *("NVIDIA H100 80GB HBM3", "forward", 64, 64, 128, 128, "few_rows")
     )
+    assert _measured.key_of(backward).gradient_launches == 2
     assert [table.title for table in facts(rivals)[-2:]] == [
         f"tiny: configs of the {direction} pass" for direction in _measured.PASSES
     ]
@@ -302,6 +303,22 @@ def test_the_faster_implementation_of_each_pass(rivals, tmp_path: Path, monkeypa
     monkeypatch.setattr(_measured, "shipped", dict)
     q, k, v = jax.random.normal(jax.random.key(0), (3, 512, 2, 64), "bfloat16")
     assert ops.choice(q, k, v, CASE.load().mask)[:2] == ("mosaic_gpu", "mosaic_gpu")
+
+
+def test_choices_of_a_model(rivals, monkeypatch):
+    case = pair_case("pair", 2048, 2, 64)
+    monkeypatch.setattr(
+        _runner,
+        "_model_rivals",
+        lambda ours, model: {"cutlass": _runner.implemented(model, "mosaic_gpu")},
+    )
+    record = run_case(case, Options(kind="tune", repeats=2), Progress())
+    found = [(_measured.key_of(x), x["fastest"]) for x in record["choices"]]
+    sizes = (64, 64, 128, 128, "few_rows", "dense", 16)
+    assert [(key[1:], name) for key, name in found] == [
+        (("forward", *sizes, 0), "cutlass"),
+        (("backward", *sizes, 1), "mosaic_gpu"),
+    ]
 
 
 def test_nothing_is_chosen_where_one_refuses(tuned):

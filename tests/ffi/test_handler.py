@@ -426,8 +426,8 @@ REFUSED_ALL = {
         "bias": (1, 2, 100, 200),
         "dbias": (1, 1, 100, 200),
     },
-    "head size 64 with blocks of 128 x 64; expected a multiple of 8 up to 128 with blocks "
-    "of 128 x 128": {"blocks": (128, 64), "parts": (1, 64, 64)},
+    "head size 64 with blocks of 128 x 64; expected a multiple of 8 up to 128 with "
+    "blocks of 128 x 128": {"blocks": (128, 64), "parts": (1, 64, 64)},
 }
 
 
@@ -435,9 +435,10 @@ def test_all_gradients_take_what_they_describe(simulated):
     CallOfAll().run()
     CallOfAll(bad_keys=(1, 1, 256)).run()
     CallOfAll(bias=(1, 2, 100, 200), dbias=(1, 2, 100, 200)).run()
-    few = {"q": (1, 100, 2, 48), "k": (1, 200, 1, 48), "v": (1, 200, 1, 48)}
-    few |= {"dout": few["q"], "dq": few["q"], "dk": few["k"], "dv": few["v"]}
-    CallOfAll(**few, parts=(1, 128, 48)).run()
+    of_queries = dict.fromkeys(("q", "dout", "dq"), (1, 100, 2, 48))
+    of_keys = dict.fromkeys(("k", "v", "dk", "dv"), (1, 200, 1, 48))
+    shapes: dict[str, Any] = {**of_queries, **of_keys, "parts": (1, 128, 48)}
+    CallOfAll(**shapes).run()
 
 
 @pytest.mark.parametrize("reason", REFUSED_ALL)

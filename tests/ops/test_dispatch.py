@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,10 +14,11 @@ import pytest
 
 from jsparse import ScoreFunction, block_sparse_attention
 from jsparse.backends import _hopper, _measured, cutlass, mosaic_gpu, xla
+from jsparse.backends._contract import HostPattern
 from jsparse.bench import write_entries
-from jsparse.ops import _attention
+from jsparse.ops import _attention, _dispatch
 from jsparse.ops._checks import canonical, describe
-from jsparse.ops._dispatch import TwoBackends, choice, choose
+from jsparse.ops._dispatch import TwoBackends, choice, choices, choose
 from jsparse.pallas_kernels import _common
 from jsparse.patterns import window
 from tests.backends.test_mosaic_gpu import TAKEN
@@ -57,7 +60,7 @@ def test_the_largest_array_of_a_score_function_counts():
 
     def attend(x, *arrays):
         operands = canonical(x, x, x, mask, ScoreFunction(score, arrays))
-        found.append(describe(operands).bias_weights)
+        found.append(describe(operands, None).bias_weights)
 
     shapes = (128, 1, 16), (2**16, 2**15), (1,)
     jax.eval_shape(attend, *(jax.ShapeDtypeStruct(x, "float32") for x in shapes))
@@ -71,7 +74,7 @@ def test_it_depends_on_where_arrays_are_and_on_what_jax_was_told(monkeypatch):
     mask = window(128, left=9, right=9)
 
     def where(x):
-        return describe(canonical(x, x, x, mask, None)).platform
+        return describe(canonical(x, x, x, mask, None), None).platform
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     found = []
@@ -119,13 +122,94 @@ def test_the_faster_is_taken_in_each_pass(table):
         {"block_q": 64},
         {"block_kv": 128},
         {"batch": 1000, "most_blocks": 100},
-        {"bias": "dense"},
+        {"bias": "dense", "bias_dtype": "bfloat16"},
     ],
     ids=str,
 )
 def test_other_problems_have_no_entry(table, change):
     other = dataclasses.replace(TAKEN, **change)
     assert choice("auto", other, table(forward="cutlass")).forward == "mosaic_gpu"
+
+
+BIASED = dataclasses.replace(TAKEN, bias="dense", bias_dtype=TAKEN.dtype)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"bias_dtype": "float32"}, {"bias_dtype": "float16"}),
+        *({"bias_by_key": True}, {"bias": "block"}, {"bias": None}),
+    ],
+    ids=str,
+)
+def test_another_bias_has_no_entry(table, change):
+    key = _measured.Key.of(BIASED, "forward")
+    assert (key.bias, key.bias_bits) == ("dense", 16)
+    biased = {key: _measured.entry_of(key, "cutlass", MEASURED)}
+    assert choice("auto", BIASED, biased).forward == "cutlass"
+    other = dataclasses.replace(BIASED, **change)
+    assert choice("auto", other, biased).forward == "mosaic_gpu"
+
+
+ROWS_OF_MANY = dataclasses.replace(TAKEN, block_kv=128, most_blocks=64, mean_blocks=32)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"mean_blocks": 31.0}, {"mean_blocks": None}, {"block_q": 64}),
+        *({"head_dim": 160}, {"batch": 1 << 17}),
+        *(
+            {"bias": "dense", "bias_dtype": x, "bias_by_key": key}
+            for x, key in (("float32", False), ("bfloat16", True))
+        ),
+        {"bias": "dense", "bias_dtype": "bfloat16", "head_dim": 128},
+    ],
+    ids=str,
+)
+def test_one_launch_for_all_gradients_is_another_kernel(change):
+    assert _measured.Key.of(ROWS_OF_MANY, "backward").gradient_launches == 1
+    assert _measured.Key.of(ROWS_OF_MANY, "forward").gradient_launches == 0
+    other = dataclasses.replace(ROWS_OF_MANY, **change)
+    assert _measured.Key.of(other, "backward").gradient_launches == 2
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_problem_tells_how_many_launches_there_are(monkeypatch, dim):
+    """What the choice rests on is what the backend does."""
+    monkeypatch.setattr(
+        cutlass,
+        "_loaded",
+        lambda: SimpleNamespace(
+            jsparse_backward_tile=lambda dim, *blocks: 128 if dim <= 64 else 64
+        ),
+    )
+    for length in (15 * 128, 16 * 128):
+        mask = window(length, left=length, right=length)
+        shapes = [jax.ShapeDtypeStruct((length, 2, dim), "bfloat16")] * 3
+        found = []
+
+        def ask(q, k, v, mask=mask, found=found):
+            operands = canonical(q, k, v, mask, None)
+            for pattern in (HostPattern.of(mask), None):
+                call = _hopper.Call.of(operands, 1.0, pattern, 8)
+                launches = cutlass.gradient_launches(describe(operands, pattern))
+                found.append((launches == 1, bool(cutlass._one_launch(call, dim))))
+
+        jax.eval_shape(ask, *shapes)
+        assert found == [(length == 16 * 128,) * 2, (False, False)]
+
+
+def test_choices_are_listed():
+    mask = window(128, left=9, right=9)
+    x = jax.ShapeDtypeStruct((128, 1, 16), "float32")
+    attend = functools.partial(block_sparse_attention, implementation="xla")
+    compiled = jax.jit(lambda x: attend(x, x, x, mask))
+    for _ in range(2):
+        with choices() as made:
+            jax.eval_shape(compiled, x)
+        assert [found.implementation for _, found in made] == ["xla"]
+    assert not _dispatch._listeners
 
 
 def test_another_gpu_counts_where_this_one_was_not_measured(table, monkeypatch):
@@ -187,11 +271,11 @@ def test_the_shipped_table_can_be_read():
     "text",
     [
         "[]",
-        json.dumps({"format": 2, "entries": []}),
-        json.dumps({"format": 1, "entries": [{}]}),
+        json.dumps({"format": 1, "entries": []}),
+        json.dumps({"format": 2, "entries": [{}]}),
         json.dumps(
             {
-                "format": 1,
+                "format": 2,
                 "entries": [
                     _measured.entry_of(
                         _measured.Key(H100, "forward", 64, 64, 128, 128, "many"),
