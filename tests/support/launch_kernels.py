@@ -22,8 +22,10 @@ from tests.support.cases import (
     Case,
     biases,
     make_case,
+    of_all_blocks,
     random_mask,
     uneven_rows,
+    with_bias,
     with_entries,
 )
 from tests.support.scores import alibi
@@ -55,10 +57,24 @@ def problems(implementation: str) -> Iterator[tuple[str, Case]]:
         mask = random_mask(rng, SIZES, 8)
         bias = biases(rng, mask, 2, 2)[kind]
         yield f"bias {kind}", make_case(rng, mask, batch=(2,), bias=bias)
+    if implementation == "cutlass":
+        yield from _of_sixteen_bits(rng)
     if implementation == "mosaic_gpu":
         yield "bias entry", with_entries("entry", SIZES)
         bias = ScoreFunction(alibi, (np.ones(2, np.float32),))
         yield "score function", make_case(rng, random_mask(rng, SIZES, 8), bias=bias)
+
+
+def _of_sixteen_bits(rng: np.random.Generator) -> Iterator[tuple[str, Case]]:
+    """Biases of the dtype of q, which have kernels of their own."""
+    for dim in (32, 64, 128):
+        mask = random_mask(rng, SIZES, 8)
+        case = make_case(rng, mask, dims=(dim, dim))
+        for kind in ("dense", "block"):
+            yield f"16 bits, {kind}, D {dim}", with_bias(case, kind, "bfloat16")
+    for dim in (24, 64):
+        case = make_case(rng, of_all_blocks(600, 400), batch=(2,), dims=(dim, dim))
+        yield f"16 bits, all blocks, D {dim}", with_bias(case, "dense", "bfloat16")
 
 
 def lists() -> BlockMask:
