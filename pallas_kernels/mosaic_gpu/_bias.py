@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src.lib.mlir.dialects import arith
 from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils
 
 from . import _distance, _entries, _tiles
 from . import _registers as r
@@ -267,6 +268,40 @@ def add_tile(columns: int, scale: float, dtype: Any) -> Callable:
     def f(_, s, values):
         bias = (r.widened if layout is r.OPERAND else r.scalars)(values)
         return _sum(s, bias, scale, columns)
+
+    return f
+
+
+def keep(tile: int, chunk: int, scale: float, dtype: Any) -> Callable:
+    """``f(room, values, ...)``: each thread's values over the scale, for `kept`.
+
+    ``values`` are chunks of `_tiles.load`, of which ``room`` may hold the tile: it has
+    64 x ``tile`` float32.
+    """
+    layout = r.ACC if jnp.dtype(dtype).itemsize == 4 else r.OPERAND
+    arg_types = _tiles.ref_type(chunk, dtype), *(layout,) * (tile // chunk)
+
+    @plgpu.inline_mgpu(arg_types=arg_types, return_type=())
+    def f(_, room, *chunks):
+        open_ = r.widened if layout is r.OPERAND else r.scalars
+        factor = r.number(1 / scale)
+        values = [r.mul(x, factor) for values in chunks for x in open_(values)]
+        values = r.tied(values, "")
+        utils.warpgroup_barrier()  # all have read the tile
+        r.store_own(room, 0, values)
+
+    return f
+
+
+def kept(chunk: int, n: int, dtype: Any) -> Callable:
+    """``f(room) -> values``: the n-th chunk of what `keep` kept, to be added to."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(_tiles.ref_type(chunk, dtype),), return_type=_products(chunk)
+    )
+    def f(_, room):
+        count = chunk // 2
+        return r.accumulator(r.load_own(room, n * count, count), (64, chunk))
 
     return f
 

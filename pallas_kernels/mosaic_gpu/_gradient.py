@@ -118,15 +118,16 @@ def _column(register: int) -> int:
     return register >> 2 << 1 | register & 1
 
 
-def await_all(*columns: int) -> Callable:
-    """``f(x, ...) -> x, ...``: waits until no product is in flight."""
+def await_all(*columns: int, but: int = 0) -> Callable:
+    """``f(x, ...) -> x, ...``: waits until only the newest products are in flight."""
 
     @plgpu.inline_mgpu(
         arg_types=(r.ACC,) * len(columns), return_type=tuple(map(_tile, columns))
     )
     def f(_, *tiles):
         values = [r.scalars(x) for x in tiles]
-        flat = r.tied([*itertools.chain(*values)], "wgmma.wait_group.sync.aligned 0;")
+        text = f"wgmma.wait_group.sync.aligned {but};"
+        flat = r.tied([*itertools.chain(*values)], text)
         out = []
         for n, x in zip(columns, values, strict=True):
             out.append(r.accumulator(flat[: len(x)], (64, n)))
@@ -136,13 +137,23 @@ def await_all(*columns: int) -> Callable:
     return f
 
 
-def sum_of(columns: int) -> Callable:
-    """``f(x, y) -> x + y``."""
+def add_logits_gradient(columns: int, partial: bool) -> Callable:
+    """``f(total, p, dp, delta) -> total + ds``; see `logits_gradient_by_row`."""
 
-    @plgpu.inline_mgpu(arg_types=(r.ACC, r.ACC), return_type=_tile(columns))
-    def f(_, x, y):
-        both = zip(r.scalars(x), r.scalars(y), strict=True)
-        return r.accumulator([r.add(a, b) for a, b in both], (64, columns))
+    @plgpu.inline_mgpu(
+        arg_types=(r.ACC, r.ACC, r.ACC, r.ROW), return_type=_tile(columns)
+    )
+    def f(_, total, p, dp, delta):
+        delta = r.scalars(delta)
+        sums = []
+        for i, (x, y, sum_) in enumerate(
+            zip(*map(r.scalars, (p, dp, total)), strict=True)
+        ):
+            change = r.sub(y, delta[(i >> 1) & 1])
+            if partial:
+                change = r.zero_with(change, x)
+            sums.append(r.fma(x, change, sum_))
+        return r.accumulator(sums, (64, columns))
 
     return f
 

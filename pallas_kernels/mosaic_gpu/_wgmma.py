@@ -24,19 +24,28 @@ from . import _tiles
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """``x = a @ b.T`` or, accumulating, ``x = x + a @ b``; x is 64 x columns.
+    """``x = a @ b.T`` or, accumulating, ``x = x + a @ b`` or ``x + a @ b.T``.
+
+    x is 64 x columns.
 
     Attributes:
         columns: of the result.
         b: columns of the tile b (see `_tiles`) in shared memory.
         a: the same for a, or None if a comes in registers (`_registers.OPERAND`).
-        accumulate: whether the operand ``acc`` comes first, and b is not transposed.
+        accumulate: whether the operand ``acc`` comes first.
+        transposed: whether b is transposed; None: unless it accumulates.
     """
 
     columns: int
     b: int
     a: int | None = None
     accumulate: bool = False
+    transposed: bool | None = None
+
+    @property
+    def b_transposed(self) -> bool:
+        """Whether b's rows are the columns of x."""
+        return not self.accumulate if self.transposed is None else self.transposed
 
     @property
     def arg_types(self) -> tuple:
@@ -85,7 +94,7 @@ def start(*products: Product) -> Callable:
             if acc is not None:
                 acc, held = held[: len(acc)], held[len(acc) :]
             swizzle = ir.MemRefType(b.type).shape[-1] * 2
-            if not p.accumulate:
+            if p.b_transposed:
                 b = utils.memref_transpose(b, (1, 0, 3, 2))
             x = _multiply(acc, a, b, swizzle)
             out.append(r.accumulator(x, (64, p.columns)))

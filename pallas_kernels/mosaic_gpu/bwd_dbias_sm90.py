@@ -4,14 +4,16 @@ A team computes ``ds = p (dp - delta)`` of its tile for one batch entry and head
 another of those that share it, adds them up in registers and writes the sum once: no
 atomics, and zeros where the mask has no block. Where tiles are too few to keep all
 teams busy, the visits of each are divided into shares, whose sums are added up after.
-Two products a visit, ``s = q k^T`` and ``dp = dout v^T``; each element is its own, so a
-NaN needs no care here. A bias that nobody shares has its gradient from the dq kernel.
+Two products a visit, ``s = q k^T``, added to the bias, and ``dp = dout v^T``; each
+element is its own, so a NaN needs care only where elements do not count. A bias that
+nobody shares has its gradient from the dq kernel.
 May assume what `fwd_sm90` does; called by the adapter.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -107,6 +109,7 @@ def scratch_spec(
     """Shared memory of one CTA; the estimate and the launch both read it."""
     c, wgs, chunk = config, block_q // 64, min(config.tile, CHUNK)
     chunks, stages = c.tile // chunk, (c.teams, c.num_stages)
+    words = 4 // jnp.dtype(bias_dtype).itemsize
     bar = lambda count, arrivals: _persistent.barriers(c.teams, count, arrivals)
     row = plgpu.SMEM((*stages, wgs, 64), jnp.float32)
     parts = sum(_tiles.parts(dim, dtype)[0] for dim in (head_dim, value_dim))
@@ -117,7 +120,8 @@ def scratch_spec(
         v=_tiles.scratch((*stages, chunks), chunk, value_dim, dtype),
         lse2=row,
         delta=row,
-        bias=_tiles.scratch((c.teams, wgs, chunks), 64, chunk, bias_dtype),
+        # As it comes and as its gradient leaves; between, what products are added to.
+        bias=_tiles.scratch((c.teams, wgs, chunks * words), 64, chunk, bias_dtype),
         visit_full=bar(c.num_stages, 2 * wgs + (wgs + chunks) * parts),
         visit_free=bar(c.num_stages, wgs),
         bias_full=bar(1, wgs * chunks * _tiles.parts(chunk, bias_dtype)[0]),
@@ -332,21 +336,34 @@ class _BackwardDbias(Teams):
             outer, inner = divided(outer, bias.inner)
             b = (outer * entries + at.entry) * bias.inner + inner
             h = h if heads == 1 else at.head
-            own = (b if self.pattern[0] > 1 else 0) * self.pattern[1]
-            own += h if self.pattern[1] > 1 else 0
-            state = visits.blocks.state[own * self.pattern[2] + at.block]
 
-            def see(carry):
+            def see(state, carry):
                 i, j = self.place(visits, at, b)
                 column = j * self.block_columns + at.part
                 seen = _Seen(b, h, state, i * self.block_rows, column)
                 return body(seen, carry)
 
-            return lax.cond(state != EMPTY, see, lambda carry: carry, carry)
+            return unless_empty(b, h, see, carry)
 
-        first = at.share * count // self.shares
-        last = (at.share + 1) * count // self.shares
-        return lax.fori_loop(first, last, step, carry)
+        def look(b, h, see, carry):
+            own = (b if self.pattern[0] > 1 else 0) * self.pattern[1]
+            own += h if self.pattern[1] > 1 else 0
+            state = visits.blocks.state[own * self.pattern[2] + at.block]
+            found = functools.partial(see, state)
+            return lax.cond(state != EMPTY, found, lambda carry: carry, carry)
+
+        def all_visits(carry):
+            first = at.share * count // self.shares
+            last = (at.share + 1) * count // self.shares
+            return lax.fori_loop(first, last, step, carry)
+
+        if self.pattern[:2] != (1, 1):
+            unless_empty = look
+            return all_visits(carry)
+        # One pattern for all, looked at once.
+        state = visits.blocks.state[at.block]
+        unless_empty = lambda b, h, see, carry: see(state, carry)
+        return lax.cond(state != EMPTY, all_visits, lambda carry: carry, carry)
 
     def place(self, visits: Visits, at: _Item, b):
         """Row and column of a block of the bias in batch entry b's grid of blocks."""
@@ -416,11 +433,15 @@ class _BackwardDbias(Teams):
         plgpu.barrier_arrive(s["bias_free"][0])
         round_ = gradient.scaled(self.chunk, 1.0, self.bias_dtype)
         store = _tiles.store(self.chunk, self.bias_dtype)
+        sizes = self.tile, self.chunk, self.scale, self.bias_dtype
+        load, keep = _tiles.load(64, self.chunk, self.bias_dtype), _bias.keep(*sizes)
 
         def item(at, count):
             zero = jnp.zeros((64, self.chunk), jnp.float32)
             sums = [plgpu.layout_cast(zero, r.ACC) for _ in range(self.chunks)]
             plgpu.barrier_wait(s["bias_full"][0])
+            room = s["bias"].at[w]
+            keep(room, *(load(room.at[c]) for c in range(self.chunks)))
 
             def one(seen, carry):
                 count, sums = carry
@@ -433,7 +454,9 @@ class _BackwardDbias(Teams):
             count, sums = self.visit(visits, at, one, (count, sums))
             if self.shares > 1:
                 self.write_share(at, out, sums)
+                r.fence_reads()()
             else:
+                r.await_warpgroup()()
                 places = self.chunk_places(visits, at, w)
                 for c, (place, x) in enumerate(zip(places, sums, strict=True)):
                     tile = s["bias"].at[w, c]
@@ -456,30 +479,37 @@ class _BackwardDbias(Teams):
             r.store(place, gradient.scaled(self.chunk, 1.0, jnp.float32)(x))
 
     def add(self, visits: Visits, seen: _Seen, s: dict, slot, sums: list) -> list:
-        """Adds the logits' gradient of a visit to the sums, chunk by chunk."""
-        w, chunk = self.row_half(), self.chunk
-        dims = self.head_dim, self.value_dim
-        products = start(*(Product(chunk, dim, dim) for dim in dims))
-        load_bias = _tiles.load(64, chunk, self.bias_dtype)
-        add_bias = _bias.add_tile(chunk, self.scale, self.bias_dtype)
+        """Adds the logits' gradient of a visit to the sums, chunk by chunk.
+
+        While one chunk's is computed, products of the next run.
+        """
+        w, chunk, dim, value_dim = (
+            *(self.row_half(), self.chunk),
+            *(self.head_dim, self.value_dim),
+        )
+        of_logits = Product(chunk, dim, dim, accumulate=True, transposed=True)
+        products = start(
+            *(of_logits, Product(chunk, value_dim, value_dim)) * self.chunks
+        )
         probabilities = gradient.probabilities_by_row(chunk, self.scale * LOG2E)
-        logits_gradient = gradient.logits_gradient_by_row(chunk, partial=True)
-        q, dout = s["q"].at[slot, w], s["dout"].at[slot, w]
+        partial = visits.elements is not None
+        add = gradient.add_logits_gradient(chunk, partial)
+        q, dout, room = s["q"].at[slot, w], s["dout"].at[slot, w], s["bias"].at[w]
         lse2, delta = (
             plgpu.load(s[name].at[slot, w], layout=r.ROW, optimized=False)
             for name in ("lse2", "delta")
         )
-        out = []
-        for c, total in enumerate(sums):
-            k, v = s["k"].at[slot, c], s["v"].at[slot, c]
-            test = self.look(visits, seen, c)
-            logits, dp = products(q, k, dout, v)
-            bias = load_bias(s["bias"].at[w, c])
-            logits, dp = gradient.await_all(chunk, chunk)(logits, dp)
-            p = probabilities(add_bias(logits, bias), lse2)
-            p = test(p)
-            ds = logits_gradient(p, dp, delta)
-            out.append(gradient.sum_of(chunk)(total, ds))
+        operands, tests = [], []
+        for c in range(self.chunks):
+            tests.append(self.look(visits, seen, c))
+            bias = _bias.kept(chunk, c, self.bias_dtype)(room)
+            operands += [bias, q, s["k"].at[slot, c], dout, s["v"].at[slot, c]]
+        found, out = products(*operands), []
+        for c, (total, test) in enumerate(zip(sums, tests, strict=True)):
+            pending = 2 * (self.chunks - 1 - c)
+            both = gradient.await_all(chunk, chunk, but=pending)
+            logits, dp = both(*found[2 * c : 2 * c + 2])
+            out.append(add(total, test(probabilities(logits, lse2)), dp, delta))
         return out
 
     def look(self, visits: Visits, seen: _Seen, c: int) -> Callable:

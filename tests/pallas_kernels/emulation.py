@@ -73,7 +73,7 @@ def start(*products):
         for p in products:
             acc = rest.pop(0) if p.accumulate else 0.0
             a, b = (_untiled(_value(rest.pop(0))).astype(F32) for _ in range(2))
-            out.append(acc + a @ (b if p.accumulate else b.T))
+            out.append(acc + a @ (b.T if p.b_transposed else b))
         return tuple(out) if len(out) > 1 else out[0]
 
     return f
@@ -84,8 +84,8 @@ def wait(shape, pending):
     return lambda x: x.reshape(shape)
 
 
-def await_all(*columns):
-    del columns
+def await_all(*columns, but=0):
+    del columns, but
     return lambda *tiles: tiles
 
 
@@ -169,9 +169,9 @@ def whole_rows():
     return lambda total: total
 
 
-def sum_of(columns):
-    del columns
-    return jnp.add
+def add_logits_gradient(columns, partial):
+    ds = logits_gradient_by_row(columns, partial)
+    return lambda total, p, dp, delta: total + ds(p, dp, delta)
 
 
 def named_barrier(text):
@@ -180,6 +180,10 @@ def named_barrier(text):
 
 
 def fence_reads():
+    return lambda: None
+
+
+def await_warpgroup():
     return lambda: None
 
 
@@ -271,6 +275,26 @@ def store(columns, dtype):
 def add_tile(columns, scale, dtype):
     del columns, dtype
     return lambda s, values: s + values.astype(F32) / scale
+
+
+def keep(tile, chunk, scale, dtype):
+    del tile, chunk
+
+    def f(room, *chunks):
+        values = jnp.stack(chunks).astype(F32) / scale
+        room[...] = jax.lax.bitcast_convert_type(values, dtype).reshape(room.shape)
+
+    return f
+
+
+def kept(chunk, n, dtype):
+    words = 4 // jnp.dtype(dtype).itemsize
+
+    def f(room):
+        halves = room[...].reshape(-1, 64, chunk, *[words] * (words > 1))
+        return jax.lax.bitcast_convert_type(halves, F32)[n]
+
+    return f
 
 
 def add_columns(columns, scale):
@@ -663,14 +687,14 @@ def add_bits(count, block_q, block_kv, at_once):
 _STAND_INS = {
     _softmax: (softmax_step, operand, end_step, finish),
     _gradient: (
-        *(await_all, rows, scaled, sum_of, add_to_rows, whole_rows),
+        *(await_all, rows, scaled, add_logits_gradient, add_to_rows, whole_rows),
         *(probabilities_by_row, logits_gradient_by_row),
         *(probabilities_by_column, logits_gradient_by_column),
     ),
     _elements: (fetch, apply, poison, zero_columns),
-    _registers: (named_barrier, fence_reads),
+    _registers: (named_barrier, fence_reads, await_warpgroup),
     _tiles: (load, store),
-    _bias: (add_tile, add_columns, add_rows),
+    _bias: (add_tile, add_columns, add_rows, keep, kept),
     _entries: (spread, read, write),
     _distance: (
         *(
