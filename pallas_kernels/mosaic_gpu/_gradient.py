@@ -153,7 +153,8 @@ def add_logits_gradient(columns: int, partial: bool) -> Callable:
             if partial:
                 change = r.zero_with(change, x)
             sums.append(r.fma(x, change, sum_))
-        return r.accumulator(sums, (64, columns))
+        # Computed here, not beside the products that are started next.
+        return r.accumulator(r.tied(sums, ""), (64, columns))
 
     return f
 

@@ -330,8 +330,16 @@ class _BackwardDbias(Teams):
         entries, heads = bias.values.shape[:2]
         per_entry = self.heads if heads == 1 else 1
         count = self.batch // entries * per_entry
+        one_pattern = self.pattern[:2] == (1, 1)
 
-        def step(n, carry):
+        def unless_empty(b, h, body, carry):
+            own = (b if self.pattern[0] > 1 else 0) * self.pattern[1]
+            own += h if self.pattern[1] > 1 else 0
+            state = visits.blocks.state[own * self.pattern[2] + at.block]
+            seen = functools.partial(body, state)
+            return lax.cond(state != EMPTY, seen, lambda carry: carry, carry)
+
+        def step(n, carry, state=None):
             outer, h = divided(n, per_entry)
             outer, inner = divided(outer, bias.inner)
             b = (outer * entries + at.entry) * bias.inner + inner
@@ -343,27 +351,19 @@ class _BackwardDbias(Teams):
                 seen = _Seen(b, h, state, i * self.block_rows, column)
                 return body(seen, carry)
 
+            if one_pattern:
+                return see(state, carry)
             return unless_empty(b, h, see, carry)
 
-        def look(b, h, see, carry):
-            own = (b if self.pattern[0] > 1 else 0) * self.pattern[1]
-            own += h if self.pattern[1] > 1 else 0
-            state = visits.blocks.state[own * self.pattern[2] + at.block]
-            found = functools.partial(see, state)
-            return lax.cond(state != EMPTY, found, lambda carry: carry, carry)
-
-        def all_visits(carry):
+        def every(state, carry):
             first = at.share * count // self.shares
             last = (at.share + 1) * count // self.shares
-            return lax.fori_loop(first, last, step, carry)
+            return lax.fori_loop(
+                first, last, functools.partial(step, state=state), carry
+            )
 
-        if self.pattern[:2] != (1, 1):
-            unless_empty = look
-            return all_visits(carry)
-        # One pattern for all, looked at once.
-        state = visits.blocks.state[at.block]
-        unless_empty = lambda b, h, see, carry: see(state, carry)
-        return lax.cond(state != EMPTY, all_visits, lambda carry: carry, carry)
+        # A pattern that all share is looked at once.
+        return unless_empty(0, 0, every, carry) if one_pattern else every(None, carry)
 
     def place(self, visits: Visits, at: _Item, b):
         """Row and column of a block of the bias in batch entry b's grid of blocks."""
@@ -483,39 +483,46 @@ class _BackwardDbias(Teams):
 
         While one chunk's is computed, products of the next run.
         """
-        w, chunk, dim, value_dim = (
-            *(self.row_half(), self.chunk),
-            *(self.head_dim, self.value_dim),
-        )
-        of_logits = Product(chunk, dim, dim, accumulate=True, transposed=True)
-        products = start(
-            *(of_logits, Product(chunk, value_dim, value_dim)) * self.chunks
-        )
-        probabilities = gradient.probabilities_by_row(chunk, self.scale * LOG2E)
-        partial = visits.elements is not None
-        add = gradient.add_logits_gradient(chunk, partial)
-        q, dout, room = s["q"].at[slot, w], s["dout"].at[slot, w], s["bias"].at[w]
-        lse2, delta = (
-            plgpu.load(s[name].at[slot, w], layout=r.ROW, optimized=False)
-            for name in ("lse2", "delta")
-        )
-        operands, tests = [], []
-        for c in range(self.chunks):
-            tests.append(self.look(visits, seen, c))
-            bias = _bias.kept(chunk, c, self.bias_dtype)(room)
-            operands += [bias, q, s["k"].at[slot, c], dout, s["v"].at[slot, c]]
-        found, out = products(*operands), []
-        for c, (total, test) in enumerate(zip(sums, tests, strict=True)):
-            pending = 2 * (self.chunks - 1 - c)
-            both = gradient.await_all(chunk, chunk, but=pending)
-            logits, dp = both(*found[2 * c : 2 * c + 2])
-            out.append(add(total, test(probabilities(logits, lse2)), dp, delta))
+        running = [self.start_chunk(s, slot, c) for c in range(self.chunks)]
+        rows, out = self.rows(s, slot), []
+        for c, total in enumerate(sums):
+            newer = 2 * (self.chunks - 1 - c)
+            found = gradient.await_all(self.chunk, self.chunk, but=newer)(*running[c])
+            out.append(self.add_chunk(visits, seen, c, found, total, rows))
         return out
+
+    def start_chunk(self, s: dict, slot, c: int):
+        """Starts the products of a chunk: logits over the scale, and dp."""
+        w, chunk, room = self.row_half(), self.chunk, s["bias"].at[self.row_half()]
+        dim, value_dim = self.head_dim, self.value_dim
+        products = start(
+            Product(chunk, dim, dim, accumulate=True, transposed=True),
+            Product(chunk, value_dim, value_dim),
+        )
+        of_queries = s["q"].at[slot, w], s["k"].at[slot, c]
+        of_values = s["dout"].at[slot, w], s["v"].at[slot, c]
+        bias = _bias.kept(chunk, c, self.bias_dtype)(room)
+        return products(bias, *of_queries, *of_values)
+
+    def rows(self, s: dict, slot):
+        """lse2 and delta of the warpgroup's rows."""
+        return [
+            plgpu.load(s[x].at[slot, self.row_half()], layout=r.ROW, optimized=False)
+            for x in ("lse2", "delta")
+        ]
+
+    def add_chunk(self, visits, seen: _Seen, c: int, found, total, rows):
+        """Adds a chunk's gradient to its sums."""
+        test = self.look(visits, seen, c)
+        (logits, dp), (lse2, delta) = found, rows
+        p = gradient.probabilities_by_row(self.chunk, self.scale * LOG2E)
+        add = gradient.add_logits_gradient(self.chunk, visits.elements is not None)
+        return add(total, test(p(logits, lse2)), dp, delta)
 
     def look(self, visits: Visits, seen: _Seen, c: int) -> Callable:
         """``f(p)``: p, 0 where an element of a partial block does not count.
 
-        Bits are read here, before the products; of a full block, any that exist.
+        Bits are read here, while products run; of a full block, any that exist.
         """
         elements, (b, _, state, row, column) = visits.elements, seen
         if elements is None:
