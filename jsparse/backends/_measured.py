@@ -40,6 +40,7 @@ class Key(NamedTuple):
         launch: one of `fwd_sm90.LAUNCHES`.
         bias: what kind, as `Problem` names it, ``"by_key"`` or None.
         bias_bits: of a value, as the CUDA kernels read it; 0 for none.
+        bias_tested: whether elements are tested beside a bias, but for lengths.
         gradient_launches: of the CUDA kernels, whose launch of all gradients is another
             kernel than the two; 0 for the forward pass.
     """
@@ -53,6 +54,7 @@ class Key(NamedTuple):
     launch: str
     bias: str | None = None
     bias_bits: int = 0
+    bias_tested: bool = False
     gradient_launches: int = 0
 
     @classmethod
@@ -78,6 +80,7 @@ class Key(NamedTuple):
             launch=launch,
             bias="by_key" if problem.bias_by_key else problem.bias,
             bias_bits=cutlass.bias_bits(problem),
+            bias_tested=problem.bias is not None and problem.tested,
             gradient_launches=(
                 cutlass.gradient_launches(problem) if direction == "backward" else 0
             ),

@@ -314,7 +314,7 @@ def test_choices_of_a_model(rivals, monkeypatch):
     )
     record = run_case(case, Options(kind="tune", repeats=2), Progress())
     found = [(_measured.key_of(x), x["fastest"]) for x in record["choices"]]
-    sizes = (64, 64, 128, 128, "few_rows", "dense", 16)
+    sizes = (64, 64, 128, 128, "few_rows", "dense", 16, False)
     assert [(key[1:], name) for key, name in found] == [
         (("forward", *sizes, 0), "cutlass"),
         (("backward", *sizes, 1), "mosaic_gpu"),

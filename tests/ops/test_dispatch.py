@@ -131,7 +131,7 @@ def test_other_problems_have_no_entry(table, change):
     assert choice("auto", other, table(forward="cutlass")).forward == "mosaic_gpu"
 
 
-BIASED = dataclasses.replace(TAKEN, bias="dense", bias_dtype=TAKEN.dtype)
+BIASED = dataclasses.replace(TAKEN, bias="dense", bias_dtype=TAKEN.dtype, bits=False)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +139,7 @@ BIASED = dataclasses.replace(TAKEN, bias="dense", bias_dtype=TAKEN.dtype)
     [
         *({"bias_dtype": "float32"}, {"bias_dtype": "float16"}),
         *({"bias_by_key": True}, {"bias": "block"}, {"bias": None}),
+        *({"bits": True}, {"rules": ("SameLabel",)}),
     ],
     ids=str,
 )
