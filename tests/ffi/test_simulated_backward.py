@@ -110,7 +110,7 @@ def test_where_nan_goes_in_one_launch(on_cpu, one_launch, monkeypatch, where):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("dim", cutlass.HEAD_SIZES)
+@pytest.mark.parametrize("dim", [24, 64, 96])
 def test_a_bad_key_is_cleared_for_dq_alone(on_cpu, one_launch, dim, value):
     # Its own gradients are those of two launches, which read it as it is; and the steps
     # after those of partial blocks do too.

@@ -472,3 +472,20 @@ def test_negative_scale():
 def test_nan_stays_where_attention_carries_it(where, monkeypatch):
     monkeypatch.setitem(contract.BLOCKS, "mosaic_gpu", SIZES["64 x 64"])
     contract.test_nan_stays_where_attention_carries_it("mosaic_gpu", where)
+
+
+def test_what_no_query_sees_leaves_the_gradient_of_a_shared_bias():
+    rng = np.random.default_rng(11)
+    mask = random_mask(rng, SIZES["64 x 64"], 5)
+    case = make_case(rng, mask, batch=(2,), heads=(1, 1)).cast("bfloat16")
+    case.bias = rng.standard_normal((mask.q_len, mask.kv_len)).astype(np.float32)
+    clean = contract.run_case("mosaic_gpu", case)[5]
+    seen = mask.to_dense()[0, 0]
+    rows = seen.sum(0)
+    key = int(np.argmax((rows > 0) * (len(seen) - rows)))
+    v = np.array(case.v)
+    v[:, key] = np.nan
+    found = contract.run_case("mosaic_gpu", dataclasses.replace(case, v=v))[5]
+    blind = ~seen[:, key]
+    np.testing.assert_array_equal(found[blind], clean[blind])
+    assert np.isnan(np.asarray(found)[~blind]).any(1).all()
