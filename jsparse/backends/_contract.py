@@ -99,14 +99,13 @@ class Problem:
     """Whether a dense bias has one row for all queries."""
     mean_blocks: float | None = None
     """What the lists of a batch entry and head hold; None if that is traced."""
+    score: Any = None
+    """The `_score.Program` of a `ScoreFunction`."""
 
     @property
     def tested(self) -> bool:
         """Whether elements of blocks are tested, but for lengths."""
         return self.bits or bool(self.rules)
-
-    score: Any = None
-    """The `_score.Program` of a `ScoreFunction`."""
 
 
 class Backend(Protocol):

@@ -50,6 +50,8 @@ RULES = (SameLabel, RowInterval, ColumnInterval, Within)
 """In the order of ``jsparse_rule_kind``."""
 MOST_RULES = 4
 BIASES = ("dense", "block")
+WIDEST_OF_ALL = {0: 128, 16: 64}
+"""Head sizes of the kernels of all gradients, by the bits of a bias's values."""
 
 LIBRARY = "libjsparse_cuda.so"
 TARGETS = (
@@ -109,9 +111,8 @@ def gradient_launches(problem: Problem) -> int:
     """Launches of the backward pass: one, or dq and then dk and dv."""
     mean, blocks = problem.mean_blocks, (problem.block_q, problem.block_kv)
     dim = max(problem.head_dim, problem.value_dim)
-    if mean is None or blocks != (128, 128) or dim > HEAD_SIZES[-1]:
-        return 2
-    if problem.bias is not None and not (dim <= 64 and bias_bits(problem) == 16):
+    widest = WIDEST_OF_ALL.get(bias_bits(problem), 0)
+    if mean is None or blocks != (128, 128) or dim > widest:
         return 2
     split, lists = 1 if dim <= 64 else 2, problem.batch * problem.num_heads
     tiles = lists * -(-problem.q_len // problem.block_q) * split
@@ -209,22 +210,15 @@ def _one_launch(call: _hopper.Call, dim: int) -> int:
     block_q, block_kv = call.blocks
     tile = _loaded().jsparse_backward_tile(dim, block_q, block_kv)
     known = call.columns.known
-    if known is None or tile == 0 or not _joins_gradients(call, dim):
+    bias: Any = call.bias
+    bits = 0 if bias is None else 16 if bias.values.dtype == call.q.dtype else 32
+    if known is None or tile == 0 or dim > WIDEST_OF_ALL.get(bits, 0):
         return 0
     split = block_q // tile
     batch, _, heads, _ = call.q.shape
     steps = _turns.num_steps(*known, batch, heads, split)
     tiles = batch * heads * call.mask.num_q_blocks * split
     return split if _turns.worth(steps, tiles) else 0
-
-
-def _joins_gradients(call: _hopper.Call, dim: int) -> bool:
-    """Whether the kernel of all gradients takes the bias, if there is one."""
-    bias: Any = call.bias
-    if bias is None:
-        return True
-    streamed = isinstance(bias, _bias.DenseBias | _bias.BlockBias)
-    return streamed and dim <= 64 and bias.values.dtype == call.q.dtype
 
 
 def _all_gradients(
@@ -405,9 +399,8 @@ class _BiasOperands(NamedTuple):
 
 
 def _pad_heads(*arrays: Array) -> list[Array]:
-    """Zeros up to a head size that holds all of them, and that the kernels take."""
-    widest = max(x.shape[-1] for x in arrays)
-    size = -(-widest // HEAD_SIZE_STEP) * HEAD_SIZE_STEP
+    """Zeros up to the head size of the widest, which is rounded already."""
+    size = max(x.shape[-1] for x in arrays)
     return [
         jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])]) for x in arrays
     ]

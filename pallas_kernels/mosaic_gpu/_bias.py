@@ -288,7 +288,7 @@ def keep(tile: int, chunk: int, scale: float, dtype: Any) -> Callable:
         values = [r.mul(x, factor) for values in chunks for x in open_(values)]
         values = r.tied(values, "")
         utils.warpgroup_barrier()  # all have read the tile
-        r.store_own(room, 0, values)
+        r.store_own(room, values)
 
     return f
 

@@ -345,41 +345,35 @@ def shared_pairs(ref: ir.Value, count: int) -> list[ir.Value]:
     return out
 
 
-def _own_words(j: int, operands: str) -> str:
+def _own_words(j: int, base: str) -> str:
     """Instructions up to the address ``a`` of the thread's j-th four words.
 
-    ``operands`` names that of the array; the warpgroup's four words stand together.
+    ``base`` names the operand that is the array's; four words of all threads of a
+    warpgroup stand together.
     """
     return (
         "{ .reg .b32 a; mov.u32 a, %tid.x; and.b32 a, a, 127; "
-        f"mad.lo.u32 a, a, 16, {operands}; add.u32 a, a, {2048 * j}; "
+        f"mad.lo.u32 a, a, 16, {base}; add.u32 a, a, {2048 * j}; "
     )
 
 
-def store_own(ref: ir.Value, first: int, values: Sequence[ir.Value]) -> None:
-    """Writes the thread's values to its own part of an array in shared memory.
+def store_own(ref: ir.Value, values: Sequence[ir.Value]) -> None:
+    """Writes the thread's float32 values to its own part of an array in shared memory.
 
-    Of float32, a multiple of four, from its ``first`` on; no other thread's `load_own`
-    reads them.
+    They are a multiple of four; no other thread's `load_own` reads them.
     """
     base = utils.memref_ptr(ref)
     for j in range(0, len(values), 4):
-        text = (
-            _own_words((first + j) // 4, "$0")
-            + "st.shared.v4.f32 [a], {$1, $2, $3, $4}; }"
-        )
+        text = _own_words(j // 4, "$0") + "st.shared.v4.f32 [a], {$1, $2, $3, $4}; }"
         command(text, base, *values[j : j + 4], spec="r,f,f,f,f")
 
 
 def load_own(ref: ir.Value, first: int, count: int) -> list[ir.Value]:
-    """Inverse of `store_own`."""
+    """``count`` of the values that `store_own` wrote, from ``first`` on."""
     struct, base = llvm.StructType.get_literal([f32()] * 4), utils.memref_ptr(ref)
     out = []
-    for j in range(0, count, 4):
-        text = (
-            _own_words((first + j) // 4, "$4")
-            + "ld.shared.v4.f32 {$0, $1, $2, $3}, [a]; }"
-        )
+    for j in range(first, first + count, 4):
+        text = _own_words(j // 4, "$4") + "ld.shared.v4.f32 {$0, $1, $2, $3}, [a]; }"
         four = asm(struct, [base], text, "=f,=f,=f,=f,r", effects=True)
         out += [llvm.extractvalue(f32(), four, [e]) for e in range(4)]
     return out

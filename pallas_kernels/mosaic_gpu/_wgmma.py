@@ -33,19 +33,19 @@ class Product:
         b: columns of the tile b (see `_tiles`) in shared memory.
         a: the same for a, or None if a comes in registers (`_registers.OPERAND`).
         accumulate: whether the operand ``acc`` comes first.
-        transposed: whether b is transposed; None: unless it accumulates.
+        transposed: whether b is transposed although it accumulates.
     """
 
     columns: int
     b: int
     a: int | None = None
     accumulate: bool = False
-    transposed: bool | None = None
+    transposed: bool = False
 
     @property
     def b_transposed(self) -> bool:
         """Whether b's rows are the columns of x."""
-        return not self.accumulate if self.transposed is None else self.transposed
+        return self.transposed or not self.accumulate
 
     @property
     def arg_types(self) -> tuple:

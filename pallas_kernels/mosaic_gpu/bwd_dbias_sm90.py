@@ -13,7 +13,6 @@ May assume what `fwd_sm90` does; called by the adapter.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -332,38 +331,38 @@ class _BackwardDbias(Teams):
         count = self.batch // entries * per_entry
         one_pattern = self.pattern[:2] == (1, 1)
 
-        def unless_empty(b, h, body, carry):
+        def state_of(b, h):
             own = (b if self.pattern[0] > 1 else 0) * self.pattern[1]
             own += h if self.pattern[1] > 1 else 0
-            state = visits.blocks.state[own * self.pattern[2] + at.block]
-            seen = functools.partial(body, state)
-            return lax.cond(state != EMPTY, seen, lambda carry: carry, carry)
+            return visits.blocks.state[own * self.pattern[2] + at.block]
 
-        def step(n, carry, state=None):
+        def unless_empty(state, body, carry):
+            return lax.cond(state != EMPTY, body, lambda carry: carry, carry)
+
+        def step(n, carry):
             outer, h = divided(n, per_entry)
             outer, inner = divided(outer, bias.inner)
             b = (outer * entries + at.entry) * bias.inner + inner
             h = h if heads == 1 else at.head
+            state = of_all if one_pattern else state_of(b, h)
 
-            def see(state, carry):
+            def see(carry):
                 i, j = self.place(visits, at, b)
                 column = j * self.block_columns + at.part
                 seen = _Seen(b, h, state, i * self.block_rows, column)
                 return body(seen, carry)
 
-            if one_pattern:
-                return see(state, carry)
-            return unless_empty(b, h, see, carry)
+            return see(carry) if one_pattern else unless_empty(state, see, carry)
 
-        def every(state, carry):
+        def every(carry):
             first = at.share * count // self.shares
             last = (at.share + 1) * count // self.shares
-            return lax.fori_loop(
-                first, last, functools.partial(step, state=state), carry
-            )
+            return lax.fori_loop(first, last, step, carry)
 
-        # A pattern that all share is looked at once.
-        return unless_empty(0, 0, every, carry) if one_pattern else every(None, carry)
+        if not one_pattern:
+            return every(carry)
+        of_all = state_of(0, 0)
+        return unless_empty(of_all, every, carry)
 
     def place(self, visits: Visits, at: _Item, b):
         """Row and column of a block of the bias in batch entry b's grid of blocks."""

@@ -176,8 +176,15 @@ def test_one_launch_for_all_gradients_is_another_kernel(change):
     assert _measured.Key.of(other, "backward").gradient_launches == 2
 
 
-@pytest.mark.parametrize("dim", [64, 128])
-def test_a_problem_tells_how_many_launches_there_are(monkeypatch, dim):
+@pytest.mark.parametrize(
+    "dim, bias, joins",
+    [
+        *((64, None, True), (128, None, True), (72, None, True)),
+        *((64, "bfloat16", True), (48, "bfloat16", True), (72, "bfloat16", False)),
+        *((64, "float32", False), (64, "float16", False), (64, "by_key", False)),
+    ],
+)
+def test_a_problem_tells_how_many_launches_there_are(monkeypatch, dim, bias, joins):
     """What the choice rests on is what the backend does."""
     monkeypatch.setattr(
         cutlass,
@@ -189,17 +196,21 @@ def test_a_problem_tells_how_many_launches_there_are(monkeypatch, dim):
     for length in (15 * 128, 16 * 128):
         mask = of_all_blocks(length - 7, length - 7)  # partial at the ends
         shapes = [jax.ShapeDtypeStruct((length - 7, 2, dim), "bfloat16")] * 3
+        if bias is not None:
+            rows = 1 if bias == "by_key" else length - 7
+            dtype = "bfloat16" if bias == "by_key" else bias
+            shapes.append(jax.ShapeDtypeStruct((2, rows, length - 7), dtype))
         found = []
 
-        def ask(q, k, v, mask=mask, found=found):
-            operands = canonical(q, k, v, mask, None)
+        def ask(q, k, v, bias=None, mask=mask, found=found):
+            operands = canonical(q, k, v, mask, bias)
             for pattern in (HostPattern.of(mask), None):
                 call = _hopper.Call.of(operands, 1.0, pattern, 8)
                 launches = cutlass.gradient_launches(describe(operands, pattern))
                 found.append((launches == 1, bool(cutlass._one_launch(call, dim))))
 
         jax.eval_shape(ask, *shapes)
-        assert found == [(length == 16 * 128,) * 2, (False, False)]
+        assert found == [(joins and length == 16 * 128,) * 2, (False, False)]
 
 
 def test_choices_are_listed():
