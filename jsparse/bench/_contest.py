@@ -78,8 +78,10 @@ class Contest:
             kernels: whether the sum of kernel times counts, or the wall clock.
         """
         calls, results = self._begin(direction)
-        with self.turns.alone():
-            seconds = self._rounds(direction, calls, repeats, kernels)
+        with self.turns.alone(), measure.ClockWatch() as watch:
+            seconds = self._rounds(direction, calls, repeats, kernels, watch)
+        for name, found in results.items():
+            found["clock"] = watch.found(name)
         self._conclude(results, seconds, direction)
 
     def spread_out(self, direction: Direction, count: int, kernels: bool) -> None:
@@ -135,6 +137,7 @@ class Contest:
         calls: dict[str, Call],
         repeats: int,
         kernels: bool,
+        watch: measure.ClockWatch,
     ) -> dict[str, list[float]]:
         """Times in turns whose order alternates; of contenders that did not fail."""
         seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -144,10 +147,11 @@ class Contest:
                 turn = list(calls) if n % 2 == 0 else list(calls)[::-1]
                 which = n % len(self.task.sets)
                 for name in [name for name in turn if name in calls]:
-                    times = self._try(
-                        *(name, direction),
-                        functools.partial(_turn, calls[name], which, kernels),
-                    )
+                    with watch.turn(name):
+                        times = self._try(
+                            *(name, direction),
+                            functools.partial(_turn, calls[name], which, kernels),
+                        )
                     if times is None:
                         del calls[name], seconds[name]
                     else:

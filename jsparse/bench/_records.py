@@ -160,13 +160,14 @@ def _contest_facts(record: Record, direction: str, title: str) -> Facts:
                 *_times(found["seconds"]),
                 "" if ratio is None else f"{ratio['median']:.2f}",
                 *rate,
+                *((_clock(found),) if with_rate else ()),
                 f"{_worst(found):.1e}",
                 _memory(found),
             )
         )
     columns = (
         *("", "min", "median", "max", "time / ours"),
-        *(("useful work",) if with_rate else ()),
+        *(("useful work", "clock") if with_rate else ()),
         *("largest error", "memory"),
     )
     return Facts(f"{record['case']}: {title}", columns, rows, 0)
@@ -273,6 +274,22 @@ def _ratio(found: Record) -> dict[str, float] | None:
 def _memory(found: Record) -> str:
     size = found["temporary_bytes"]
     return "" if size is None else format_bytes(size)
+
+
+def _clock(found: Record) -> str:
+    """The GPU's clock meanwhile; empty where the record does not tell.
+
+    Example:
+        >>> _clock({"clock": {"sm_mhz": {"median": 1830.0}, "power_limited": 0.9}})
+        '1,830 MHz at the power limit'
+        >>> _clock({"clock": None})
+        ''
+    """
+    clock = found.get("clock")
+    if clock is None:
+        return ""
+    limited = " at the power limit" if clock["power_limited"] > 0.5 else ""
+    return f"{clock['sm_mhz']['median']:,.0f} MHz{limited}"
 
 
 def _times(spent: dict[str, float]) -> tuple[str, str, str]:
@@ -424,11 +441,13 @@ def _contest_rows(
 
 
 def _time_cell(record: Record, name: str, found: Record) -> str:
-    """Name and time; on a GPU, where useful work is what limits, its rate too."""
+    """Name and time; on a GPU also the rate of useful work, and the clock."""
     time = f"{_label(name, found)} {format_seconds(found['seconds']['median'])}"
     if record["device"]["platform"] == "cpu":
         return time
-    return f"{time}, {format_rate(found['gflops_per_second'])}"
+    clock = _clock(found)
+    rate = format_rate(found["gflops_per_second"])
+    return f"{time}, {rate}" + (f", {clock}" if clock else "")
 
 
 def _latency_table(records: list[Record]) -> str:

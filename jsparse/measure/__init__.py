@@ -5,12 +5,14 @@ Called by the command line, its main job and the benchmarks; never by the librar
 * ``_machine.py``: device, versions, memory that is there and memory that was used;
 * ``_timing.py``: compiling and timing one call, so that Ctrl-C works meanwhile;
 * ``_rows.py``: attention of some rows written out in NumPy, to check results with;
+* ``_clocks.py``: the GPU's clock and power meanwhile;
 * ``_turns.py``: runs that prepare side by side and time alone;
 * ``_progress.py``: progress on stderr.
 """
 
 from __future__ import annotations
 
+from jsparse.measure._clocks import ClockWatch as ClockWatch
 from jsparse.measure._errors import BadInput as BadInput
 from jsparse.measure._machine import available_memory as available_memory
 from jsparse.measure._machine import git_commit as git_commit

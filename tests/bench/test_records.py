@@ -119,6 +119,23 @@ def test_gpu_records_show_rates_and_who_is_dense():
     assert row.endswith("| 1.0 MB /  |")
     (table,) = [t for t in facts(record) if t.title == "tiny: forward"]
     assert "500 TFLOP/s" in table.rows[1]
+    assert [len(row) for row in table.rows] == [len(table.columns)] * 2
+
+
+def test_gpu_records_show_clocks():
+    record = copy.deepcopy(attention())
+    record["device"] |= {"platform": "gpu", "device": "NVIDIA H100 80GB HBM3"}
+    limited = {"sm_mhz": {"median": 1515.0}, "power_limited": 0.9}
+    for name, clock in (("xla", limited), ("dense", None)):
+        found = dict(record["forward"][name])
+        found |= {"computes": "blocks", "gflops_per_second": 4e5, "clock": clock}
+        record["forward"][name] = found
+    (row,) = [r for r in markdown([record]).splitlines() if r.startswith("| tiny")]
+    clock = "1,515 MHz at the power limit"
+    assert f"| xla 200 ms, 400 TFLOP/s, {clock} | dense 200 ms, 400 TFLOP/s |" in row
+    (table,) = [t for t in facts(record) if t.title == "tiny: forward"]
+    column = table.columns.index("clock")
+    assert [row[column] for row in table.rows] == [clock, ""]
 
 
 def test_a_folder_taken_away_meanwhile_is_made_again(tmp_path):
