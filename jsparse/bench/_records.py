@@ -160,14 +160,14 @@ def _contest_facts(record: Record, direction: str, title: str) -> Facts:
                 *_times(found["seconds"]),
                 "" if ratio is None else f"{ratio['median']:.2f}",
                 *rate,
-                *((_clock(found),) if with_rate else ()),
+                *((_held_back(found),) if with_rate else ()),
                 f"{_worst(found):.1e}",
                 _memory(found),
             )
         )
     columns = (
         *("", "min", "median", "max", "time / ours"),
-        *(("useful work", "clock") if with_rate else ()),
+        *(("useful work", "power limit") if with_rate else ()),
         *("largest error", "memory"),
     )
     return Facts(f"{record['case']}: {title}", columns, rows, 0)
@@ -276,20 +276,15 @@ def _memory(found: Record) -> str:
     return "" if size is None else format_bytes(size)
 
 
-def _clock(found: Record) -> str:
-    """The GPU's clock meanwhile; empty where the record does not tell.
+def _held_back(found: Record) -> str:
+    """Of how many looks at the GPU its power limit held it back; empty if unknown.
 
     Example:
-        >>> _clock({"clock": {"sm_mhz": {"median": 1830.0}, "power_limited": 0.9}})
-        '1,830 MHz at the power limit'
-        >>> _clock({"clock": None})
-        ''
+        >>> _held_back({"clock": {"power_limited": 0.68}}), _held_back({"clock": None})
+        ('68 %', '')
     """
     clock = found.get("clock")
-    if clock is None:
-        return ""
-    limited = " at the power limit" if clock["power_limited"] > 0.5 else ""
-    return f"{clock['sm_mhz']['median']:,.0f} MHz{limited}"
+    return "" if clock is None else f"{100 * clock['power_limited']:.0f} %"
 
 
 def _times(spent: dict[str, float]) -> tuple[str, str, str]:
@@ -441,13 +436,17 @@ def _contest_rows(
 
 
 def _time_cell(record: Record, name: str, found: Record) -> str:
-    """Name and time; on a GPU also the rate of useful work, and the clock."""
+    """Name and time; on a GPU also the rate of useful work, and whether power limits.
+
+    The limit is told where it held the GPU back most of the time.
+    """
     time = f"{_label(name, found)} {format_seconds(found['seconds']['median'])}"
     if record["device"]["platform"] == "cpu":
         return time
-    clock = _clock(found)
-    rate = format_rate(found["gflops_per_second"])
-    return f"{time}, {rate}" + (f", {clock}" if clock else "")
+    time += f", {format_rate(found['gflops_per_second'])}"
+    clock = found.get("clock")
+    limited = clock is not None and clock["power_limited"] > 0.5
+    return f"{time}, power limit" if limited else time
 
 
 def _latency_table(records: list[Record]) -> str:

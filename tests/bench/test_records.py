@@ -122,20 +122,24 @@ def test_gpu_records_show_rates_and_who_is_dense():
     assert [len(row) for row in table.rows] == [len(table.columns)] * 2
 
 
-def test_gpu_records_show_clocks():
+def test_gpu_records_show_whose_time_power_limits():
     record = copy.deepcopy(attention())
     record["device"] |= {"platform": "gpu", "device": "NVIDIA H100 80GB HBM3"}
-    limited = {"sm_mhz": {"median": 1515.0}, "power_limited": 0.9}
-    for name, clock in (("xla", limited), ("dense", None)):
+    for name, limited in (("xla", 0.9), ("dense", 0.5)):
         found = dict(record["forward"][name])
+        clock = {"sm_mhz": {"median": 1515.0}, "power_limited": limited}
         found |= {"computes": "blocks", "gflops_per_second": 4e5, "clock": clock}
         record["forward"][name] = found
     (row,) = [r for r in markdown([record]).splitlines() if r.startswith("| tiny")]
-    clock = "1,515 MHz at the power limit"
-    assert f"| xla 200 ms, 400 TFLOP/s, {clock} | dense 200 ms, 400 TFLOP/s |" in row
+    rate = "200 ms, 400 TFLOP/s"
+    assert f"| xla {rate}, power limit | dense {rate} |" in row
     (table,) = [t for t in facts(record) if t.title == "tiny: forward"]
-    column = table.columns.index("clock")
-    assert [row[column] for row in table.rows] == [clock, ""]
+    column = table.columns.index("power limit")
+    assert [row[column] for row in table.rows] == ["90 %", "50 %"]
+    del record["forward"]["xla"]["clock"]
+    record["forward"]["dense"]["clock"] = None  # as older records, as without NVML
+    (table,) = [t for t in facts(record) if t.title == "tiny: forward"]
+    assert [row[column] for row in table.rows] == ["", ""]
 
 
 def test_a_folder_taken_away_meanwhile_is_made_again(tmp_path):
