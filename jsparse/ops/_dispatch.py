@@ -13,7 +13,7 @@ from jsparse import backends
 from jsparse.backends import _measured
 from jsparse.backends._contract import Backend, HostPattern, Operands, Problem
 from jsparse.bias import Bias
-from jsparse.ops._checks import check_implementation
+from jsparse.ops._checks import check_implementation, describe
 
 Array = Any
 
@@ -38,26 +38,31 @@ class Choice(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class TwoBackends:
-    """The forward pass of one backend, the backward pass of another: `Backend`.
+class Auto:
+    """Each pass by who is faster for what is computed at last: `Backend`.
 
-    The second needs of the first only ``out`` and ``lse``.
+    Asked when a pass is traced: `jax.vmap` adds batch entries to what was asked for, a
+    mesh with explicit axes divides it. A backward pass needs of the forward pass only
+    ``out`` and ``lse``, whoever computed them.
+
+    Attributes:
+        platform: where the call computes; what is traced does not tell it.
     """
 
-    of_forward: Backend
-    of_backward: Backend
+    platform: str
     name = "auto"
     differentiable = False
 
     def why_not(self, problem: Problem) -> str | None:
-        """See `Backend.why_not`."""
-        return self.of_forward.why_not(problem) or self.of_backward.why_not(problem)
+        """See `Backend.why_not`. Somebody always can."""
+        return None
 
     def forward(
         self, operands: Operands, scale: float, pattern: HostPattern | None
     ) -> tuple[Array, Array]:
         """See `Backend.forward`."""
-        return self.of_forward.forward(operands, scale, pattern)
+        found = self._choice(operands, pattern)
+        return _loaded(found.forward).forward(operands, scale, pattern)
 
     def backward(
         self,
@@ -71,8 +76,15 @@ class TwoBackends:
         bias_gradient: bool,
     ) -> tuple[Array, Array, Array, Bias | None]:
         """See `Backend.backward`."""
+        found = self._choice(operands, pattern)
         rows = out, lse, dout, dlse
-        return self.of_backward.backward(operands, scale, pattern, *rows, bias_gradient)
+        return _loaded(found.backward).backward(
+            operands, scale, pattern, *rows, bias_gradient
+        )
+
+    def _choice(self, operands: Operands, pattern: HostPattern | None) -> Choice:
+        problem = describe(operands, pattern)
+        return choice("auto", dataclasses.replace(problem, platform=self.platform))
 
 
 def refusals(problem: Problem) -> dict[str, str | None]:
@@ -154,9 +166,11 @@ def choose(implementation: str, problem: Problem) -> Backend:
     found = choice(implementation, problem)
     for made in _listeners:
         made.append((problem, found))
-    forward, backward = (
-        # Modules have what the protocol says; no type checker sees it.
-        cast(Backend, backends.load(name))
-        for name in (found.forward, found.backward)
-    )
-    return forward if forward is backward else TwoBackends(forward, backward)
+    if implementation == "auto" and found.forward in _measured.RIVALS:
+        return Auto(problem.platform)
+    return _loaded(found.forward)
+
+
+def _loaded(name: str) -> Backend:
+    # Modules have what the protocol says; no type checker sees it.
+    return cast(Backend, backends.load(name))

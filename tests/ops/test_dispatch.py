@@ -16,9 +16,9 @@ from jsparse import ScoreFunction, block_sparse_attention
 from jsparse.backends import _hopper, _measured, cutlass, mosaic_gpu, xla
 from jsparse.backends._contract import HostPattern
 from jsparse.bench import write_entries
-from jsparse.ops import _attention, _dispatch
+from jsparse.ops import _dispatch
 from jsparse.ops._checks import canonical, describe
-from jsparse.ops._dispatch import TwoBackends, choice, choices, choose
+from jsparse.ops._dispatch import Auto, Choice, choice, choices, choose
 from jsparse.pallas_kernels import _common
 from jsparse.patterns import window
 from tests.backends.test_mosaic_gpu import TAKEN
@@ -95,7 +95,7 @@ def test_without_an_entry_the_first_is_taken(table):
         "backward was not measured: mosaic_gpu comes first",
     )
     assert choice("auto", TAKEN) == choice("auto", TAKEN, table())
-    assert choose("auto", TAKEN) is mosaic_gpu
+    assert choose("auto", TAKEN) == Auto("gpu")
 
 
 def test_the_faster_is_taken_in_each_pass(table):
@@ -266,11 +266,12 @@ def test_the_shipped_table_is_asked(table, monkeypatch, tmp_path):
     table(forward="cutlass")
     monkeypatch.setattr(_measured, "FILE", tmp_path / "measured.json")
     monkeypatch.setattr(_measured, "shipped", _measured.shipped.__wrapped__)
+    assert choice("auto", TAKEN).forward == "cutlass"
+    assert choice("auto", TAKEN).backward == "mosaic_gpu"
     found = choose("auto", TAKEN)
-    assert isinstance(found, TwoBackends)
-    assert (found.of_forward, found.of_backward) == (cutlass, mosaic_gpu)
-    assert found == choose("auto", TAKEN)
+    assert found == choose("auto", TAKEN) == Auto("gpu")
     assert hash(found) == hash(choose("auto", TAKEN))
+    assert choose("cutlass", TAKEN) == cutlass
 
 
 def test_the_shipped_table_can_be_read():
@@ -305,46 +306,85 @@ def test_other_files_are_refused(text):
         _measured.parse(text)
 
 
-def test_each_pass_is_computed_by_its_own():
+class Named:
+    """`xla` under another name, with a backward pass of its own."""
+
+    differentiable = False
+
+    def __init__(self, name, called):
+        self.name, self.called = name, called
+
+    def why_not(self, problem):
+        return None
+
+    def forward(self, operands, scale, pattern):
+        self.called.append((self.name, "forward", len(operands.batch_shape)))
+        return xla.forward(operands, scale, pattern)
+
+    def backward(self, operands, scale, pattern, out, lse, dout, dlse, bias_gradient):
+        self.called.append((self.name, "backward", len(operands.batch_shape)))
+        rows = out, lse, dout, dlse
+        return xla.backward(operands, scale, pattern, *rows, bias_gradient)
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Lets a function choose between two backends; gives what is called, in order."""
+    called = []
+
+    def by(of_problem):
+        def choice(implementation, problem):
+            forward, backward = of_problem(problem)
+            return Choice(forward, backward, "")
+
+        monkeypatch.setattr(_dispatch, "choice", choice)
+        monkeypatch.setattr(_dispatch, "_loaded", lambda name: Named(name, called))
+        return called
+
+    return by
+
+
+def gradients(q, k, v, dout, mask, implementation):
+    def attend(q, k, v):
+        return block_sparse_attention(q, k, v, mask, implementation=implementation)
+
+    return jax.vjp(attend, q, k, v)[1](dout)
+
+
+def test_each_pass_is_computed_by_its_own(chosen):
     rng = np.random.default_rng(0)
     mask = window(256, left=64, right=64, block_q=64, block_kv=64)
     q, k, v, dout = rng.standard_normal((4, 256, 2, 16)).astype(np.float32)
-    called = []
-
-    class Counting:
-        """`xla` as a backend with a backward pass of its own."""
-
-        name, differentiable = "counting", False
-
-        def __init__(self, label):
-            self.label = label
-
-        def why_not(self, problem):
-            return None
-
-        def forward(self, operands, scale, pattern):
-            called.append((self.label, "forward"))
-            return xla.forward(operands, scale, pattern)
-
-        def backward(
-            self, operands, scale, pattern, out, lse, dout, dlse, bias_gradient
-        ):
-            called.append((self.label, "backward"))
-            return xla.backward(
-                operands, scale, pattern, out, lse, dout, dlse, bias_gradient
-            )
-
-    def gradients(implementation):
-        def attend(q, k, v):
-            return block_sparse_attention(q, k, v, mask, implementation=implementation)
-
-        return jax.vjp(attend, q, k, v)[1](dout)
-
-    both = TwoBackends(Counting("one"), Counting("other"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_attention, "choose", lambda *_: both)
-        found = gradients("auto")
-    expected = gradients("xla")
+    expected = gradients(q, k, v, dout, mask, "xla")
+    called = chosen(lambda _: ("mosaic_gpu", "cutlass"))
+    found = gradients(q, k, v, dout, mask, "auto")
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_array_equal(x, y)
-    assert called == [("one", "forward"), ("other", "backward")]
+    assert called == [("mosaic_gpu", "forward", 0), ("cutlass", "backward", 0)]
+
+
+def test_vmap_is_asked_with_all_its_entries(chosen):
+    rng = np.random.default_rng(0)
+    mask = window(256, left=64, right=64, block_q=64, block_kv=64)
+    arrays = rng.standard_normal((4, 6, 256, 2, 16)).astype(np.float32)
+
+    def run(implementation):
+        def of_entry(q, k, v, dout):
+            return gradients(q, k, v, dout, mask, implementation)
+
+        return jax.vmap(of_entry)(*arrays)
+
+    expected = run("xla")
+
+    def of_problem(problem):
+        assert problem.platform == "cpu" and problem.mean_blocks is not None
+        return ("cutlass" if problem.batch == 6 else "mosaic_gpu",) * 2
+
+    called = chosen(of_problem)
+    found = run("auto")
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+    # JAX traces a function before it asks how to map it.
+    of_mapped = [name for name, _, axes in called if axes == 1]
+    assert of_mapped == ["cutlass", "cutlass"]
+    assert {name for name, _, axes in called if axes == 0} <= {"mosaic_gpu"}
