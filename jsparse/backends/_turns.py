@@ -30,7 +30,7 @@ MIN_PARTS = 4
 """Parts that a sum may always have."""
 SHARE = 3
 """A sum has at most a third as many parts as a worker has steps of a head."""
-SUMS_BESIDE_A_BIAS = 4
+SUMS_BESIDE_A_BIAS = 3
 """Most sums of a tile beside a bias, whose way through the L2 cache drives them out."""
 GOLDEN = (math.sqrt(5) - 1) / 2
 """Rows begin at multiples of it: evenly spread, whichever rows run side by side."""
