@@ -50,7 +50,7 @@ def forward(call: Callable, operands: Operands) -> tuple[Array, Array]:
         ValueError: for arrays sharded over other axes than batch axes and heads, or by
             heads where they cannot be divided.
     """
-    axes = axes_of(*operands[:3])
+    axes = axes_of(*operands)
     if axes is None:
         return call(operands, True)
     out = axes.by_query, axes.statistic
@@ -64,7 +64,7 @@ def backward(
 
     ``rows`` are out, lse and their cotangents. What devices share is summed over them.
     """
-    axes = axes_of(*operands[:3])
+    axes = axes_of(*operands, rows)
     if axes is None:
         return call(operands, *rows, True)
 
@@ -141,16 +141,18 @@ def _run(
     return on_devices(on_device, arrays, in_specs, out_specs, axes.mesh)
 
 
-def axes_of(q: Array, k: Array, v: Array) -> Axes | None:
-    """What ``[*B, T, H, D]`` arrays are sharded over; None if over nothing.
+def axes_of(q: Array, k: Array, v: Array, *others: Any) -> Axes | None:
+    """What ``[*B, T, H, D]`` arrays are sharded over; None if nothing is sharded.
+
+    Where only others are, such as a bias, every device computes all.
 
     Raises:
         ValueError: for other axes than batch axes and heads.
     """
     mesh, batch, heads = None, [None] * (q.ndim - 3), None
     for name, x in zip("qkv", (q, k, v), strict=True):
-        sharding = jax.typeof(x).sharding
-        if not sharding.mesh.explicit_axes or not any(sharding.spec):
+        sharding = _explicit(x)
+        if sharding is None:
             continue
         *lead, tokens, own_heads, dim = sharding.spec
         if tokens or dim:
@@ -161,7 +163,16 @@ def axes_of(q: Array, k: Array, v: Array) -> Axes | None:
             )
         mesh, heads = sharding.mesh, own_heads or heads
         batch = [own or other for own, other in zip(lead, batch, strict=True)]
+    if mesh is None:
+        found = filter(None, map(_explicit, jax.tree_util.tree_leaves(others)))
+        mesh = next((sharding.mesh for sharding in found), None)
     return None if mesh is None else Axes(mesh, tuple(batch), heads)
+
+
+def _explicit(x: Array) -> Any:
+    """How an array is sharded over explicit axes; None if it is not."""
+    sharding = jax.typeof(x).sharding
+    return sharding if sharding.mesh.explicit_axes and any(sharding.spec) else None
 
 
 def _specs(operands: Operands, axes: Axes) -> Operands:

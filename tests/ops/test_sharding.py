@@ -148,6 +148,36 @@ def test_a_bias_with_heads_of_its_own(mesh):
     assert not re.findall("all-gather|all-reduce|all-to-all", text)
 
 
+def test_only_a_bias_is_sharded(mesh):
+    bias = np.random.default_rng(4).standard_normal((HEADS, T, S)).astype(np.float32)
+    sharded = jax.device_put(bias, jax.NamedSharding(mesh, P("x")))
+    run = functools.partial(results, implementation="xla")
+    found, truth = (run(pattern_of(), x, *inputs()) for x in (sharded, bias))
+    for x, y in zip(found, truth, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5)
+    assert jax.typeof(found[-1]).sharding.spec[0] == "x"
+
+
+@pytest.mark.parametrize("what", ["bits", "points"])
+def test_only_a_mask_or_points_are_sharded(mesh, what):
+    def put(x):
+        part = P(*("x" if n == 2 else None for n in x.shape))
+        return jax.device_put(x, jax.NamedSharding(mesh, part))
+
+    points = np.random.default_rng(5).standard_normal((2, T, 3))
+    bias = DistanceBias.linear(np.full(HEADS, 0.1), points, np.zeros((S, 3)))
+    mask = BlockMask.stack([only_partial()] * 2, "batch")
+    run = functools.partial(results, implementation="xla")
+    truth = run(mask, bias, *inputs())
+    if what == "bits":
+        mask = jax.tree.map(put, mask)
+    else:
+        bias = jax.tree.map(put, bias)
+    found = run(mask, bias, *inputs())
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(truth), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5)
+
+
 def test_patterns_of_batch_entries(mesh):
     both = BlockMask.stack([pattern_of(5), pattern_of(6)], "batch")
     check(mesh, inputs(), P("x"), both)
