@@ -148,9 +148,9 @@ _listeners: list[list[tuple[Problem, Choice]]] = []
 
 @contextlib.contextmanager
 def choices() -> Iterator[list[tuple[Problem, Choice]]]:
-    """Lists what calls are of and choose, in all threads; for whoever measures models.
+    """Lists what calls ask for and get, in all threads; for whoever measures models.
 
-    What was traced before is traced anew.
+    Of a call under `jax.vmap` it is one entry. What was traced before is traced anew.
     """
     jax.clear_caches()
     made: list[tuple[Problem, Choice]] = []

@@ -1,4 +1,4 @@
-"""The GPU's clock in a record: whose turn it was, what NVML cannot say."""
+"""The GPU's clock while something is timed: whose turn it was, what NVML cannot say."""
 
 from __future__ import annotations
 
