@@ -574,6 +574,9 @@ def _leave(status: str) -> None:
 # ------------------------------------------------------------------------ printing
 
 
+_WIDEST = 10_000  # characters of a line that is not shown on a terminal
+
+
 def _console(**options: Any) -> Console:
     """A console that prints text as it is: file names are neither markup nor emoji."""
     return Console(markup=False, emoji=False, highlight=False, **options)
@@ -600,7 +603,10 @@ def _show(result: dict[str, Any], json: bool) -> None:
 
 
 def _print_tables(tables: list[Facts]) -> None:
+    """As wide as they need in a file or a pipe; on a terminal cells are folded."""
     console = _console()
+    if not console.is_terminal:
+        console.width = _WIDEST
     for facts in tables:
         table = Table(
             title=Text(facts.title),
@@ -612,7 +618,8 @@ def _print_tables(tables: list[Facts]) -> None:
         names = facts.columns or ("", "")
         for n, name in enumerate(names):
             numeric = n > 0 and (not facts.columns or facts.numeric(n))
-            table.add_column(Text(name), justify="right" if numeric else "left")
+            justify = "right" if numeric else "left"
+            table.add_column(Text(name), justify=justify, overflow="fold")
         for n, row in enumerate(facts.rows):
             style = "bold" if n == facts.chosen else None
             table.add_row(*map(Text, row), style=style)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -13,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import jsparse
 from jsparse import _doctor, _job, cli
-from jsparse.report import _page
+from jsparse.report import Facts, _page
 
 DATA = Path(__file__).parents[1] / "examples" / "data"
 SMALL = str(DATA / "1UBI.pdb.gz")
@@ -620,3 +622,15 @@ def test_the_installed_command():
         [command, "--version"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout.strip()) == (0, jsparse.__version__)
+
+
+def test_no_cell_of_a_table_is_cut_off(monkeypatch, capsys):
+    cell = "501 TFLOP/s, as " + "x" * 90
+    tables = [Facts("A title", ("who", "rate"), [("ours", cell)])]
+    cli._print_tables(tables)
+    assert cell in capsys.readouterr().out
+    terminal = functools.partial(Console, force_terminal=True, width=40)
+    monkeypatch.setattr(cli, "_console", terminal)
+    cli._print_tables(tables)
+    shown = capsys.readouterr().out
+    assert shown.count("x") == 90 and "…" not in shown
