@@ -374,19 +374,29 @@ class Walker(Teams):
                     copied = array.at[fields[0], head, columns]
                     plgpu.copy_gmem_to_smem(copied, to, full)
 
+            if stream is streams[0]:
+                self.load_beside(fields, bias, columns, block, s, slot, full)
+
         full = s[f"{streams[0].name}_full"][slot]
-        if "points" in s:
-            points = bias.columns_at(fields[0], columns)
-            plgpu.copy_gmem_to_smem(points, s["points"].at[slot], full)
-        if "entry_list" in s:
-            place = self.block_of(fields, bias, block)
-            _entries.fetch(bias, place, s["entry_list"].at[slot], full)
         if _bias.streamed(bias):
             if "bias_full" in s:
                 full = s["bias_full"][slot]
             nth = lax.div(n, per_block)
             self.load_bias(fields, bias, nth, column, s, slot, full)
         return following
+
+    def load_beside(self, fields, bias, columns, block, s: dict, slot, full) -> None:
+        """Fetches what a step's columns have of a bias by distance or by entry.
+
+        Before the other streams' places are free: where two steps are in flight, these
+        are given back only by who has seen the first stream of the next.
+        """
+        if "points" in s:
+            points = bias.columns_at(fields[0], columns)
+            plgpu.copy_gmem_to_smem(points, s["points"].at[slot], full)
+        if "entry_list" in s:
+            place = self.block_of(fields, bias, block)
+            _entries.fetch(bias, place, s["entry_list"].at[slot], full)
 
     def load_bias(
         self, fields, bias: Streamed, nth, column, s: dict, slot, full

@@ -51,6 +51,9 @@ SIZES = {
 HALVES = (170, 180, 128, 128)
 """The last half of a block is one beyond the last row, of queries and of keys."""
 
+NUM_CTAS = 3
+"""Few, so that each has several items, and as each is emulated, items or not."""
+
 LONGEST = 600
 """Seconds of a test; each takes about ten, a hundred on a busy machine, or for ever
 where a kernel waits in vain."""
@@ -58,11 +61,11 @@ where a kernel waits in vain."""
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch, capsys):
-    """Takes every problem, on a GPU of three multiprocessors that is not there."""
+    """Takes every problem, on a GPU of few multiprocessors that is not there."""
     if jax.default_backend() == "gpu":
         pytest.skip("the contract suite runs the kernels themselves")
     monkeypatch.setattr(mosaic_gpu, "why_not", lambda problem: None)
-    monkeypatch.setattr(_hopper, "num_multiprocessors", lambda: 3)
+    monkeypatch.setattr(_hopper, "num_multiprocessors", lambda: NUM_CTAS)
     for module, name in (
         *((contract, "run_case"), (contract, "run_known")),
         (score_function, "run"),
@@ -197,6 +200,14 @@ def test_bias_by_entry(kind, sizes, patterns, dtype):
     case.bias = cast_bias(case.bias, dtype)
     found = check(case)
     contract.check_sixteen_bit_bias(case.cast("bfloat16"), found[5])
+
+
+def test_two_stages_beside_a_bias_by_entry():
+    """Lists come before there is a place for values, given back a step later."""
+    dim, sizes = 80, (60, 400, 64, 64)  # three blocks a row
+    config = fwd_sm90.Config.choose(dim, dim, 64, 64, NUM_CTAS, "few_rows", "entry")
+    assert config.num_stages == 2
+    check(with_entries("entry", sizes, dim=dim))
 
 
 @pytest.mark.parametrize("kind", ["block", "dense_shared_heads", "table"])
@@ -395,19 +406,22 @@ def test_score_function(name, pattern, sizes):
         assert contract.error(x, y) <= limit, (n, contract.error(x, y), limit)
 
 
+def half_a_block(teams: int) -> fwd_sm90.Config:
+    """Whose items are of half a block, of the forward kernel."""
+    fields = {"num_stages": 2, "ping_pong": False, "num_ctas": NUM_CTAS}
+    return fwd_sm90.Config(64, tile_kv=64, teams=teams, **fields)
+
+
 @pytest.mark.parametrize("name, teams", [("grouped_query", 2), ("window", 3)])
 def test_teams_that_share_items(name, teams, monkeypatch):
-    shares = fwd_sm90.Config(
-        64, tile_kv=64, num_stages=2, ping_pong=False, teams=teams, share=True
-    )
+    shares = dataclasses.replace(half_a_block(teams), share=True)
     monkeypatch.setattr(fwd_sm90.Config, "choose", lambda *_: shares)
     check(CASES[name](np.random.default_rng(8), SIZES["128 x 128"]))
 
 
 @pytest.mark.parametrize("static", [True, False])
 def test_items_of_half_a_block(static, monkeypatch):
-    half = fwd_sm90.Config(64, tile_kv=64, num_stages=2, ping_pong=False, teams=2)
-    monkeypatch.setattr(fwd_sm90.Config, "choose", lambda *_: half)
+    monkeypatch.setattr(fwd_sm90.Config, "choose", lambda *_: half_a_block(teams=2))
     rng, sizes = np.random.default_rng(5), HALVES
     if static:
         case = make_case(rng, uneven_rows(rng, (1, 2), sizes), heads=(2, 1))
@@ -418,8 +432,7 @@ def test_items_of_half_a_block(static, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["dense_2d", "block", "per_key", "linear"])
 def test_bias_beside_items_of_half_a_block(kind, monkeypatch):
-    half = fwd_sm90.Config(64, tile_kv=64, num_stages=2, ping_pong=False, teams=2)
-    monkeypatch.setattr(fwd_sm90.Config, "choose", lambda *_: half)
+    monkeypatch.setattr(fwd_sm90.Config, "choose", lambda *_: half_a_block(teams=2))
     rng = np.random.default_rng(7)
     mask = uneven_rows(rng, (1, 2), HALVES)
     case = make_case(rng, mask, heads=(2, 1))
@@ -428,9 +441,9 @@ def test_bias_beside_items_of_half_a_block(kind, monkeypatch):
 
 
 def backward_of_half_a_block(monkeypatch):
+    half = BackwardConfig(num_stages=3, teams=2, tile_rows=64, num_ctas=NUM_CTAS)
     for module in (bwd_dq_sm90, bwd_dkv_sm90):
-        half = BackwardConfig(num_stages=3, teams=2, tile_rows=64)
-        monkeypatch.setattr(module, "choose", lambda *_, half=half: half)
+        monkeypatch.setattr(module, "choose", lambda *_: half)
 
 
 @pytest.mark.parametrize("name", ["uneven", "window", "grouped_query"])
