@@ -1,7 +1,11 @@
-"""What every test runs under: strict dtypes, repeatable examples, a GPU or a skip."""
+"""What every test runs under: strict dtypes, repeatable examples, a GPU or a skip.
+
+`pytest --cases N` runs at most N cases of each parametrized test.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -49,11 +53,35 @@ def strict_promotion() -> Iterator[None]:
         yield
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests marked `gpu`, with a printed reason, where JAX finds no GPU."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What a change of JAX breaks, it breaks in most cases of a test alike."""
+    parser.addoption(
+        "--cases", type=int, help="of each parametrized test, run at most this many"
+    )
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Skips, with a reason, what needs a GPU without one; deselects for ``--cases``."""
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if not on_gpu or jax.default_backend() == "gpu":
-        return
+    if jax.default_backend() == "gpu":
+        on_gpu = []
     reason = f"needs a GPU; JAX runs on {jax.default_backend()} here"
     for item in on_gpu:
         item.add_marker(pytest.mark.skip(reason=reason))
+    if (most := config.getoption("--cases")) is not None:
+        skipped = set(on_gpu)
+        kept = spread_cases([item for item in items if item not in skipped], most)
+        config.hook.pytest_deselected(items=list(set(items) - set(kept)))
+        items[:] = kept
+
+
+def spread_cases(items: list[pytest.Item], most: int) -> list[pytest.Item]:
+    """At most ``most`` cases of each test, from the first to the last."""
+    kept = []
+    for _, group in itertools.groupby(items, lambda x: x.nodeid.partition("[")[0]):
+        cases = list(group)
+        count = min(most, len(cases))
+        kept += [cases[i * (len(cases) - 1) // max(count - 1, 1)] for i in range(count)]
+    return kept

@@ -481,10 +481,10 @@ def test_negative_scale():
     assert contract.error(ours, plain) < 1e-2
 
 
-@pytest.mark.parametrize("where", ["k", "v", "q", "dout"])
-def test_nan_stays_where_attention_carries_it(where, monkeypatch):
+def test_nan_stays_where_attention_carries_it(monkeypatch):
     monkeypatch.setitem(contract.BLOCKS, "mosaic_gpu", SIZES["64 x 64"])
-    contract.test_nan_stays_where_attention_carries_it("mosaic_gpu", where)
+    for where in ("k", "v", "q", "dout"):
+        contract.test_nan_stays_where_attention_carries_it("mosaic_gpu", where)
 
 
 def test_what_no_query_sees_leaves_the_gradient_of_a_shared_bias():

@@ -1,8 +1,10 @@
-// A CTA on a CPU, or several that run at a time: its threads are fibers, of which one runs at a time, until it waits. They come in
-// random order, and now and then a warp is held up for long, so that what others may do meanwhile is
-// done. The same seed gives the same order. If all threads wait, the CTA hangs.
+// A CTA on a CPU, or several that run at a time: its threads are fibers, of which one runs at a time,
+// until it waits. They come in random order, and now and then a warp is held up for long, so that what
+// others may do meanwhile is done. The same seed gives the same order. If all threads wait, the CTA
+// hangs.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -51,10 +53,9 @@ class Cta {
     thread.index = index;
     thread.body = std::move(body);
     thread.stack.resize(1 << 17);
-    getcontext(&thread.context);
-    thread.context.uc_stack = {thread.stack.data(), 0, thread.stack.size()};
-    thread.context.uc_link = &scheduler_;
-    makecontext(&thread.context, &Cta::enter, 0);
+    getcontext(&thread.start);
+    thread.start.uc_stack = {thread.stack.data(), 0, thread.stack.size()};
+    makecontext(&thread.start, &Cta::enter, 0);
     ++quads_[index / 4].size;
     ++warps_[index / 32].size;
   }
@@ -70,8 +71,7 @@ class Cta {
         any = true;
         if (round < held_until_[thread->index / 32]) continue;
         thread->ready = nullptr;
-        running_ = thread.get();
-        swapcontext(&scheduler_, &thread->context);
+        resume(*thread);
         if (!trouble.empty()) throw Failure(trouble);
         left -= thread->done;
       }
@@ -85,7 +85,7 @@ class Cta {
 
   void wait_until(std::function<bool()> ready) {
     running_->ready = std::move(ready);
-    swapcontext(&running_->context, &scheduler_);
+    if (_setjmp(running_->paused) == 0) _longjmp(scheduler_, 1);
   }
 
   void meet(Meeting &meeting) {
@@ -128,16 +128,28 @@ class Cta {
  private:
   struct Thread {
     int index;
-    bool done = false;
+    bool started = false, done = false;
     std::function<void()> body;
     std::function<bool()> ready;
     std::vector<char> stack;
-    ucontext_t context;
+    ucontext_t start;
+    jmp_buf paused;
   };
 
   static void enter() {
     cta->running_->body();
     cta->running_->done = true;
+    _longjmp(cta->scheduler_, 1);
+  }
+
+  // Until it waits, or is done. A thread is entered once by its context; from then on jumps, which unlike
+  // swapcontext ask nothing of the kernel.
+  void resume(Thread &thread) {
+    running_ = &thread;
+    if (_setjmp(scheduler_) != 0) return;
+    if (thread.started) _longjmp(thread.paused, 1);
+    thread.started = true;
+    setcontext(&thread.start);
   }
 
   bool copy_one(std::deque<std::function<void()>> &copies) {
@@ -158,7 +170,7 @@ class Cta {
   std::deque<std::function<void()>> copies_, stores_;
   unsigned stores_held_until_ = 0;  // round
   Thread *running_ = nullptr;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
 };
 
 }  // namespace simulated

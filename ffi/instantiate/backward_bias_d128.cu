@@ -2,3 +2,5 @@
 
 template cudaError_t jsparse::launch_backward<JSPARSE_BFLOAT16, 128, true>(
     const BackwardParams &, bool, cudaStream_t);
+template cudaError_t jsparse::launch_backward<JSPARSE_FLOAT16, 128, true>(
+    const BackwardParams &, bool, cudaStream_t);

@@ -1,4 +1,6 @@
 #include "kernel/forward_sm90.cuh"
 
+template cudaError_t jsparse::launch_forward<JSPARSE_BFLOAT16, 32, 0>(
+    const ForwardParams &, cudaStream_t);
 template cudaError_t jsparse::launch_forward<JSPARSE_FLOAT16, 32, 0>(
     const ForwardParams &, cudaStream_t);

@@ -1,4 +1,6 @@
 #include "kernel/backward_sm90.cuh"
 
+template cudaError_t jsparse::launch_backward<JSPARSE_BFLOAT16, 128, false>(
+    const BackwardParams &, bool, cudaStream_t);
 template cudaError_t jsparse::launch_backward<JSPARSE_FLOAT16, 128, false>(
     const BackwardParams &, bool, cudaStream_t);

@@ -4,3 +4,7 @@ template cudaError_t jsparse::launch_gradients<JSPARSE_BFLOAT16, 64, false>(
     const BackwardParams &, cudaStream_t);
 template cudaError_t jsparse::launch_gradients<JSPARSE_BFLOAT16, 64, true>(
     const BackwardParams &, cudaStream_t);
+template cudaError_t jsparse::launch_gradients<JSPARSE_FLOAT16, 64, false>(
+    const BackwardParams &, cudaStream_t);
+template cudaError_t jsparse::launch_gradients<JSPARSE_FLOAT16, 64, true>(
+    const BackwardParams &, cudaStream_t);

@@ -1,6 +1,10 @@
 #define JSPARSE_INLINE_STEPS __forceinline__
 #include "kernel/forward_sm90.cuh"
 
+template cudaError_t jsparse::launch_forward<JSPARSE_BFLOAT16, 64, 2>(
+    const ForwardParams &, cudaStream_t);
+template cudaError_t jsparse::launch_forward<JSPARSE_BFLOAT16, 64, 4>(
+    const ForwardParams &, cudaStream_t);
 template cudaError_t jsparse::launch_forward<JSPARSE_FLOAT16, 64, 2>(
     const ForwardParams &, cudaStream_t);
 template cudaError_t jsparse::launch_forward<JSPARSE_FLOAT16, 64, 4>(

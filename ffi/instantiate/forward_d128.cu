@@ -2,3 +2,5 @@
 
 template cudaError_t jsparse::launch_forward<JSPARSE_BFLOAT16, 128, 0>(
     const ForwardParams &, cudaStream_t);
+template cudaError_t jsparse::launch_forward<JSPARSE_FLOAT16, 128, 0>(
+    const ForwardParams &, cudaStream_t);

@@ -5,3 +5,7 @@ template cudaError_t jsparse::launch_forward<JSPARSE_BFLOAT16, 128, 2>(
     const ForwardParams &, cudaStream_t);
 template cudaError_t jsparse::launch_forward<JSPARSE_BFLOAT16, 128, 4>(
     const ForwardParams &, cudaStream_t);
+template cudaError_t jsparse::launch_forward<JSPARSE_FLOAT16, 128, 2>(
+    const ForwardParams &, cudaStream_t);
+template cudaError_t jsparse::launch_forward<JSPARSE_FLOAT16, 128, 4>(
+    const ForwardParams &, cudaStream_t);

@@ -1,4 +1,0 @@
-#include "kernel/backward_sm90.cuh"
-
-template cudaError_t jsparse::launch_backward<JSPARSE_FLOAT16, 128, true>(
-    const BackwardParams &, bool, cudaStream_t);

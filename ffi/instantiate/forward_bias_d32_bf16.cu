@@ -1,7 +1,0 @@
-#define JSPARSE_INLINE_STEPS __forceinline__
-#include "kernel/forward_sm90.cuh"
-
-template cudaError_t jsparse::launch_forward<JSPARSE_BFLOAT16, 32, 2>(
-    const ForwardParams &, cudaStream_t);
-template cudaError_t jsparse::launch_forward<JSPARSE_BFLOAT16, 32, 4>(
-    const ForwardParams &, cudaStream_t);

@@ -1,4 +1,0 @@
-#include "kernel/forward_sm90.cuh"
-
-template cudaError_t jsparse::launch_forward<JSPARSE_FLOAT16, 128, 0>(
-    const ForwardParams &, cudaStream_t);

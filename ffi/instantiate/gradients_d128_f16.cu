@@ -1,4 +1,0 @@
-#include "kernel/backward_sm90.cuh"
-
-template cudaError_t jsparse::launch_gradients<JSPARSE_FLOAT16, 128, false>(
-    const BackwardParams &, cudaStream_t);

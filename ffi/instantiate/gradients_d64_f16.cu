@@ -1,6 +1,0 @@
-#include "kernel/backward_sm90.cuh"
-
-template cudaError_t jsparse::launch_gradients<JSPARSE_FLOAT16, 64, false>(
-    const BackwardParams &, cudaStream_t);
-template cudaError_t jsparse::launch_gradients<JSPARSE_FLOAT16, 64, true>(
-    const BackwardParams &, cudaStream_t);
