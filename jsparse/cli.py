@@ -291,7 +291,8 @@ def bench(
         Path | None,
         typer.Option(
             help="With --tune: table of the faster implementations, which auto asks, "
-            "to put the outcome into; of a checkout, jsparse/backends/measured.json."
+            "to put the outcome into; of a checkout, jsparse/backends/measured.json. "
+            "Without --entries no configs are timed: kernels keep theirs."
         ),
     ] = None,
     heads: Annotated[
@@ -396,6 +397,7 @@ def bench(
             backward=backward,
             repeats=repeats,
             kind=_kind(latency, profile, tune),
+            configs=entries is not None or choices is None,
             heads=heads,
             head_dim=head_dim,
             dtype=dtype,

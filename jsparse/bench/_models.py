@@ -111,12 +111,17 @@ def model_cases() -> list[Case]:
         >>> [case.name for case in model_cases()][:2]
         ['triangle768_h4_d32', 'triangle128x4096_h4_d32']
     """
+    wide: Any = {"bias_dtype": "float32"}
     return [
         triangle_case("triangle768_h4_d32", 768, 768, 4, 32),
         triangle_case("triangle128x4096_h4_d32", 128, 4096, 4, 32),
         padded_triangle_case("triangle768_h4_d32_padded", 768, 620, 4, 32),
         pair_case("pair2048_h16_d48", 2048, 16, 48),
         pair_case("pair4096_h16_d64", 4096, 16, 64),
+        pair_case("pair768_h16_d24", 768, 16, 24),
+        triangle_case("triangle768_h4_d32_bias32", 768, 768, 4, 32, **wide),
+        pair_case("pair2048_h16_d48_bias32", 2048, 16, 48, **wide),
+        pair_case("pair4096_h16_d64_bias32", 4096, 16, 64, **wide),
         windows_case("windows100k_h4_d32", 102_400, 4, 32),
         distance_case("graph32k_distance", 256, 16, 64),
         neighbors_case("neighbors27k_h4_d32", 27_626, 128, 4, 32),
@@ -131,8 +136,9 @@ def triangle_case(
     heads: int,
     head_dim: int,
     dtype: str = "bfloat16",
+    bias_dtype: str | None = None,
 ) -> ModelCase:
-    """Triangle attention of some rows, which share one bias."""
+    """Triangle attention of some rows, which share a bias, of q's dtype by default."""
 
     def attend(q, k, v, bias, *, implementation):
         if rows == length:
@@ -147,12 +153,13 @@ def triangle_case(
         shape = (rows, length, heads, head_dim)
         return Model(
             _every_pair(length, rows),
-            _shapes(dtype, shape, (heads, length, length)),
+            _with_bias(dtype, shape, bias_dtype),
             attend,
             (*_dense_kernels(), _cuequivariance()),
         )
 
-    about = f"triangle attention, {rows} rows of {length}, one bias"
+    kind = "bias" if bias_dtype is None else f"{bias_dtype} bias"
+    about = f"triangle attention, {rows} rows of {length}, one {kind}"
     return ModelCase(name, about, heads, head_dim, dtype, load)
 
 
@@ -195,19 +202,24 @@ def padded_triangle_case(
 
 
 def pair_case(
-    name: str, length: int, heads: int, head_dim: int, dtype: str = "bfloat16"
+    name: str,
+    length: int,
+    heads: int,
+    head_dim: int,
+    dtype: str = "bfloat16",
+    bias_dtype: str | None = None,
 ) -> ModelCase:
-    """Attention of tokens with a pair bias."""
+    """Attention of tokens with a pair bias, of q's dtype by default."""
 
     def load() -> Model:
         return Model(
             _every_pair(length, 1),
-            _shapes(dtype, (1, length, heads, head_dim), (heads, length, length)),
+            _with_bias(dtype, (1, length, heads, head_dim), bias_dtype),
             functional.pair_bias_attention,
             _dense_kernels(),
         )
 
-    about = f"{length} tokens with a pair bias"
+    about = f"{length} tokens with a {bias_dtype or 'pair'} bias"
     return ModelCase(name, about, heads, head_dim, dtype, load)
 
 
@@ -325,6 +337,15 @@ def _shapes(
     return tuple(
         jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in (qkv,) * 3 + others
     )
+
+
+def _with_bias(
+    dtype: str, qkv: tuple[int, ...], bias_dtype: str | None
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Of q, k, v and a dense bias that a batch shares."""
+    _, length, heads, _ = qkv
+    bias = jax.ShapeDtypeStruct((heads, length, length), jnp.dtype(bias_dtype or dtype))
+    return *_shapes(dtype, qkv), bias
 
 
 # --------------------------------------------------- patterns, and the bias by its rows
@@ -463,12 +484,14 @@ def _attended(
     bias: Array,
     exists: Array | None = None,
 ) -> Array:
-    return attention(
-        *(q, k, v),
-        bias=bias[None],
-        mask=None if exists is None else exists[None, None, None],
-        implementation=implementation,
-    )
+    # They leave it to promotion that a bias is wider than q.
+    with jax.numpy_dtype_promotion("standard"):
+        return attention(
+            *(q, k, v),
+            bias=bias[None],
+            mask=None if exists is None else exists[None, None, None],
+            implementation=implementation,
+        )
 
 
 def _cuequivariance(**options: Any) -> Peer:

@@ -78,7 +78,9 @@ class Options:
         repeats: timed rounds.
         kind: of record: ``"attention"`` compares, ``"latency"`` measures how times are
             spread, ``"profile"`` reads hardware counters, ``"tune"`` looks for the
-            fastest configs of our kernels.
+            fastest configs of our kernels, and the faster of our implementations.
+        configs: whether ``"tune"`` looks for configs; else it only compares
+            implementations, with the configs that are shipped.
         heads: in place of the case's own.
         head_dim: in place of the case's own.
         dtype: in place of the case's own.
@@ -96,6 +98,7 @@ class Options:
     backward: bool = True
     repeats: int = 5
     kind: Literal["attention", "latency", "profile", "tune"] = "attention"
+    configs: bool = True
     heads: int | None = None
     head_dim: int | None = None
     dtype: str | None = None
@@ -272,7 +275,7 @@ def _attend(
         with turns.alone():
             tune(
                 *(record, task, ours, cast(dict[str, JaxPeer], rivals)),
-                *(options.backward, options.repeats, progress),
+                *(options.backward, options.configs, options.repeats, progress),
             )
         return
     kernels = record["device"]["platform"] == "gpu"

@@ -214,10 +214,11 @@ def tune(
     ours: JaxPeer,
     rivals: Mapping[str, JaxPeer],
     backward: bool,
+    configs: bool,
     repeats: int,
     progress: Progress,
 ) -> None:
-    """Searches the configs of each kernel of a case.
+    """Searches the configs of each kernel of a case, then the faster implementation.
 
     Fills ``record["tuned"]``, one item for each kernel with all that was tried,
     ``record["entries"]``, the best as entries of a table, and ``record["choices"]``,
@@ -228,14 +229,15 @@ def tune(
         task: its mask and inputs.
         ours: with the implementation `TUNED`.
         rivals: ours with the others that ``auto`` chooses from.
-        backward: whether to search the configs of the backward kernels as well.
+        backward: whether to measure the backward pass as well.
+        configs: whether to search them; else kernels keep those that are shipped.
         repeats: timed rounds.
         progress: told about each stage.
     """
     from jsparse.pallas_kernels.mosaic_gpu import _candidates, _tables
 
     record["tuned"], record["entries"], fastest = [], [], {}
-    for key in _keys(task, ours, backward):
+    for key in _keys(task, ours, backward) if configs else ():
         contender = one_kernel(ours, key.kernel).enter(task)
         found = search(
             _candidates.candidates(key, task.sets[0][0].dtype),

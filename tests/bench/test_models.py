@@ -34,6 +34,7 @@ CASES: dict[str, tuple[ModelCase, list[str]]] = {
     "rows": (triangle_case("rows", 3, 140, 2, 8, "float32"), ["einsum"]),
     "padded": (padded_triangle_case("padded", 40, 23, 2, 8, "float32"), ["einsum"]),
     "pair": (pair_case("pair", 150, 4, 24, "float32"), ["einsum"]),
+    "wide": (pair_case("wide", 150, 4, 24, "bfloat16", "float32"), ["einsum"]),
     "windows": (windows_case("windows", 300, 2, 8, "float32"), ["einsum"]),
     "distance": (distance_case("distance", 24, 1, 8, "float32"), ["no_bias"]),
     "neighbors": (neighbors_case("neighbors", 400, 9, 2, 8, "float32"), ["gather"]),
@@ -70,7 +71,7 @@ def test_every_kind_of_case_runs_and_is_right(name):
     assert case.name in markdown([record])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [x for x in CASES if x != "wide"])  # in float32
 def test_gradients_of_every_peer_agree_with_ours(name):
     case, _ = CASES[name]
     model = case.load()

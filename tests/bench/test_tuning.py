@@ -223,10 +223,23 @@ def test_only_the_forward_kernel_is_tuned_without_backward(hopper, monkeypatch):
     assert found["tried"][0]["best"]
 
 
+def test_configs_are_kept_where_only_implementations_are_compared(rivals):
+    record = run_case(CASE, Options(kind="tune", repeats=2, configs=False), Progress())
+    assert record["entries"] == []
+    assert [x["kernel"] for x in record["tuned"]] == [
+        f"the {direction} pass" for direction in _measured.PASSES
+    ]
+    assert [x["fastest"] for x in record["choices"]] == ["cutlass", "mosaic_gpu"]
+    assert [*map(_measured.key_of, record["choices"])] == [
+        *map(_measured.key_of, rivals["choices"])
+    ]
+
+
 @pytest.mark.parametrize(
     "case, bias",
     [
         (pair_case("pair", 500, 2, 64), "16 bits"),
+        (pair_case("pair32", 500, 2, 64, bias_dtype="float32"), "32 bits"),
         (triangle_case("triangle", 3, 300, 2, 32), "16 bits"),
         (windows_case("windows", 700, 2, 32), "16 bits"),
         (distance_case("distance", 40, 2, 64), "linear"),
