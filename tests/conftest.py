@@ -54,7 +54,7 @@ def strict_promotion() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """What a change of JAX breaks, it breaks in most cases of a test alike."""
+    """For a look at all tests: what breaks one case of a test breaks most."""
     parser.addoption(
         "--cases", type=int, help="of each parametrized test, run at most this many"
     )

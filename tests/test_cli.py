@@ -577,6 +577,24 @@ def test_bad_input_of_bench(here: Path, arguments, message):
     assert message in done.stderr
 
 
+@pytest.mark.parametrize(
+    "tables, configs",
+    [
+        ([], True),
+        (["--entries", "e"], True),
+        (["--choices", "c"], False),
+        (["--entries", "e", "--choices", "c"], True),
+    ],
+)
+def test_configs_are_timed_but_for_choices_alone(
+    here: Path, monkeypatch, tables, configs
+):
+    seen = []
+    monkeypatch.setattr(cli, "_measure", lambda _, x, *rest: seen.append(x) or [])
+    assert call("bench", "seed800", "--tune", *tables).exit_code == 0
+    assert [options.configs for options in seen] == [configs]
+
+
 def test_usage_errors_return_2():
     assert call("run").exit_code == 2
     assert call("run", SMALL, "--cutoff", "ten").exit_code == 2

@@ -61,7 +61,7 @@ def _compile(path: Path, *sources: str) -> None:
     flags = "-std=c++20 -O2 -shared -fPIC -fvisibility=hidden -Wall -Wextra -Werror"
     # As nvcc compiles: accesses through other types, and its pragmas.
     flags += " -fno-strict-aliasing -Wno-unknown-pragmas"
-    # Some systems' longjmp stops a program that jumps from stack to stack, as fibers do.
+    # Some systems' longjmp stops what jumps from stack to stack, as fibers do.
     flags += " -U_FORTIFY_SOURCE"
     files = [str(HERE / name) for name in sources]
     command = ["g++", *flags.split(), *places, *systems, *files, "-o", str(path)]
